@@ -1,0 +1,51 @@
+"""Contracts on tensors: each names the argument, the rule and the value that broke it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_finite(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless every entry of `value` is finite."""
+    bad = ~torch.isfinite(value)
+    if bool(bad.any()):
+        row = int(bad.reshape(-1).nonzero()[0])
+        raise ValueError(f"{name} must be finite, got {value.reshape(-1)[row].item()} at position {row}")
+
+
+def check_same_length(**arrays: torch.Tensor) -> None:
+    """Raise ValueError unless all arguments have the same first dimension."""
+    lengths = {name: value.shape[0] for name, value in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"rows must match, got {lengths}")
+
+
+def check_propensity(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless every entry lies in (0, 1]."""
+    check_finite(name, value)
+    if bool((value <= 0).any()) or bool((value > 1).any()):
+        raise ValueError(f"{name} must be in (0, 1], got min={value.min().item():.6g} max={value.max().item():.6g}")
+
+
+def check_unit_interval(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless every entry lies in [0, 1]."""
+    check_finite(name, value)
+    if bool((value < 0).any()) or bool((value > 1).any()):
+        raise ValueError(f"{name} must be in [0, 1], got min={value.min().item():.6g} max={value.max().item():.6g}")
+
+
+def check_binary(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless every entry is 0 or 1."""
+    check_finite(name, value)
+    bad = (value != 0) & (value != 1)
+    if bool(bad.any()):
+        row = int(bad.reshape(-1).nonzero()[0])
+        raise ValueError(f"{name} must be 0 or 1, got {value.reshape(-1)[row].item()} at position {row}")
+
+
+def check_both_classes(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless `value` [N] in {0, 1} holds at least one of each class."""
+    check_binary(name, value)
+    positive = int(value.sum())
+    if positive in (0, value.numel()):
+        raise ValueError(f"{name} must hold both classes, got {positive} ones in {value.numel()} rows")

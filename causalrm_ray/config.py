@@ -1,0 +1,232 @@
+"""The one configuration tree: typed, frozen, validated before anything heavy starts. Every default lives here and only here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: names the key, the rule and the value."""
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run keeps its things, and its seed."""
+
+    name: str = Field("demo", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder under `dir`")
+    dir: Path = Field(Path("runs"), description="folder that holds all runs")
+    seed: int = Field(0, ge=0, description="seed of everything random in the run")
+    resume: bool = Field(False, description="continue from the newest complete checkpoint of the run")
+    cache: Path = Field(Path("~/.cache/causalrm_ray"), description="folder of things made once: embedded models, engine caches")
+
+    @property
+    def path(self) -> Path:
+        """The run's own folder, absolute: every process of the run must read it alike."""
+        return (self.dir / self.name).expanduser().resolve()
+
+
+class ClusterConfig(Section):
+    """The Ray cluster."""
+
+    address: str | None = Field(None, description="address of a running Ray cluster ('auto' finds it); none starts one on this machine")
+    timeout_s: float = Field(300.0, gt=0, description="longest wait for any one phase (start, generate, update, sync, fit), seconds")
+
+
+class ModelConfig(Section):
+    """The models to start from: a local Hugging Face folder, a hub id, or the embedded tiny Llama."""
+
+    policy: str = Field(EMBEDDED, description="causal language model to tune: folder, hub id or 'embedded'")
+    reward: str = Field(EMBEDDED, description="backbone of the reward and propensity models: folder, hub id or 'embedded'")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of policy and engine weights")
+    max_length: int = Field(128, ge=8, description="longest prompt + response, tokens; longer ones are refused or quarantined")
+
+
+class WorldConfig(Section):
+    """The embedded world: its simulated users stand where live ones would."""
+
+    users: Literal["protocol", "strong_feelings", "none"] = Field("protocol", description="who reacts to what is shown; none: nobody")
+    alpha: float = Field(0.5, gt=0, le=1, description="selection strength of `protocol` users; 1 is none, smaller is stronger")
+    feedback_rate: float = Field(0.2, gt=0, lt=1, description="mean share of impressions that get feedback")
+    rho_01: float = Field(0.2, ge=0, lt=1, description="P(r=0 | r*=1): true rate of slips away from an upvote")
+    rho_10: float = Field(0.1, ge=0, lt=1, description="P(r=1 | r*=0): true rate of slips towards an upvote")
+    impressions: int = Field(6000, ge=200, description="impressions logged before the loop starts")
+
+    @model_validator(mode="after")
+    def _rates_leave_information(self) -> WorldConfig:
+        if self.rho_01 + self.rho_10 >= 1:
+            raise ValueError(f"rho_01 + rho_10 must be below 1, got {self.rho_01 + self.rho_10:.4f}")
+        return self
+
+
+class FeedbackConfig(Section):
+    """The feedback log: where it is, what to import into it, and what its signals mean."""
+
+    url: str | None = Field(None, description="SQLAlchemy URL of the log; none keeps an SQLite file in the run's folder")
+    source: str | None = Field(None, description="log to import first: JSONL or Parquet file, `datasets` folder or hub id")
+    prompts: str | None = Field(None, description="JSONL or Parquet file with a `prompt` column to tune on; none: the embedded prompts")
+    signals: dict[str, Literal[0, 1]] = Field(
+        {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0},
+        description="label of each signal: 1 liked, 0 disliked",
+    )
+
+
+class PropensityConfig(Section):
+    """The propensity model: P(feedback is given | prompt, response)."""
+
+    epochs: int = Field(3, ge=1, description="most passes over the log per fold")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+    clip: float = Field(0.02, gt=0, lt=1, description="lowest propensity used in a weight")
+
+
+class RewardConfig(Section):
+    """The reward model and how it is fitted (METHOD of the paper: arXiv 2603.18736)."""
+
+    method: str = Field("causalrm_dr", description="estimator; one of causalrm_ray.estimators.methods.METHODS")
+    compare: tuple[str, ...] = Field(("naive", "oracle"), description="further estimators fitted once, for the report only")
+    loss: Literal["bce", "mse"] = Field("bce", description="pointwise loss: cross-entropy on the logit, or squared error on the probability")
+    epochs: int = Field(6, ge=1, description="most passes over the log")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+    batch_size: int = Field(256, ge=1, description="rows per optimizer step, over all workers")
+    workers: int = Field(2, ge=1, description="Ray Train workers")
+    rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log by anchors")
+    refit_every: int = Field(15, ge=0, description="policy steps between refits of propensity and reward; 0 never")
+    gate_tolerance: float = Field(0.01, ge=0, description="a refit is promoted if its held-out observed risk is at most this above the serving model's")
+
+
+class RolloutConfig(Section):
+    """Generation with vLLM."""
+
+    generators: int = Field(2, ge=1, description="number of generator actors")
+    prompts_per_step: int = Field(64, ge=1, description="prompts per policy step, over all generators")
+    samples_per_prompt: int = Field(2, ge=1, description="answers per prompt")
+    max_new_tokens: int = Field(40, ge=1, description="longest answer, tokens")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    micro_batch: int = Field(32, ge=1, description="completions scored and prepared together as they arrive")
+    buffer: int = Field(256, ge=1, description="most completions waiting between two stages; a full buffer holds generation back")
+
+
+class KLConfig(Section):
+    """Penalty for leaving the reference policy."""
+
+    coefficient: float = Field(0.02, ge=0, description="starting weight of the penalty")
+    estimator: Literal["k1", "k3"] = Field("k1", description="k1: in the reward; k3: in the loss")
+    target: float | None = Field(None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; none keeps it fixed")
+
+
+class LearnerConfig(Section):
+    """PPO under DeepSpeed."""
+
+    ranks: int = Field(2, ge=1, description="DeepSpeed ranks")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
+    lr: float = Field(3e-4, ge=0, description="policy learning rate")
+    critic_lr: float = Field(1e-3, ge=0, description="critic learning rate")
+    epochs: int = Field(2, ge=1, description="passes over a step's answers")
+    minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
+    clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
+    importance_cap: float | None = Field(2.0, gt=0, description="cap of the learner/engine importance weight; none switches the correction off")
+    truncation_penalty: float = Field(1.0, ge=0, description="taken off the reward of an answer cut by the token limit")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
+    kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference policy")
+
+
+class LoopConfig(Section):
+    """The main loop."""
+
+    steps: int = Field(40, ge=1, description="policy steps")
+    checkpoint_every: int = Field(10, ge=0, description="steps between checkpoints; 0 only at the end")
+    evaluation_prompts: int = Field(240, ge=2, description="held-out prompts of the oracle evaluation")
+
+
+class Config(Section):
+    """Everything a job can be told."""
+
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig = ModelConfig()
+    world: WorldConfig = WorldConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+    propensity: PropensityConfig = PropensityConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    loop: LoopConfig = LoopConfig()
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> Config:
+        if self.rollout.max_new_tokens >= self.model.max_length:
+            raise ValueError(
+                f"rollout.max_new_tokens must be below model.max_length, got {self.rollout.max_new_tokens} >= {self.model.max_length}"
+            )
+        return self
+
+
+def options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every option below `section` as (dotted key, type, default, meaning)."""
+    for name, info in section.model_fields.items():
+        key = f"{prefix}{name}"
+        default = info.get_default(call_default_factory=True)
+        if isinstance(default, Section):
+            yield from options(type(default), f"{key}.")
+        else:
+            kind = str(info.annotation) if not isinstance(info.annotation, type) else info.annotation.__name__
+            yield key, kind.replace("typing.", "").replace("pathlib.", ""), default, info.description or ""
+
+
+def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, lay `key=value` overrides over it, and validate.
+
+    Raises ConfigError that names the key (and the nearest right one), the rule and the value.
+    """
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"an override is written key=value, got {item!r}")
+    try:
+        base = OmegaConf.load(file) if file else OmegaConf.create()
+        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read the configuration {file or ''} {' '.join(overrides)}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold a mapping of sections, got {type(tree).__name__}")
+    return validate(tree)
+
+
+def validate(tree: dict) -> Config:
+    """A Config from plain data, or a ConfigError that lists every fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from error
+
+
+def _explain(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{key or 'configuration'}: {fault['msg']}, got {fault['input']!r}" if key else fault["msg"]
+    known = [name for name, *_ in options()]
+    nearest = difflib.get_close_matches(key, known + sorted({name.rsplit(".", 1)[0] for name in known}), n=1, cutoff=0.4)
+    return f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def dump_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,36 @@
+"""Text to token ids: the one path that training, evaluation and serving share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id. Raises ValueError unless it can chat, end and pad."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {model} has no chat template; prompts cannot be formatted without one")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {model} has no end-of-sequence token; answers could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
+    """Ids of the chat-formatted prompt, up to and including the generation prompt."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[int, ...]:
+    """Ids of the chat-formatted prompt, the response and the end-of-sequence token, as an engine would have produced them."""
+    answer = tokenizer.encode(response, add_special_tokens=False)
+    return encode_prompt(tokenizer, prompt) + (*answer, tokenizer.eos_token_id)
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Text of sampled ids without special tokens."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()

@@ -1,0 +1,115 @@
+"""The nouns of the system: frozen records, one per stage, complete at the stage where they are made.
+
+    Prompt -> Completion -> Scored           what the policy wrote and what the reward model thinks of it
+    Impression <- FeedbackEvent              what a user was shown and what the user did about it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+StopReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A user's request, ready for an engine.
+
+    `token_ids` is the chat-formatted prompt up to and including the generation prompt.
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an engine samples. `temperature` > 0; `top_p` in (0, 1]; `max_new_tokens` >= 1."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to complete with a seed of its own, so that a repeated request repeats its answer."""
+
+    prompt: Prompt
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer.
+
+    `token_ids` [T] are the sampled tokens, the end-of-sequence token included where the model wrote one;
+    `logprobs` [T] are the natural-log probabilities under the distribution that was sampled from (after temperature
+    and top_p). `stop_reason` is "length" for an answer cut by the token limit. `policy_version` is the version of the
+    weights that wrote the last token.
+    """
+
+    prompt: Prompt
+    response: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop_reason: StopReason
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A completion with the reward model's logit and the version of the model that gave it."""
+
+    completion: Completion
+    reward: float
+    reward_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Impression:
+    """One response shown to one user. `time` is in seconds since the epoch; `context` holds observed traits only."""
+
+    id: str
+    prompt: str
+    response: str
+    policy_version: int
+    time: float
+    user: str | None = None
+    context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackEvent:
+    """One thing a user did about an impression.
+
+    `signal` is what was logged (click, copy, upvote, downvote, regenerate, ...), `value` its strength. An event that
+    withdraws an earlier one names it in `retracts`.
+    """
+
+    id: str
+    impression_id: str
+    signal: str
+    value: float
+    time: float
+    retracts: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseRates:
+    """rho_01 = P(r=0 | r*=1), a slip away from an upvote; rho_10 = P(r=1 | r*=0), a slip towards one. Their sum is below 1."""
+
+    rho_01: float
+    rho_10: float
+
+    def __post_init__(self) -> None:
+        for name in ("rho_01", "rho_10"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if self.rho_01 + self.rho_10 >= 1.0:
+            total = self.rho_01 + self.rho_10
+            raise ValueError(f"rho_01 + rho_10 must be below 1, or feedback carries no information; got {total:.4f}")
