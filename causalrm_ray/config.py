@@ -19,6 +19,10 @@ class ConfigError(ValueError):
     """A configuration that cannot run: names the key, the rule and the value."""
 
 
+class InputError(ValueError):
+    """What the user handed in cannot be used (a log, a prompt file, a run folder): names the thing, the rule and the value."""
+
+
 class Section(BaseModel):
     """A part of the tree: frozen, and closed to unknown keys."""
 
@@ -43,8 +47,12 @@ class RunConfig(Section):
 class ClusterConfig(Section):
     """The Ray cluster."""
 
-    address: str | None = Field(None, description="address of a running Ray cluster ('auto' finds it); none starts one on this machine")
-    timeout_s: float = Field(300.0, gt=0, description="longest wait for any one phase (start, generate, update, sync, fit), seconds")
+    address: str | None = Field(
+        None, description="address of a running Ray cluster ('auto' finds it); none starts one on this machine"
+    )
+    timeout_s: float = Field(
+        300.0, gt=0, description="longest wait for any one phase (start, generate, update, sync, fit), seconds"
+    )
 
 
 class ModelConfig(Section):
@@ -59,7 +67,9 @@ class ModelConfig(Section):
 class WorldConfig(Section):
     """The embedded world: its simulated users stand where live ones would."""
 
-    users: Literal["protocol", "strong_feelings", "none"] = Field("protocol", description="who reacts to what is shown; none: nobody")
+    users: Literal["protocol", "strong_feelings", "none"] = Field(
+        "protocol", description="who reacts to what is shown; none: nobody"
+    )
     alpha: float = Field(0.5, gt=0, le=1, description="selection strength of `protocol` users; 1 is none, smaller is stronger")
     feedback_rate: float = Field(0.2, gt=0, lt=1, description="mean share of impressions that get feedback")
     rho_01: float = Field(0.2, ge=0, lt=1, description="P(r=0 | r*=1): true rate of slips away from an upvote")
@@ -78,7 +88,9 @@ class FeedbackConfig(Section):
 
     url: str | None = Field(None, description="SQLAlchemy URL of the log; none keeps an SQLite file in the run's folder")
     source: str | None = Field(None, description="log to import first: JSONL or Parquet file, `datasets` folder or hub id")
-    prompts: str | None = Field(None, description="JSONL or Parquet file with a `prompt` column to tune on; none: the embedded prompts")
+    prompts: str | None = Field(
+        None, description="JSONL or Parquet file with a `prompt` column to tune on; none: the embedded prompts"
+    )
     signals: dict[str, Literal[0, 1]] = Field(
         {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0},
         description="label of each signal: 1 liked, 0 disliked",
@@ -98,14 +110,20 @@ class RewardConfig(Section):
 
     method: str = Field("causalrm_dr", description="estimator; one of causalrm_ray.estimators.methods.METHODS")
     compare: tuple[str, ...] = Field(("naive", "oracle"), description="further estimators fitted once, for the report only")
-    loss: Literal["bce", "mse"] = Field("bce", description="pointwise loss: cross-entropy on the logit, or squared error on the probability")
+    loss: Literal["bce", "mse"] = Field(
+        "bce", description="pointwise loss: cross-entropy on the logit, or squared error on the probability"
+    )
     epochs: int = Field(6, ge=1, description="most passes over the log")
     lr: float = Field(1e-3, gt=0, description="learning rate")
     batch_size: int = Field(256, ge=1, description="rows per optimizer step, over all workers")
     workers: int = Field(2, ge=1, description="Ray Train workers")
-    rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log by anchors")
+    rho: tuple[float, float] | None = Field(
+        None, description="known (rho_01, rho_10); none estimates them from the log by anchors"
+    )
     refit_every: int = Field(15, ge=0, description="policy steps between refits of propensity and reward; 0 never")
-    gate_tolerance: float = Field(0.01, ge=0, description="a refit is promoted if its held-out observed risk is at most this above the serving model's")
+    gate_tolerance: float = Field(
+        0.01, ge=0, description="a refit serves if its held-out observed risk is at most this above the serving model's"
+    )
 
 
 class RolloutConfig(Section):
@@ -126,7 +144,9 @@ class KLConfig(Section):
 
     coefficient: float = Field(0.02, ge=0, description="starting weight of the penalty")
     estimator: Literal["k1", "k3"] = Field("k1", description="k1: in the reward; k3: in the loss")
-    target: float | None = Field(None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; none keeps it fixed")
+    target: float | None = Field(
+        None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; none keeps it fixed"
+    )
 
 
 class LearnerConfig(Section):
@@ -141,7 +161,9 @@ class LearnerConfig(Section):
     clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
     gamma: float = Field(1.0, gt=0, le=1, description="discount")
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
-    importance_cap: float | None = Field(2.0, gt=0, description="cap of the learner/engine importance weight; none switches the correction off")
+    importance_cap: float | None = Field(
+        2.0, gt=0, description="cap of the learner/engine importance weight; none switches the correction off"
+    )
     truncation_penalty: float = Field(1.0, ge=0, description="taken off the reward of an answer cut by the token limit")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
     kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference policy")
@@ -169,6 +191,16 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     loop: LoopConfig = LoopConfig()
 
+    @property
+    def log_url(self) -> str:
+        """SQLAlchemy URL of the feedback log."""
+        return self.feedback.url or f"sqlite:///{self.run.path / 'feedback.db'}"
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether the embedded world's oracle knows the answers: its own prompts are asked and its users react."""
+        return self.world.users != "none" and self.feedback.prompts is None and self.feedback.source is None
+
     @model_validator(mode="after")
     def _answers_fit(self) -> Config:
         if self.rollout.max_new_tokens >= self.model.max_length:
@@ -193,20 +225,31 @@ def options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, lay `key=value` overrides over it, and validate.
 
+    A key may leave out its section where only one option bears the name: `resume=true` is `run.resume=true`.
     Raises ConfigError that names the key (and the nearest right one), the rule and the value.
     """
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"an override is written key=value, got {item!r}")
+    dotlist = [_expand(item) for item in overrides]
     try:
         base = OmegaConf.load(file) if file else OmegaConf.create()
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(dotlist))
         tree = OmegaConf.to_container(merged, resolve=True)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read the configuration {file or ''} {' '.join(overrides)}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold a mapping of sections, got {type(tree).__name__}")
     return validate(tree)
+
+
+def _expand(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"an override is written key=value, got {override!r}")
+    if "." in key or key in Config.model_fields:
+        return override
+    owners = [name for name, *_ in options() if name.rsplit(".", 1)[-1] == key]
+    if len(owners) > 1:
+        raise ConfigError(f"{key}: several options bear this name: {', '.join(owners)}")
+    return f"{owners[0]}={value}" if owners else override
 
 
 def validate(tree: dict) -> Config:

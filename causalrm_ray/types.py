@@ -1,7 +1,7 @@
 """The nouns of the system: frozen records, one per stage, complete at the stage where they are made.
 
-    Prompt -> Completion -> Scored           what the policy wrote and what the reward model thinks of it
-    Impression <- FeedbackEvent              what a user was shown and what the user did about it
+Prompt -> Completion -> Scored           what the policy wrote and what the reward model thinks of it
+Impression <- FeedbackEvent              what a user was shown and what the user did about it
 """
 
 from __future__ import annotations

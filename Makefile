@@ -1,0 +1,15 @@
+.PHONY: setup demo test lint
+
+setup:
+	@./setup.sh
+
+demo: setup
+	.venv/bin/causalrm-ray train-policy --config jobs/configs/demo.yaml
+
+test: setup lint
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyrefly check

@@ -1,0 +1,44 @@
+"""What the system asks of an inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from actors.weight_sync import SyncReport, Weights
+from causalrm_ray.types import Completion, Request, Sampling
+
+
+class EngineDeadError(RuntimeError):
+    """The engine failed earlier and serves no more; `__cause__` holds what killed it where it happened in this process."""
+
+
+class CompletionStream(Iterator[Completion], Protocol):
+    """The answers to one batch, each as it finishes."""
+
+    def close(self) -> None:
+        """Give up what is not finished yet. Harmless on an exhausted stream."""
+        ...
+
+
+class Engine(Protocol):
+    """An inference engine that many threads may call at once."""
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> CompletionStream:
+        """Start a batch as a whole (no step of the engine sees a part of it) and stream its answers as they finish."""
+        ...
+
+    def load_weights(self, weights: Weights) -> SyncReport:
+        """Replace the parameters between two steps and forget every cached prefix. Returns once they are verified.
+
+        Requests in flight go on with the new weights. Raises TimeoutError that names the phase which took too long.
+        """
+        ...
+
+    def versions(self) -> Mapping[str, str | int]:
+        """`name` and `version` of the engine, `policy_version` of its weights, and its `device`."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine. Callers that still wait get EngineDeadError."""
+        ...

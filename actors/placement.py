@@ -1,0 +1,126 @@
+"""The one place that turns plain classes into Ray actors, starts Ray, and waits for roles with a time-out that names them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from causalrm_ray.config import ClusterConfig
+
+OBJECT_STORE_BYTES = 512 * 2**20  # of a local cluster: weights and completions of tiny models; a real cluster brings its own
+QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+class RoleDiedError(RuntimeError):
+    """A role's process ended; the message names the role and what it was doing."""
+
+
+class RoleTimeoutError(TimeoutError):
+    """A role did not answer in time; the message names the role and the phase."""
+
+
+@contextlib.contextmanager
+def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
+    """Join the cluster at `config.address`, or run one on this machine's loopback, with a token, while the block lasts."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if config.address is None:
+        _own_token(cache)
+        ray.init(
+            address="local",
+            logging_level=logging.ERROR,
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+        )
+    else:
+        ray.init(address=config.address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def place(
+    role: type,
+    *args: Any,
+    env: Mapping[str, str] | None = None,
+    gpus: float = 0.0,
+    concurrency: int = 1,
+    beside_driver: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Start `role(*args, **kwargs)` as a Ray actor and return its handle.
+
+    `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": concurrency}
+    if env:
+        options["runtime_env"] = {"env_vars": dict(env)}
+    if beside_driver:
+        node = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(role).options(**options).remote(*args, **kwargs)
+
+
+def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
+    """The value (or list of values) behind `refs`.
+
+    Raises RoleTimeoutError or RoleDiedError that names the phase; a role's own error passes.
+    """
+    try:
+        return ray.get(refs, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise RoleTimeoutError(f"{phase}: no answer within cluster.timeout_s={timeout_s:g} s") from error
+    except RayActorError as error:
+        raise RoleDiedError(f"{phase}: the role's process died: {error}") from error
+
+
+def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:
+    """(name of the call, item) of several streaming calls, as each item becomes ready; within one call in its own order."""
+    names = {generator: name for name, generator in calls.items()}
+    waiting: Sequence[Any] = list(names)
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        if not ready:
+            raise RoleTimeoutError(f"{phase}: nothing new within cluster.timeout_s={timeout_s:g} s")
+        generator = ready[0]
+        reference = next(generator, None)
+        if reference is not None:
+            yield names[generator], resolve(reference, f"{phase} ({names[generator]})", timeout_s)
+            waiting = [*waiting, generator]
+
+
+def driver_address() -> str:
+    """IP address of the driver's node, which other nodes can reach."""
+    return ray.util.get_node_ip_address()
+
+
+def _own_token(cache: Path) -> None:
+    """Give the clusters that we start a token of their own: Ray would share ~/.ray/auth_token with all others."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = cache.expanduser().resolve() / "ray_auth_token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def ray_resources() -> dict[str, float]:
+    """What the cluster has: CPU, GPU, memory (bytes), nodes."""
+    totals = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU", "memory")}
+    return {**totals, "nodes": float(len(ray.nodes()))}

@@ -1,0 +1,213 @@
+"""The reward role: fits reward models through Ray Train, lets one serve behind a gate, and scores token ids with it.
+
+    snapshot + propensities -> fit (W workers, DDP) -> FOLDER/CANDIDATE/METHOD -> promote (gate) -> score
+
+One launch of Ray Train fits all methods that are asked for; `config.method` is the one that may serve, the others are for reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from actors.propensity import read_propensities
+from actors.train_workers import REPORT, FitOrder, work
+from causalrm_ray.checkpoint import atomic_folder, verify_folder
+from causalrm_ray.config import RewardConfig
+from causalrm_ray.data.snapshot import check_log, read_snapshot
+from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
+from causalrm_ray.models.text import load_tokenizer
+
+SCRATCH = ".ray_train"  # where Ray Train keeps a fit's checkpoint until it is moved to its place
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """What a fit made: models in `folder`/METHOD, and `figures` (JSON, see train_workers.describe). `seconds` of the whole launch."""
+
+    candidate: str
+    folder: Path
+    figures: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Whether a candidate serves now, why, and the version that serves."""
+
+    promoted: bool
+    reason: str
+    version: int
+
+
+class RewardActor:
+    """Fits, gates and serves reward models. `version` counts promotions, from 1; 0 is none."""
+
+    def __init__(
+        self,
+        backbone: str,
+        config: RewardConfig,
+        *,
+        max_length: int,
+        seed: int,
+        folder: Path,
+        timeout_s: float,
+        use_gpu: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes of the cluster.
+
+        `max_length` in tokens; `timeout_s` bounds the start of the workers and each exchange between them; `use_gpu` gives each
+        worker a GPU; `device` is where the serving model lies. Raises ValueError for a tokenizer that cannot pad rows.
+        """
+        torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
+        self._backbone = backbone
+        self._config = config
+        self._max_length = max_length
+        self._seed = seed
+        self._folder = folder.resolve()
+        self._timeout_s = timeout_s
+        self._use_gpu = use_gpu
+        self._device = device
+        self._scorers: dict[Path, SequenceScorer] = {}
+        self._serving: Path | None = None
+        self._version = 0
+        padding_token(load_tokenizer(backbone))  # saving would fail without one: better now than after a fit
+
+    @property
+    def version(self) -> int:
+        """Version that serves; 0 before the first promotion."""
+        return self._version
+
+    def fit(
+        self,
+        snapshot: Path,
+        propensity: np.ndarray | Path,
+        methods: Sequence[str],
+        *,
+        candidate: str,
+        clean_labels: np.ndarray | None = None,
+        warm: bool = False,
+    ) -> RewardReport:
+        """Fit `methods` on `snapshot` and write them to `folder`/`candidate`, whole or not at all; nothing is promoted.
+
+        `propensity` [N] is out of fold and clipped, or the folder of a propensity fit on this snapshot; `clean_labels` [N] are for
+        the method "oracle" only. A `warm` fit starts from the serving model instead of the backbone. The serving model's risk is
+        measured on the same held-out rows.
+        Raises SnapshotError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
+        """
+        check_log(read_snapshot(snapshot))
+        if self._config.method not in methods:
+            raise ValueError(f"methods must include the one that serves, {self._config.method!r}, got {list(methods)}")
+        if warm and self._serving is None:
+            raise ValueError("a warm fit must have a serving model to start from, got none")
+        order = FitOrder(
+            snapshot=Path(snapshot).resolve(),
+            backbone=self._backbone,
+            start=str(self._serving) if warm else self._backbone,
+            serving=str(self._serving) if self._serving else None,
+            serving_version=self._version,
+            propensity=propensity if isinstance(propensity, np.ndarray) else read_propensities(propensity).numpy(),
+            clean_labels=clean_labels,
+            methods=tuple(methods),
+            config=self._config,
+            max_length=self._max_length,
+            seed=self._seed,
+        )
+        started = time.perf_counter()
+        folder = self._folder / candidate
+        self._launch(order, candidate, folder)
+        return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started)
+
+    def promote(self, candidate: str) -> Promotion:
+        """Let `candidate` serve if its held-out observed risk is at most the serving model's plus `config.gate_tolerance`.
+
+        The first candidate always serves. Raises ValueError if another model serves than the candidate was measured against.
+        """
+        folder = self._folder / candidate
+        verify_folder(folder)
+        figures = _figures(folder)
+        if figures["serving_version"] != self._version:
+            raise ValueError(
+                f"{candidate} must have been measured against serving version {self._version}, got {figures['serving_version']}"
+            )
+        risk, serving_risk = figures["methods"][self._config.method]["heldout_risk"], figures["serving_risk"]
+        if serving_risk is None:
+            return self._promoted(folder, f"first model, held-out risk {risk:.4f}")
+        limit = serving_risk + self._config.gate_tolerance
+        if risk <= limit:
+            return self._promoted(folder, f"held-out risk {risk:.4f} <= {limit:.4f}")
+        return Promotion(False, f"held-out risk {risk:.4f} > {limit:.4f}", self._version)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
+        """Logits [B] (float32) of rows of token ids, prompt + response, and the version that gave them.
+
+        Raises RuntimeError before the first promotion, ValueError for a row of more than `max_length` tokens.
+        """
+        if self._serving is None:
+            raise RuntimeError("no reward model serves yet: call fit and promote, or load, first")
+        return self.score_with(self._serving, sequences), self._version
+
+    def score_with(self, folder: Path, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits [B] by the model saved in `folder`, for reports: that of another method, or of another version."""
+        for number, row in enumerate(sequences):
+            if len(row) > self._max_length:
+                raise ValueError(f"row {number} must have at most {self._max_length} tokens (model.max_length), got {len(row)}")
+        folder = Path(folder).resolve()
+        if folder not in self._scorers:
+            self._scorers[folder] = SequenceScorer.from_pretrained(folder).to(self._device)
+        return score_rows(self._scorers[folder], sequences).numpy()
+
+    def state(self) -> dict[str, Any]:
+        """Which model serves, as JSON: {"folder", "version"}, the arguments of `load`."""
+        return {"folder": str(self._serving) if self._serving else None, "version": self._version}
+
+    def load(self, folder: str | Path, version: int) -> None:
+        """Serve the model saved in `folder` (of one method) as `version`."""
+        self._scorers.clear()
+        self._serving, self._version = Path(folder).resolve(), version
+        self._scorers[self._serving] = SequenceScorer.from_pretrained(self._serving).to(self._device)
+
+    def _promoted(self, folder: Path, reason: str) -> Promotion:
+        self.load(folder / self._config.method, self._version + 1)
+        return Promotion(True, reason, self._version)
+
+    def _launch(self, order: FitOrder, candidate: str, folder: Path) -> None:
+        """Run the workers and move what rank 0 saved to `folder`."""
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # the default polls so rarely that a launch takes 20 s
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._timeout_s))
+        scratch = self._folder / SCRATCH
+        shutil.rmtree(scratch / candidate, ignore_errors=True)  # Ray Train would resume what a killed run left there
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"order": order},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self._config.workers,
+                use_gpu=self._use_gpu,
+                resources_per_worker=None if self._use_gpu else {"CPU": 0.01},
+            ),
+            # Reductions of figures happen on the CPU, those of gradients where the model lies.
+            torch_config=TorchConfig("cpu:gloo,cuda:nccl" if self._use_gpu else "gloo", timeout_s=int(self._timeout_s)),
+            run_config=ray.train.RunConfig(name=candidate, storage_path=str(scratch)),
+        )
+        checkpoint = trainer.fit().checkpoint
+        if checkpoint is None:
+            raise RuntimeError(f"Ray Train ended fit {candidate} without a checkpoint")
+        with checkpoint.as_directory() as saved, atomic_folder(folder) as aside:
+            shutil.copytree(saved, aside, dirs_exist_ok=True)
+        shutil.rmtree(scratch / candidate)
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / REPORT).read_text(encoding="utf-8"))

@@ -1,0 +1,285 @@
+"""The running roles, and what the driver asks of them.
+
+    requests -> generators ==completions as each finishes==> micro-batches -+-> reward.score  ----------> rewards
+               (one stream each, in its own order)                          +-> learner.prepare            |
+                                                                            +-> users.react -> log.append  |
+    update <- answers in request order <-------------------------------------------------------------------+
+
+A micro-batch holds completions of one generator in the order in which that generator finished them, which depends on its
+requests alone: so scores and prepared values repeat to the bit, however the streams interleave. At most `rollout.buffer`
+completions are between two stages; when that many wait, the driver stops reading the streams, and each generator stops at
+its own bound.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.engine_vllm import engine_env
+from actors.generator import Generator
+from actors.learner import LearnerRank
+from actors.placement import driver_address, place, ray_resources, resolve, stream
+from actors.propensity import PropensityActor
+from actors.reward import RewardActor
+from causalrm_ray.config import Config
+from causalrm_ray.data.snapshot import write_snapshot
+from causalrm_ray.data.store import FeedbackLog
+from causalrm_ray.types import Completion, FeedbackEvent, Impression, Request, Sampling, Scored
+from causalrm_ray.world.users import SimulatedUsers
+
+ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
+CPU_THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+Show = Callable[[Sequence[Completion]], list[Impression]]
+
+
+class FeedbackRole(FeedbackLog):
+    """The log as a role: also writes snapshots where the fitting roles read them."""
+
+    def write_snapshot(self, path: Path, as_of: float | None) -> None:
+        write_snapshot(self.snapshot(as_of), path)
+
+
+class UsersRole(SimulatedUsers):
+    """The simulated users as a role: they react to a whole micro-batch."""
+
+    def react_all(self, impressions: Sequence[Impression]) -> list[FeedbackEvent]:
+        return [event for impression in impressions for event in self.react(impression)]
+
+
+class Roles:
+    """Handles on all running roles. Every wait has a time-out and names the phase; a dead role raises RoleDiedError."""
+
+    def __init__(self, config: Config, policy: str, reward: str, parts: Collection[str] = ALL_ROLES) -> None:
+        """Start the roles named in `parts` and wait until each answers. `policy` and `reward` are model folders or hub ids."""
+        self._config = config
+        self._folder = config.run.path
+        self._timeout_s = config.cluster.timeout_s
+        self._propensity_folder: Path | None = None
+        common = {"max_length": config.model.max_length, "seed": config.run.seed}
+        gpus = _gpu_share(config)
+        if "log" in parts:
+            self.log = place(FeedbackRole, config.log_url, dict(config.feedback.signals), beside_driver=True)
+        if "users" in parts:
+            self.users = place(UsersRole, config.world, config.run.seed)
+        if "reward" in parts:
+            self.propensity = place(PropensityActor, reward, config.propensity, env=CPU_THREADS, **common)
+            self.reward = place(
+                RewardActor,
+                reward,
+                config.reward,
+                folder=self._folder / "reward",
+                timeout_s=self._timeout_s,
+                env=CPU_THREADS,
+                **common,
+            )
+        if "generators" in parts:
+            self.generators = {
+                f"generator-{number}": self._generator(policy, gpus) for number in range(config.rollout.generators)
+            }
+        if "learner" in parts:
+            self.learners = self._learner_ranks(policy, gpus)
+        self.engines = self._start(parts)
+
+    def _start(self, parts: Collection[str]) -> dict[str, Any]:
+        """Wait for the roles with heavy engines; what each runs on."""
+        engines: dict[str, Any] = {}
+        if "generators" in parts:
+            engines["rollout"] = self._wait([role.info.remote() for role in self.generators.values()], "start generators")[0]
+        if "learner" in parts:
+            engines["learner"] = self._wait([role.info.remote() for role in self.learners], "start learner")[0]
+        if "reward" in parts:
+            engines["reward"] = self._wait(self.reward.info.remote(), "start reward")
+        return engines
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answers to `requests`, in their order."""
+        done = [completion for chunk in self._micro_batches(requests) for completion in chunk]
+        return sorted(done, key=lambda completion: completion.prompt.id)
+
+    def rollout(self, requests: Sequence[Request], show: Show) -> list[Scored]:
+        """Generate, score, prepare for learning and show to users, all as answers finish; answers in request order.
+
+        `show` turns a micro-batch into the impressions that users react to.
+        """
+        in_flight: deque[tuple[list[Completion], Any, list[Any]]] = deque()
+        scored: list[Scored] = []
+        for chunk in self._micro_batches(requests):
+            rewards = self.reward.score.remote([done.prompt.token_ids + done.token_ids for done in chunk])
+            effects = [rank.prepare.remote(chunk) for rank in self.learners] + [self.show(show(chunk))]
+            in_flight.append((chunk, rewards, effects))
+            while sum(len(waiting) for waiting, *_ in in_flight) > self._config.rollout.buffer:
+                scored += self._finish(*in_flight.popleft())
+        for waiting in in_flight:
+            scored += self._finish(*waiting)
+        return sorted(scored, key=lambda answer: answer.completion.prompt.id)
+
+    def show(self, impressions: Sequence[Impression]) -> Any:
+        """Show `impressions` to the users and log both; returns what to wait for."""
+        return self.log.append.remote(impressions, self.users.react_all.remote(impressions))
+
+    def fill_log(self, requests: Sequence[Request], show: Show) -> int:
+        """Generate answers to `requests`, show them to users as they finish, and return how many were shown."""
+        waiting: deque[Any] = deque()
+        shown = 0
+        for chunk in self._micro_batches(requests):
+            impressions = show(chunk)
+            shown += len(impressions)
+            waiting.append(self.show(impressions))
+            if len(waiting) * self._config.rollout.micro_batch > self._config.rollout.buffer:
+                self._wait(waiting.popleft(), "log feedback")
+        self._wait(list(waiting), "log feedback")
+        return shown
+
+    def update(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """One learner update on a whole step; metrics over all ranks, and the version of the reward that they rest on."""
+        metrics = self._wait([rank.update.remote(scored) for rank in self.learners], "update policy")[0]
+        return {**metrics, "reward_version": float(scored[0].reward_version)}
+
+    def publish(self) -> dict[str, float]:
+        """Give the learner's weights to every generator. Raises RuntimeError unless every checksum agrees."""
+        weights, *_ = [rank.weights.remote() for rank in self.learners]  # every rank must be called: ZeRO-3 gathers
+        reports = self._wait([generator.take_weights.remote(weights) for generator in self.generators.values()], "sync weights")
+        for name, report in zip(self.generators, reports, strict=True):
+            if not report.checksum_ok:
+                raise RuntimeError(f"{name}: weights of version {report.version} do not match the learner's checksum")
+        return {"sync_bytes": float(reports[0].bytes), "sync_seconds": max(report.seconds for report in reports)}
+
+    def refit(
+        self,
+        name: str,
+        as_of: float | None,
+        methods: Sequence[str],
+        clean_labels: Callable[[Path], np.ndarray] | None = None,
+    ) -> dict[str, Any]:
+        """Fit propensity, noise rates and reward models on the log as of a time; promote the configured method's behind its gate.
+
+        `name` names the snapshot and the candidate; `clean_labels` gives r* [N] of a snapshot to the method "oracle". A refit
+        starts from the serving model. Returns the reports of both fits and of the gate, as JSON.
+        """
+        snapshot = self._folder / "snapshots" / f"{name}.parquet"
+        self._wait(self.log.write_snapshot.remote(snapshot, as_of), "snapshot the log")
+        folder = self._folder / "propensity" / name
+        propensity = self._wait(self.propensity.fit.remote(snapshot, folder), "fit propensity")
+        labels = clean_labels(snapshot) if clean_labels else None
+        warm = self._propensity_folder is not None
+        self._propensity_folder = folder
+        fit = self.reward.fit.remote(snapshot, folder, list(methods), candidate=name, clean_labels=labels, warm=warm)
+        report = self._wait(fit, "fit reward")
+        promotion = self._wait(self.reward.promote.remote(name), "promote reward")
+        folders = {method: str(report.folder / method) for method in methods}
+        reward = {**report.figures, "folders": folders, "seconds": report.seconds}
+        return {"propensity": propensity, "reward": reward, "promotion": asdict(promotion)}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the learner's exact state and the policy under `folder`, and return which reward and propensity models serve."""
+        self._wait([rank.save.remote(folder / "learner") for rank in self.learners], "save learner")
+        self.save_policy(folder / "policy")
+        return {"reward": self._wait(self.reward.state.remote(), "save"), "propensity": str(self._propensity_folder)}
+
+    def load(self, folder: Path, serving: Mapping[str, Any]) -> None:
+        """Take up the state that `save` wrote and returned; the folder's hashes must have been verified."""
+        self._wait([rank.load.remote(folder / "learner") for rank in self.learners], "load learner")
+        self._propensity_folder = Path(serving["propensity"])
+        loading = [self.reward.load.remote(**serving["reward"]), self.propensity.load.remote(self._propensity_folder)]
+        self._wait(loading, "load reward and propensity")
+        self.publish()
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder."""
+        self._wait([rank.save_policy.remote(folder) for rank in self.learners], "save policy")
+
+    def score(self, completions: Sequence[Completion], method: Path | None = None) -> np.ndarray:
+        """Logits [N] of the serving reward model, or of the one in folder `method`."""
+        rows = [done.prompt.token_ids + done.token_ids for done in completions]
+        if method is None:
+            return self._wait(self.reward.score.remote(rows), "score")[0]
+        return self._wait(self.reward.score_with.remote(method, rows), "score")
+
+    def _micro_batches(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        size = self._config.rollout.micro_batch
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": self._config.rollout.buffer}
+        shares = zip(self.generators.items(), _even_shares(requests, len(self.generators)), strict=True)
+        calls = {name: generator.generate.options(**options).remote(share) for (name, generator), share in shares if share}
+        waiting: dict[str, list[Completion]] = {name: [] for name in calls}
+        for name, completion in stream(calls, "generate", self._timeout_s):
+            waiting[name].append(completion)
+            if len(waiting[name]) == size:
+                yield waiting[name]
+                waiting[name] = []
+        yield from (rest for rest in waiting.values() if rest)
+
+    def _finish(self, chunk: Sequence[Completion], rewards: Any, effects: Sequence[Any]) -> list[Scored]:
+        logits, version = self._wait(rewards, "score")
+        self._wait(list(effects), "prepare answers and log feedback")
+        return [Scored(done, float(logit), version) for done, logit in zip(chunk, logits, strict=True)]
+
+    def _generator(self, policy: str, gpus: float) -> Any:
+        rollout, model = self._config.rollout, self._config.model
+        cache = self._config.run.cache
+        return place(
+            Generator,
+            policy,
+            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p),
+            model.max_length,
+            model.dtype,
+            cache,
+            self._timeout_s,
+            rollout.buffer,
+            env=engine_env(policy, cache, gpu=gpus > 0),
+            gpus=gpus,
+            concurrency=2,
+        )
+
+    def _learner_ranks(self, policy: str, gpus: float) -> list[Any]:
+        size = self._config.learner.ranks
+        address = f"tcp://{driver_address()}:{_free_port()}"
+        settings = {
+            "world_size": size,
+            "init_method": address,
+            "max_length": self._config.model.max_length,
+            "seed": self._config.run.seed,
+        }
+        settings |= {"dtype": getattr(torch, self._config.model.dtype), "temperature": self._config.rollout.temperature}
+        return [
+            place(
+                LearnerRank,
+                policy,
+                self._config.learner,
+                rank=rank,
+                env=CPU_THREADS,
+                gpus=gpus,
+                beside_driver=rank == 0,
+                **settings,
+            )
+            for rank in range(size)
+        ]
+
+    def _wait(self, refs: Any, phase: str) -> Any:
+        return resolve(refs, phase, self._timeout_s)
+
+
+def _even_shares(requests: Sequence[Request], parts: int) -> list[Sequence[Request]]:
+    """Contiguous shares: samples of one prompt stay with one generator, whose prefix cache then serves them."""
+    bounds = np.linspace(0, len(requests), parts + 1).astype(int)
+    return [requests[first:last] for first, last in itertools.pairwise(bounds)]
+
+
+def _gpu_share(config: Config) -> float:
+    """GPUs per generator and learner rank: an equal share of what the cluster has; 0 on a CPU cluster."""
+    return ray_resources().get("GPU", 0.0) / (config.rollout.generators + config.learner.ranks)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,39 @@
+"""A snapshot of the log as the numbers that fits read: token ids, was feedback given, what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from causalrm_ray.data.snapshot import check_log, read_snapshot
+from causalrm_ray.estimators.methods import Observations
+from causalrm_ray.models.text import encode_pair
+
+
+@dataclass(frozen=True, eq=False)
+class SnapshotRows:
+    """N impressions: `token_rows`, prompt, response and end of each; `observations` o [N] and r [N]."""
+
+    token_rows: Sequence[tuple[int, ...]]
+    observations: Observations
+
+
+def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> SnapshotRows:
+    """Token rows and observations of a snapshot.
+
+    Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshot), ValueError that names the impression for
+    a row of more than `max_length` tokens.
+    """
+    log = read_snapshot(snapshot)
+    check_log(log)
+    token_rows = [encode_pair(tokenizer, row["prompt"], row["response"]) for row in log.select_columns(["prompt", "response"])]
+    for number, row in enumerate(token_rows):
+        if len(row) > max_length:
+            name = log[number]["impression_id"]
+            raise ValueError(f"impression {name!r} must have at most {max_length} tokens (model.max_length), got {len(row)}")
+    label = [0 if label is None else label for label in log["label"]]
+    return SnapshotRows(token_rows, Observations(torch.tensor(log["observed"][:]), torch.tensor(label)))

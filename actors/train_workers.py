@@ -1,0 +1,110 @@
+"""What each Ray Train worker does in a reward fit: the same rows and seeds, its own slice of every batch, one checkpoint from rank 0.
+
+    snapshot -> token rows -> fit_reward_models (DDP, this rank's shard) -> rank 0: METHOD/ (Hugging Face folders), report.json
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from actors.snapshot_rows import load_rows
+from causalrm_ray.checkpoint import write_json
+from causalrm_ray.config import RewardConfig
+from causalrm_ray.data.collate import TokenRows
+from causalrm_ray.estimators.fit import FitSettings, Shard, unwrap
+from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
+from causalrm_ray.models.reward_model import SequenceScorer
+from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.types import NoiseRates
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True, eq=False)
+class FitOrder:
+    """All that a worker needs to know.
+
+    Paths must be readable from every worker. `start` is the model that fits begin from: the backbone, or the serving model for a
+    warm fit; `serving` (with `serving_version`) is measured on the same held-out rows. `propensity` [N], `clean_labels` [N] or none.
+    """
+
+    snapshot: Path
+    backbone: str
+    start: str
+    serving: str | None
+    serving_version: int
+    propensity: np.ndarray
+    clean_labels: np.ndarray | None
+    methods: Sequence[str]
+    config: RewardConfig
+    max_length: int
+    seed: int
+
+
+def work(loop: dict[str, FitOrder]) -> None:
+    """Train function of TorchTrainer: fit as `loop["order"]` says; rank 0 reports the models and their figures as a checkpoint."""
+    torch.set_num_threads(1)  # sums in one order, and no workers fighting for a core
+    order = loop["order"]
+    tokenizer = load_tokenizer(order.backbone)
+    fits = _fit(order, tokenizer)
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report({})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for method, fitted in fits.fits.items():
+            _scorer(fitted.module).save_pretrained(Path(folder) / method, tokenizer)
+        write_json(Path(folder) / REPORT, describe(fits, order))
+        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def describe(fits: RewardFits, order: FitOrder) -> dict[str, Any]:
+    """Figures of a fit as JSON; the same fit gives the same figures."""
+    methods = {
+        name: {"heldout_risk": fitted.heldout_risk, "best_epoch": fitted.report.best.number, "epochs": [asdict(e) for e in fitted.report.epochs]}
+        for name, fitted in fits.fits.items()
+    }
+    return {
+        "methods": methods,
+        "rates": asdict(fits.rates),
+        "noise": None if fits.noise is None else asdict(fits.noise),
+        "heldout_rows": len(fits.heldout),
+        "serving_risk": fits.serving_risk,
+        "serving_version": order.serving_version,
+    }
+
+
+def _fit(order: FitOrder, tokenizer: PreTrainedTokenizerBase) -> RewardFits:
+    context = ray.train.get_context()
+    log = load_rows(order.snapshot, tokenizer, order.max_length)
+    config = order.config
+    return fit_reward_models(
+        lambda: ray.train.torch.prepare_model(SequenceScorer.from_pretrained(order.start)),
+        TokenRows(log.token_rows, tokenizer.pad_token_id),
+        log.observations,
+        torch.from_numpy(order.propensity),
+        order.methods,
+        FitSettings(config.epochs, config.lr, config.batch_size),
+        loss=config.loss,
+        rates=None if config.rho is None else NoiseRates(*config.rho),
+        clean_labels=None if order.clean_labels is None else torch.from_numpy(order.clean_labels),
+        serving=None if order.serving is None else SequenceScorer.from_pretrained(order.serving).to(ray.train.torch.get_device()),
+        shard=Shard(context.get_world_rank(), context.get_world_size()),
+        seed=order.seed,
+    )
+
+
+def _scorer(module: nn.Module) -> SequenceScorer:
+    scorer = unwrap(module)
+    assert isinstance(scorer, SequenceScorer)
+    return scorer

@@ -1,0 +1,130 @@
+"""Our transport as a backend of vLLM's weight-transfer interface: tensors arrive as a Python object, not over NCCL.
+
+    start_weight_update   layers go back to the form they are loaded in
+    update_weights        the model's own load_weights fuses and pads; each layer is summed before its kernel packs it
+    finish_weight_update  layers are put back, the output head is packed again, and the sum is compared with the sender's
+
+Imports vllm at the top: only an engine process may import this module. The interface changes between vLLM versions
+(0.27-0.29, 0.32), so all use of it is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm import LLMEngine
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.weight_sync import DTYPES, Weights, checksum, unpack
+
+BACKEND = "causalrm_object"
+
+
+@dataclass
+class ObjectInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class ObjectUpdateInfo(WeightTransferUpdateInfo):
+    """One whole policy version."""
+
+    weights: Weights
+
+
+class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo]):
+    """Loads `Weights` into a vLLM model and proves that they arrived."""
+
+    init_info_cls = ObjectInitInfo
+    update_info_cls = ObjectUpdateInfo
+
+    def init_transfer_engine(self, init_info: ObjectInitInfo) -> None:
+        """Nothing to connect to."""
+
+    def start_weight_update(self) -> None:
+        """Put the layers back into the form they are loaded in, and watch what each of them gets."""
+        initialize_layerwise_reload(self.model)
+        self._received: dict[nn.Module, int] = {}
+        self._expected = 0
+        for layer in self.model.modules():
+            if isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase):
+                self._sum_before_packing(layer)
+
+    def update_weights(self, update_info: dict) -> None:
+        """Load one version. Overrides the base class, whose accelerator synchronisation fails without an accelerator."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: ObjectUpdateInfo) -> None:
+        """Refuse another precision than the model's (a cast would make the sums incomparable), then load."""
+        for entry in update_info.weights.index:
+            if DTYPES[entry.dtype] != self.model_config.dtype:
+                raise ValueError(f"dtype of {entry.name} must be the engine's {self.model_config.dtype}, got {entry.dtype}")
+        self._expected = update_info.weights.checksum
+        self.model.load_weights(unpack(update_info.weights))
+
+    def finish_weight_update(self) -> None:
+        """Put the layers back, pack the output head again, and compare sums.
+
+        Raises ValueError on a difference: weights were lost, or the model transforms them as it loads, and then nothing
+        can be said about them.
+        """
+        finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self.model.modules():
+            if not isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase):
+                continue
+            vars(layer.quant_method).pop("process_weights_after_loading", None)
+            if self.device.type == "cpu" and isinstance(layer, ParallelLMHead):
+                # a head tied to the embedding is not loaded by itself, so its packed copy would stay the old one
+                layer.quant_method.process_weights_after_loading(layer)
+        found = (sum(self._received.values()) + checksum(self._unpacked_parameters())) % (1 << 64)
+        self._received = {}
+        if found != self._expected:
+            raise ValueError(f"vLLM's parameters must sum to the sender's {self._expected:#018x}, got {found:#018x}")
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+    def _sum_before_packing(self, layer: nn.Module) -> None:
+        # CPU kernels keep a packed copy and empty the parameter, so the sum is taken on what they are about to pack
+        pack_layer: Callable[[nn.Module], None] = layer.quant_method.process_weights_after_loading
+
+        def sum_and_pack(target: nn.Module) -> None:
+            self._received[target] = checksum(target.parameters(recurse=False))
+            pack_layer(target)
+
+        layer.quant_method.process_weights_after_loading = sum_and_pack
+
+    def _unpacked_parameters(self) -> Iterator[torch.Tensor]:
+        seen = {id(parameter) for layer in self._received for parameter in layer.parameters(recurse=False)}
+        for layer in self.model.modules():
+            for parameter in layer.parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+
+def register() -> None:
+    """Make `WeightTransferConfig(backend=BACKEND)` known to vLLM, once per process."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, ObjectTransferEngine)
+
+
+def sync_phases(engine: LLMEngine, weights: Weights) -> list[tuple[str, Callable[[], object]]]:
+    """The steps of one weight sync, in order. The prefix cache belongs to the old weights, so requests in flight redo theirs."""
+    rpc = engine.collective_rpc
+    return [
+        ("start", lambda: rpc("start_weight_update")),
+        ("receive", lambda: rpc("update_weights", args=({"weights": weights},))),
+        ("finish", lambda: rpc("finish_weight_update")),
+        ("reset_prefix_cache", lambda: engine.reset_prefix_cache(reset_running_requests=True)),
+        ("set_version", lambda: engine.set_weight_version(str(weights.version))),
+    ]

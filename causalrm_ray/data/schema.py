@@ -1,0 +1,184 @@
+"""The feedback log's tables, and the rules a record must meet to become a row of one.
+
+    impressions   one row per response shown            key: the impression's id
+    events        one row per thing a user did about it key: the event's id; its impression may be missing still
+    log_state     one row: the position of the newest row, and how many repeated deliveries were ignored
+
+`seq` is one counter over both tables, given out while the writer holds the row of `log_state`: a row with a lower `seq` was
+committed no later, so that "everything up to position p" never changes again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
+
+from causalrm_ray.types import FeedbackEvent, Impression
+
+RETRACT = "retract"  # the signal of an event that withdraws another
+LABEL_SIGNALS: Mapping[str, int] = MappingProxyType({"liked": 1, "disliked": 0})  # stand for a bare label in an imported log
+MAX_ID_CHARS = 255
+
+# Ids are compared byte by byte on every database: a language's collation would change the order of ties.
+Identifier = (
+    String(MAX_ID_CHARS)
+    .with_variant(String(MAX_ID_CHARS, collation="C"), "postgresql")
+    .with_variant(String(MAX_ID_CHARS, collation="utf8mb4_bin"), "mysql", "mariadb")
+)
+
+metadata = MetaData()
+
+impression_table = Table(
+    "impressions",
+    metadata,
+    Column("id", Identifier, primary_key=True),
+    Column("seq", BigInteger, nullable=False, unique=True),
+    Column("prompt", Text, nullable=False),
+    Column("response", Text, nullable=False),
+    Column("policy_version", BigInteger, nullable=False),
+    Column("time", Double, nullable=False),
+    Column("user", Text),
+    Column("context", Text, nullable=False),
+)
+
+event_table = Table(
+    "events",
+    metadata,
+    Column("id", Identifier, primary_key=True),
+    Column("seq", BigInteger, nullable=False, unique=True),
+    Column("impression_id", Identifier, nullable=False),
+    Column("signal", Identifier, nullable=False),
+    Column("value", Double, nullable=False),
+    Column("time", Double, nullable=False),
+    Column("retracts", Identifier),
+)
+Index("events_by_impression", event_table.c.impression_id, event_table.c.time, event_table.c.id)
+_withdraws = event_table.c.retracts.is_not(None)
+Index("events_by_retracts", event_table.c.retracts, sqlite_where=_withdraws, postgresql_where=_withdraws)
+
+state_table = Table(
+    "log_state",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("position", BigInteger, nullable=False),
+    Column("redelivered", BigInteger, nullable=False),
+)
+
+
+class RecordError(ValueError):
+    """A record that cannot be logged: names the field, the rule and the value."""
+
+
+def check_signals(signals: Mapping[str, int]) -> dict[str, int]:
+    """The mapping of signals to labels, joined with LABEL_SIGNALS. Raises ValueError on a label other than 0 and 1."""
+    for signal, label in signals.items():
+        _check_id("signal", signal)
+        if signal == RETRACT:
+            raise ValueError(f"signals must not map {RETRACT!r}: it withdraws an event and has no label")
+        if label not in (0, 1):
+            raise ValueError(f"signals[{signal!r}] must be 0 or 1, got {label!r}")
+        if LABEL_SIGNALS.get(signal, label) != label:
+            raise ValueError(f"signals[{signal!r}] must be {LABEL_SIGNALS[signal]}, its fixed meaning, got {label!r}")
+    return {**LABEL_SIGNALS, **{signal: int(label) for signal, label in signals.items()}}
+
+
+def impression_row(impression: Impression) -> dict[str, Any]:
+    """The columns of one impression, without `seq`; raises RecordError."""
+    _check_id("impression id", impression.id)
+    thing = f"impression {impression.id!r}"
+    _check_text(f"{thing}: prompt", impression.prompt)
+    _check_text(f"{thing}: response", impression.response)
+    if impression.user is not None:
+        _check_text(f"{thing}: user", impression.user)
+    return {
+        "id": impression.id,
+        "prompt": impression.prompt,
+        "response": impression.response,
+        "policy_version": _version(f"{thing}: policy_version", impression.policy_version),
+        "time": _time(f"{thing}: time", impression.time),
+        "user": impression.user,
+        "context": _context(f"{thing}: context", impression.context),
+    }
+
+
+def event_row(event: FeedbackEvent, signals: Mapping[str, int]) -> dict[str, Any]:
+    """The columns of one event, without `seq`; raises RecordError. `signals` are those that are known."""
+    _check_id("event id", event.id)
+    thing = f"event {event.id!r}"
+    _check_id(f"{thing}: impression_id", event.impression_id)
+    if event.retracts is None:
+        if event.signal not in signals:
+            raise RecordError(f"{thing}: signal must be one of {sorted(signals)}, got {event.signal!r}")
+    else:
+        _check_id(f"{thing}: retracts", event.retracts)
+        if event.signal != RETRACT:
+            raise RecordError(f"{thing}: signal must be {RETRACT!r} where retracts is given, got {event.signal!r}")
+        if event.retracts == event.id:
+            raise RecordError(f"{thing}: retracts must name another event, got its own id")
+    return {
+        "id": event.id,
+        "impression_id": event.impression_id,
+        "signal": event.signal,
+        "value": _finite(f"{thing}: value", event.value),
+        "time": _time(f"{thing}: time", event.time),
+        "retracts": event.retracts,
+    }
+
+
+def _check_text(thing: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RecordError(f"{thing} must be text, got {value!r:.80}")
+    if not value or value.isspace():
+        raise RecordError(f"{thing} must not be empty, got {value!r:.80}")
+    _check_storable(thing, value)
+
+
+def _check_storable(thing: str, value: str) -> None:
+    if "\x00" in value:
+        raise RecordError(f"{thing} must not hold a NUL character, got {value!r:.80}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{thing} must be valid Unicode, got {value!r:.80}") from error
+
+
+def _check_id(thing: str, value: str) -> None:
+    _check_text(thing, value)
+    if len(value) > MAX_ID_CHARS:
+        raise RecordError(f"{thing} must have at most {MAX_ID_CHARS} characters, got {len(value)}")
+
+
+def _finite(thing: str, value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RecordError(f"{thing} must be a finite number, got {value!r:.80}")
+    return number
+
+
+def _time(thing: str, value: Any) -> float:
+    seconds = _finite(thing, value)
+    if seconds < 0:
+        raise RecordError(f"{thing} must be at least 0 seconds, got {value!r:.80}")
+    return seconds
+
+
+def _version(thing: str, value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise RecordError(f"{thing} must be a whole number in [0, 2^63), got {value!r:.80}")
+    return int(value)
+
+
+def _context(thing: str, value: Any) -> str:
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for item in value.items() for part in item):
+        raise RecordError(f"{thing} must map text to text, got {value!r:.80}")
+    text = json.dumps(dict(value), sort_keys=True, ensure_ascii=False)
+    _check_storable(thing, text)
+    return text

@@ -1,0 +1,136 @@
+"""Snapshots of the feedback log: one row per impression, as Arrow in memory and Parquet on disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+SNAPSHOT_SCHEMA = pa.schema(
+    [
+        pa.field("impression_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("observed", pa.int8(), nullable=False),
+        pa.field("label", pa.int8()),
+        pa.field("signal", pa.string()),
+        pa.field("policy_version", pa.int64(), nullable=False),
+        pa.field("time", pa.float64(), nullable=False),
+        pa.field("user", pa.string()),
+        pa.field("context", pa.string(), nullable=False),
+    ]
+)
+
+
+class SnapshotError(ValueError):
+    """A snapshot that cannot be used: names the column, the rule and the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogSummary:
+    """What a snapshot holds: `rows` impressions, `observed` of them with feedback, `positive` of those liked."""
+
+    rows: int
+    observed: int
+    positive: int
+    warnings: tuple[str, ...] = ()
+
+
+def write_snapshot(dataset: Dataset, path: str | Path) -> None:
+    """Write a snapshot as Parquet: readers see the old file or the whole new one. Raises SnapshotError as read_snapshot does."""
+    path = Path(path)
+    table = _checked(_arrow(dataset), "the snapshot")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            pq.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_snapshot(path: str | Path) -> Dataset:
+    """A snapshot from Parquet.
+
+    Raises SnapshotError if the file is unreadable, a column is missing, unknown or of another type, an id is empty or repeated, a
+    text is empty, a time is not finite, or `label` and `signal` are not given exactly where `observed` is 1.
+    """
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise SnapshotError(f"snapshot {path} must be a readable Parquet file: {error}") from error
+    return Dataset(_checked(table, f"snapshot {path}"))
+
+
+def check_log(dataset: Dataset) -> LogSummary:
+    """Raise SnapshotError unless a reward model can be fitted on this snapshot: some rows, some feedback, both labels.
+
+    Feedback on every row is allowed: the propensity is then 1, there is no selection to correct, and a warning says so.
+    """
+    rows = len(dataset)
+    if rows == 0:
+        raise SnapshotError("the feedback log must hold impressions, got 0 rows")
+    columns = _arrow(dataset.select_columns(["observed", "label"]))
+    observed = int(columns["observed"].to_numpy().sum())
+    positive = int(columns["label"].fill_null(0).to_numpy().sum())
+    if observed == 0:
+        raise SnapshotError(f"the feedback log must hold feedback, got 0 observed of {rows} rows")
+    if positive in (0, observed):
+        raise SnapshotError(
+            f"feedback must hold both labels, got {positive} of label 1 and {observed - positive} of label 0"
+            f" in {observed} observed of {rows} rows"
+        )
+    full = f"all {rows} rows are observed: the propensity is 1 and there is no selection to correct"
+    return LogSummary(rows, observed, positive, (full,) if observed == rows else ())
+
+
+def _arrow(dataset: Dataset) -> pa.Table:
+    table: Any = dataset.with_format("arrow")[:]  # unlike dataset.data, this follows a selection of rows
+    return table
+
+
+def _checked(table: pa.Table, name: str) -> pa.Table:
+    """The table under SNAPSHOT_SCHEMA, or a SnapshotError."""
+    for field in SNAPSHOT_SCHEMA:
+        if field.name not in table.column_names:
+            raise SnapshotError(f"{name} must have the column {field.name!r}, got {table.column_names}")
+        if table.schema.field(field.name).type != field.type:
+            raise SnapshotError(f"{name}: {field.name} must be {field.type}, got {table.schema.field(field.name).type}")
+        nulls = table[field.name].null_count
+        if nulls and not field.nullable:
+            raise SnapshotError(f"{name}: {field.name} must be given in every row, got {nulls} nulls")
+    unknown = sorted(set(table.column_names) - set(SNAPSHOT_SCHEMA.names))
+    if unknown:
+        raise SnapshotError(f"{name} must have only the columns {SNAPSHOT_SCHEMA.names}, got also {unknown}")
+    _check_values(table, name)
+    return table.select(SNAPSHOT_SCHEMA.names).cast(SNAPSHOT_SCHEMA)
+
+
+def _check_values(table: pa.Table, name: str) -> None:
+    observed, time = table["observed"].to_numpy(), table["time"].to_numpy()
+    label = table["label"].fill_null(0).to_numpy()
+    rules = [
+        ("observed", "be 0 or 1", (observed == 0) | (observed == 1)),
+        ("label", "be given exactly where observed is 1", table["label"].is_valid().to_numpy() == observed),
+        ("label", "be 0 or 1", (label == 0) | (label == 1)),
+        ("signal", "be given exactly where observed is 1", table["signal"].is_valid().to_numpy() == observed),
+        ("time", "be finite and at least 0", np.isfinite(time) & (time >= 0)),
+        *((text, "not be empty", table[text].to_numpy() != "") for text in ("impression_id", "prompt", "response")),
+    ]
+    for column, rule, holds in rules:
+        if not holds.all():
+            row = int(np.argmin(holds))
+            got = {other: table[other][row].as_py() for other in dict.fromkeys((column, "observed"))}
+            raise SnapshotError(f"{name}: {column} must {rule}, got {got} in row {row}")
+    ids = len(set(table["impression_id"].to_pylist()))
+    if ids != table.num_rows:
+        raise SnapshotError(f"{name}: impression_id must not repeat, got {ids} different ids in {table.num_rows} rows")

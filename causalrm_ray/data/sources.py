@@ -1,0 +1,150 @@
+"""Numbered rows of a log kept elsewhere: a JSONL or Parquet file, a folder of them, a `datasets` folder or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_ROWS_PER_BATCH = 1_000
+
+
+class SourceError(ValueError):
+    """A source that cannot be read, or holds nothing of use: names the source, the rule and what was found."""
+
+
+class RowError(ValueError):
+    """A row that breaks a rule: names the field, the rule and the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it came: `where` is the file or source, `number` its row there from 1 (in JSONL: its line).
+
+    `fields` is None where the row could not be parsed, and `fault` says why. `text` is the whole row for a person to read.
+    """
+
+    where: str
+    number: int
+    text: str
+    fields: Mapping[str, Any] | None
+    fault: str = ""
+
+
+def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
+    """Every row of `source`; blank lines of JSONL are none.
+
+    A folder is one that `Dataset.save_to_disk` wrote, or holds JSONL and Parquet files (read in the order of their names), or
+    else goes to `datasets.load_dataset`, as does a name that is no path: a hub id. `split` matters for `datasets` only.
+    Raises SourceError where the source is missing or unreadable as a whole.
+    """
+    path = Path(source)
+    if path.is_file():
+        yield from _file_rows(path)
+    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from _dataset_rows(source, split, saved=True)
+    elif files := sorted(file for file in path.rglob("*") if file.suffix in (*JSONL_SUFFIXES, ".parquet")):
+        for file in files:
+            yield from _file_rows(file)
+    else:
+        yield from _dataset_rows(source, split, saved=False)
+
+
+def read_prompts(source: str) -> list[str]:
+    """The `prompt` column of a source, in order. Raises SourceError that lists the faulty rows by number, or on no rows."""
+    prompts, faults = [], []
+    for row in read_rows(source):
+        try:
+            prompts.append(prompt_text(row))
+        except RowError as error:
+            faults.append(f"{row.where} row {row.number}: {error}")
+    if faults:
+        raise SourceError(f"every row of {source} must hold a prompt, got {len(faults)} faulty rows:\n" + "\n".join(faults[:10]))
+    if not prompts:
+        raise SourceError(f"{source} must hold prompts, got 0 rows")
+    return prompts
+
+
+def prompt_text(row: RawRow) -> str:
+    """The prompt of a row: a text, or the last user turn of a list of chat messages. Raises RowError.
+
+    Only the last user turn is kept because a prompt is one user turn throughout (models/text.py formats it as such).
+    """
+    prompt = row_fields(row).get("prompt")
+    if isinstance(prompt, list):
+        turns = [turn for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        if not turns:
+            raise RowError(f"prompt must hold a user's turn, got {prompt!r:.80}")
+        prompt = turns[-1].get("content")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise RowError(f"prompt must be a text that is not empty, got {prompt!r:.80}")
+    return prompt
+
+
+def row_fields(row: RawRow) -> Mapping[str, Any]:
+    """The fields of a row; raises RowError if it could not be parsed."""
+    if row.fields is None:
+        raise RowError(row.fault)
+    return row.fields
+
+
+def _file_rows(path: Path) -> Iterator[RawRow]:
+    if path.suffix in JSONL_SUFFIXES:
+        return _jsonl_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    raise SourceError(f"source {path} must end in one of {[*JSONL_SUFFIXES, '.parquet']}, got {path.suffix!r}")
+
+
+def _jsonl_rows(path: Path) -> Iterator[RawRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="backslashreplace").strip()
+            if text:
+                yield _json_row(str(path), number, line, text)
+
+
+def _json_row(where: str, number: int, line: bytes, text: str) -> RawRow:
+    try:
+        line.decode()
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        return RawRow(where, number, text, None, f"row must be JSON in UTF-8: {error}")
+    if not isinstance(fields, dict):
+        return RawRow(where, number, text, None, f"row must be a JSON object, got {text:.80}")
+    return RawRow(where, number, text, fields)
+
+
+def _parquet_rows(path: Path) -> Iterator[RawRow]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _numbered(str(path), file.iter_batches(_ROWS_PER_BATCH))
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"source {path} must be a readable Parquet file: {error}") from error
+
+
+def _dataset_rows(source: str, split: str, saved: bool) -> Iterator[RawRow]:
+    try:
+        dataset = load_from_disk(source) if saved else load_dataset(source, split=split)
+        if not isinstance(dataset, Dataset):
+            dataset = dataset[split]
+    except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
+        raise SourceError(
+            f"source {source} must be a JSONL or Parquet file, a folder of them, a `datasets` folder or a hub id with the split"
+            f" {split!r}: {type(error).__name__}: {error}"
+        ) from error
+    yield from _numbered(source, dataset.with_format("arrow").iter(_ROWS_PER_BATCH))
+
+
+def _numbered(where: str, batches: Iterator[pa.RecordBatch | pa.Table]) -> Iterator[RawRow]:
+    rows = (fields for batch in batches for fields in batch.to_pylist())
+    for number, fields in enumerate(rows, 1):
+        yield RawRow(where, number, json.dumps(fields, default=str, ensure_ascii=False), fields)

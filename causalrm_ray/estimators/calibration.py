@@ -1,0 +1,56 @@
+"""Calibration: a monotone map from raw probabilities to honest ones, and its cross-fitted use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.isotonic import IsotonicRegression
+from torch import Tensor
+
+from causalrm_ray.checks import check_both_classes, check_same_length, check_unit_interval
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A non-decreasing piecewise linear map of [0, 1] through (x[k], y[k]), flat outside. `dataclasses.asdict` gives its JSON."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def __call__(self, prob: Tensor) -> Tensor:
+        """Calibrated probabilities [N] of raw ones [N]."""
+        check_unit_interval("prob", prob)
+        return torch.from_numpy(np.interp(prob.numpy(), self.x, self.y)).to(prob.dtype)
+
+
+def fit_calibration(prob: Tensor, label: Tensor, weight: Tensor | None = None) -> Calibration:
+    """Isotonic regression of `label` [N] in {0, 1} on `prob` [N] in [0, 1] (Zadrozny and Elkan 2002); `weight` [N] > 0."""
+    check_same_length(prob=prob, label=label)
+    check_unit_interval("prob", prob)
+    check_both_classes("label", label)
+    model = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
+    model.fit(prob.tolist(), label.tolist(), None if weight is None else weight.tolist())
+    return Calibration(tuple(model.X_thresholds_.tolist()), tuple(model.y_thresholds_.tolist()))
+
+
+def fold_of(rows: int, folds: int, seed: int) -> Tensor:
+    """Fold number in 0..folds-1 of each of `rows` rows: equally many each, at random."""
+    if not 2 <= folds <= rows:
+        raise ValueError(f"folds must be in 2..{rows} (the rows), got {folds}")
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)) % folds
+
+
+def cross_calibrate(prob: Tensor, label: Tensor, seen: Tensor, folds: int, seed: int, weight: Tensor | None = None) -> Tensor:
+    """Calibrated probabilities [N], each by a map that did not see its row, so that their calibration error is honest.
+
+    Maps are fitted on the rows where `seen` [N] is true; `label` [N] is read only there. `prob` should be out-of-fold itself.
+    """
+    fold = fold_of(len(prob), folds, seed)
+    calibrated = torch.empty_like(prob)
+    for number in range(folds):
+        others = seen & (fold != number)
+        calibration = fit_calibration(prob[others], label[others], None if weight is None else weight[others])
+        calibrated[fold == number] = calibration(prob[fold == number])
+    return calibrated

@@ -1,0 +1,208 @@
+"""The one training loop of every scorer: AdamW, early stopping, the best epoch restored, over one process or many.
+
+epoch:  seeded permutation -> global batches -> this rank's slice -> risk -> step      (gradients averaged by DDP)
+        validation risk over all ranks -> the same stop decision on each of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Risk = Callable[[Tensor, Tensor], Tensor]  # (logit [B], row numbers [B]) -> per-row risk [B]
+
+
+class Inputs(Protocol):
+    """What a scorer reads: N rows, of which any B make a batch (see data.collate)."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A mean of per-row risks: `rows` [M] are row numbers in the whole log, `risk` maps their logits to risks."""
+
+    rows: Tensor
+    risk: Risk
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to train.
+
+    `epochs` >= 1 passes at most; `lr` > 0; `batch_size` >= 1 rows per step over all ranks; stop after `patience` >= 1 epochs
+    without a lower validation risk. `epoch_rows` >= 1 caps a pass: of more rows, each epoch takes that many at random.
+    """
+
+    epochs: int
+    lr: float
+    batch_size: int
+    patience: int = 2
+    weight_decay: float = 0.01
+    seed: int = 0
+    epoch_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.epoch_rows is not None and self.epoch_rows < 1:
+            raise ValueError(f"epoch_rows must be at least 1, got {self.epoch_rows}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's part of the work. Above one process, torch.distributed is up and the caller wraps the module in DDP."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def take(self, index: Tensor) -> Tensor:
+        """This rank's slice of a global list of rows."""
+        return index[self.rank :: self.world_size]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` added up over the ranks."""
+        if self.world_size == 1:
+            return value
+        total = value.cuda() if dist.get_backend() == "nccl" else value
+        dist.all_reduce(total)
+        return total.cpu()
+
+
+SINGLE = Shard()
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Mean risks of one pass; `number` counts from 1."""
+
+    number: int
+    train_risk: float
+    validation_risk: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """All epochs that ran, and the one whose weights were kept."""
+
+    epochs: tuple[Epoch, ...]
+    best: Epoch
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The scorer inside a DistributedDataParallel wrapper, or the scorer itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def fit(
+    module: nn.Module,
+    inputs: Inputs,
+    train: Objective,
+    validation: Objective,
+    settings: FitSettings,
+    shard: Shard = SINGLE,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> FitReport:
+    """Train `module` in place on `train`, and leave it with the weights of the epoch of lowest `validation` risk.
+
+    Gradients do not depend on the number of ranks: each takes index[rank::world_size] of a global batch of B rows and
+    minimises world_size / B * sum of its risks, which DDP averages. The same seed and ranks give the same weights.
+    Raises ValueError for an empty objective, FloatingPointError that names the epoch for a risk that is not finite.
+    """
+    for name, objective in (("train", train), ("validation", validation)):
+        if len(objective.rows) == 0:
+            raise ValueError(f"{name} must hold at least one row, got none")
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    order = torch.Generator().manual_seed(settings.seed)
+    epochs: list[Epoch] = []
+    best_state: dict[str, Tensor] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed + shard.rank)  # dropout: its own on every rank
+        for number in range(1, settings.epochs + 1):
+            train_risk = _train_epoch(module, inputs, train, settings, optimizer, order, shard)
+            epoch = Epoch(number, train_risk, mean_risk(module, inputs, validation, shard=shard))
+            if not torch.isfinite(torch.tensor([epoch.train_risk, epoch.validation_risk])).all():
+                raise FloatingPointError(f"risk must be finite, got {epoch}")
+            epochs.append(epoch)
+            if on_epoch is not None:
+                on_epoch(epoch)
+            best = min(epochs, key=lambda past: past.validation_risk)
+            if best is epoch:
+                best_state = {name: value.detach().clone() for name, value in unwrap(module).state_dict().items()}
+            elif number - best.number >= settings.patience:
+                break
+    unwrap(module).load_state_dict(best_state)
+    return FitReport(tuple(epochs), min(epochs, key=lambda past: past.validation_risk))
+
+
+def _train_epoch(
+    module: nn.Module,
+    inputs: Inputs,
+    objective: Objective,
+    settings: FitSettings,
+    optimizer: torch.optim.Optimizer,
+    order: torch.Generator,
+    shard: Shard,
+) -> float:
+    module.train()
+    total = torch.zeros((), dtype=torch.float64)
+    rows = objective.rows[torch.randperm(len(objective.rows), generator=order)[: settings.epoch_rows]]
+    for batch in rows.split(settings.batch_size):
+        index, share = shard.take(batch), shard.world_size / len(batch)
+        if len(index) == 0:  # the last batch is shorter than the ranks are many; DDP still needs this one's backward
+            index, share = batch[:1], 0.0
+        risk = objective.risk(_forward(module, inputs, index), index).sum()
+        optimizer.zero_grad(set_to_none=True)
+        (share * risk).backward()
+        optimizer.step()
+        total += risk.detach().double() * (share > 0)
+    return float(shard.sum(total)) / len(rows)
+
+
+def mean_risk(module: nn.Module, inputs: Inputs, objective: Objective, batch_size: int = 512, shard: Shard = SINGLE) -> float:
+    """Mean of `objective` over its rows, in evaluation mode; each rank computes its slice and all get the whole."""
+    rows = shard.take(objective.rows)
+    logit = predict(module, inputs, rows, batch_size)
+    return float(shard.sum(objective.risk(logit, rows).double().sum())) / len(objective.rows)
+
+
+def predict(
+    module: nn.Module, inputs: Inputs, index: Tensor | None = None, batch_size: int = 512, shard: Shard = SINGLE
+) -> Tensor:
+    """Logits [M] of the rows `index` [M] (all rows where none are given), in evaluation mode and without gradients.
+
+    With more ranks than one, each computes its slice and all get every logit.
+    """
+    index = torch.arange(len(inputs)) if index is None else index
+    scorer = unwrap(module)  # DDP's forward would synchronise buffers, and ranks may make unequal numbers of calls
+    was_training = scorer.training
+    scorer.eval()
+    with torch.no_grad():
+        parts = [_forward(scorer, inputs, part) for part in shard.take(index).split(batch_size) if len(part)]
+    scorer.train(was_training)
+    if shard.world_size == 1:
+        return torch.cat(parts) if parts else torch.zeros(0)
+    logit = torch.zeros(len(index), dtype=torch.promote_types(next(scorer.parameters()).dtype, torch.float32))
+    if parts:
+        logit[shard.rank :: shard.world_size] = torch.cat(parts)
+    return shard.sum(logit)
+
+
+def _forward(module: nn.Module, inputs: Inputs, index: Tensor) -> Tensor:
+    device = next(module.parameters()).device
+    logit = module(**{name: value.to(device) for name, value in inputs.batch(index).items()})
+    if logit.shape != index.shape:
+        raise ValueError(f"a scorer must return one logit per row, got shape {tuple(logit.shape)} for {len(index)} rows")
+    return logit.to("cpu", torch.promote_types(logit.dtype, torch.float32))

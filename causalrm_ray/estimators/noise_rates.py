@@ -1,0 +1,95 @@
+"""Rates of the noise from the log alone, by anchors: rows so clearly liked or disliked that what contradicts is noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalrm_ray.checks import check_same_length, check_unit_interval
+from causalrm_ray.estimators.methods import Observations
+from causalrm_ray.types import NoiseRates
+
+MIN_ANCHORS = 10  # fewer labels than this say nothing of a rate
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """Estimated rates, a 95 % interval (low, high) for each, and the rows with feedback that each rests on."""
+
+    rates: NoiseRates
+    rho_01_interval: tuple[float, float]
+    rho_10_interval: tuple[float, float]
+    rho_01_anchors: int
+    rho_10_anchors: int
+
+
+def anchors(prob: Tensor, quantile: float = 0.03) -> NoiseRates:
+    """Rates as published: the extremes of a proxy of P(r = 1 | x) over all impressions.
+
+        rho_01 = 1 - Q_{1 - q}(prob),   rho_10 = Q_q(prob)
+
+    Right if some rows are surely liked and some surely disliked (weak separability) AND the proxy is calibrated there; a proxy
+    drawn to the middle makes both too big. `prob` [N] in [0, 1]; q = `quantile` in (0, 0.5). arXiv 2603.18736, section on
+    noise rates. Raises ValueError if the rates would sum to 1 or more.
+    """
+    _check_quantile(quantile)
+    check_unit_interval("prob", prob)
+    low, high = torch.quantile(prob.double(), torch.tensor([quantile, 1 - quantile], dtype=torch.float64)).tolist()
+    return _rates(1 - high, low)
+
+
+def estimate_noise_rates(
+    prob: Tensor, observations: Observations, quantile: float = 0.1, draws: int = 1000, seed: int = 0
+) -> NoiseEstimate:
+    """Rates from the feedback on anchor rows, with bootstrap intervals.
+
+        rho_01 = share of r = 0 among rows with feedback whose prob is in the top q of all impressions
+        rho_10 = share of r = 1 among rows with feedback whose prob is in the bottom q
+
+    The proxy only chooses the rows, so it must rank them, not be calibrated: unlike `anchors`, this is not inflated by a proxy
+    drawn to the middle. Both rates stay too big by the share of wrong rows among the anchors. `prob` [N] must be out of fold, or
+    its noise would choose the rows that flatter it. A resample of 0/1 labels is a binomial draw, so intervals cost little.
+    Raises ValueError if an end has fewer than MIN_ANCHORS rows with feedback, or if the rates sum to 1 or more.
+    """
+    _check_quantile(quantile)
+    check_unit_interval("prob", prob)
+    check_same_length(prob=prob, o=observations.o)
+    low, high = torch.quantile(prob.double(), torch.tensor([quantile, 1 - quantile], dtype=torch.float64))
+    generator = torch.Generator().manual_seed(seed)
+    liked = 1 - observations.r[(observations.o == 1) & (prob >= high)]
+    disliked = observations.r[(observations.o == 1) & (prob <= low)]
+    for end, labels in (("top", liked), ("bottom", disliked)):
+        if len(labels) < MIN_ANCHORS:
+            raise ValueError(f"anchors: the {end} {quantile:.0%} must hold {MIN_ANCHORS} rows with feedback, got {len(labels)}")
+    return NoiseEstimate(
+        rates=_rates(float(liked.double().mean()), float(disliked.double().mean())),
+        rho_01_interval=_interval(liked, draws, generator),
+        rho_10_interval=_interval(disliked, draws, generator),
+        rho_01_anchors=len(liked),
+        rho_10_anchors=len(disliked),
+    )
+
+
+def _interval(wrong: Tensor, draws: int, generator: torch.Generator) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean of 0/1 values; half a row is added on each side, so that 0 of n is not a certainty."""
+    count = len(wrong) + 1
+    share = (float(wrong.sum()) + 0.5) / count
+    sizes = torch.full((draws,), float(count), dtype=torch.float64)
+    means = torch.binomial(sizes, torch.full_like(sizes, share), generator=generator) / count
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _rates(rho_01: float, rho_10: float) -> NoiseRates:
+    if rho_01 + rho_10 >= 1:
+        raise ValueError(
+            f"estimated rho_01 + rho_10 must be below 1, got {rho_01:.4f} + {rho_10:.4f}: the proxy separates nothing"
+        )
+    return NoiseRates(rho_01, rho_10)
+
+
+def _check_quantile(quantile: float) -> None:
+    if not 0 < quantile < 0.5:
+        raise ValueError(f"quantile must be in (0, 0.5), got {quantile}")

@@ -1,0 +1,167 @@
+"""One fit of reward models from a log, as METHOD of arXiv 2603.18736 has it.
+
+split rows -> proxy of P(r = 1 | x) on O, out of fold -> rho_01, rho_10 -> imputation -> a module per method -> held-out risk
+                                                                                                (the serving model's too)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from causalrm_ray.checks import check_both_classes, check_propensity, check_same_length
+from causalrm_ray.estimators.calibration import cross_calibrate
+from causalrm_ray.estimators.fit import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, fit, mean_risk, unwrap
+from causalrm_ray.estimators.methods import METHODS, Nuisances, Observations, oracle_objective
+from causalrm_ray.estimators.noise_rates import NoiseEstimate, estimate_noise_rates
+from causalrm_ray.estimators.propensity import cross_fit_logits, seeded, split_rows
+from causalrm_ray.losses.noise import denoise
+from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
+from causalrm_ray.types import NoiseRates
+
+ORACLE = "oracle"
+HELD_OUT = 0.2  # share of rows that decide when to stop and whether to promote
+
+
+@dataclass(frozen=True, eq=False)
+class RewardFit:
+    """A trained module (in place, wrapped as it was made), how its training went, and its held-out observed risk."""
+
+    module: nn.Module
+    report: FitReport
+    heldout_risk: float
+
+
+@dataclass(frozen=True, eq=False)
+class RewardFits:
+    """All that one fit makes.
+
+    `fits` by method; `rates` used, and how they were estimated (`noise`, none where they were given); `proxy` [N], the
+    out-of-fold calibrated P(r = 1 | x), and `imputation` [N], the P(r* = 1 | x) that it implies (none where nothing needs them);
+    `heldout` row numbers and the risk of the serving model on them (none where none serves).
+    """
+
+    fits: dict[str, RewardFit]
+    rates: NoiseRates
+    noise: NoiseEstimate | None
+    proxy: Tensor | None
+    imputation: Tensor | None
+    heldout: Tensor
+    serving_risk: float | None
+
+
+def fit_reward_models(
+    make_module: Callable[[], nn.Module],
+    inputs: Inputs,
+    observations: Observations,
+    propensity: Tensor,
+    methods: Sequence[str],
+    settings: FitSettings,
+    loss: str = "bce",
+    rates: NoiseRates | None = None,
+    clean_labels: Tensor | None = None,
+    serving: nn.Module | None = None,
+    shard: Shard = SINGLE,
+    seed: int = 0,
+    on_epoch: Callable[[str, Epoch], None] | None = None,
+) -> RewardFits:
+    """Fit one module per name in `methods` on the observed feedback.
+
+    `make_module` returns a fresh scorer, wrapped for `shard`; `propensity` [N] in (0, 1] is calibrated and clipped; `loss` is a
+    key of LOSSES (methods that subtract losses use a bounded "bce"); `rates` skips their estimation. "oracle" among the methods
+    is fitted on `clean_labels` [N], which nothing else reads. Methods that impute start from the proxy's weights, which saves
+    them most of their epochs. `on_epoch(method, epoch)` follows the progress. The same seed and shard give the same modules.
+    Raises ValueError that names a method, a length, a class or a rate that does not fit.
+    """
+    _check(inputs, observations, propensity, methods, loss, clean_labels)
+    train, heldout = split_rows(torch.arange(len(inputs)), HELD_OUT, seed)
+    check_both_classes("r of the training rows with feedback", observations.r[train][observations.o[train] == 1])
+    check_both_classes("r of the held-out rows with feedback", observations.r[heldout][observations.o[heldout] == 1])
+    settings = replace(settings, seed=seed)
+    noise = proxy = imputation = start = None
+    if rates is None or any("imputation" in METHODS[name].needs for name in methods if name != ORACLE):
+        raw, start = _proxy(make_module, inputs, observations, propensity, heldout, settings, shard)
+        if rates is None:
+            noise = estimate_noise_rates(raw, observations, seed=seed)
+            rates = noise.rates
+        proxy = cross_calibrate(raw, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
+        imputation = denoise(proxy, rates)
+    nuisances = Nuisances(propensity, rates, imputation)
+    risk = heldout_objective(observations, nuisances, LOSSES[loss], heldout)
+    fits = {}
+    for name in methods:
+        module = seeded(make_module, seed)
+        if name != ORACLE and start is not None and "imputation" in METHODS[name].needs:
+            unwrap(module).load_state_dict(unwrap(start).state_dict())
+        objective = _objective(name, observations, nuisances, proxy, LOSSES[loss], clean_labels)
+        follow = None if on_epoch is None else partial(on_epoch, name)
+        report = fit(module, inputs, objective(train), objective(heldout), settings, shard, follow)
+        fits[name] = RewardFit(module, report, mean_risk(module, inputs, risk, shard=shard))
+    serving_risk = None if serving is None else mean_risk(serving, inputs, risk, shard=shard)
+    return RewardFits(fits, rates, noise, proxy, imputation, heldout, serving_risk)
+
+
+def heldout_objective(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
+    """The risk that a promotion gate compares: noise-corrected, self-normalised IPS over the rows with feedback among `rows`."""
+    method = METHODS["causalrm_snips"]
+    return method.build(observations, nuisances, method.pointwise(loss), rows)
+
+
+def _proxy(
+    make_module: Callable[[], nn.Module],
+    inputs: Inputs,
+    observations: Observations,
+    propensity: Tensor,
+    heldout: Tensor,
+    settings: FitSettings,
+    shard: Shard,
+) -> tuple[Tensor, nn.Module]:
+    """P(r = 1 | x) [N] out of fold, IPS-weighted, and one of its modules, which has seen no held-out row."""
+    nuisances = Nuisances(propensity)
+
+    def objective(rows: Tensor) -> Objective:
+        return METHODS["snips"].build(observations, nuisances, bce, rows)
+
+    logit, modules = cross_fit_logits(make_module, inputs, objective, heldout, settings, seed=settings.seed, shard=shard)
+    return torch.sigmoid(logit), modules[0]
+
+
+def _objective(
+    name: str,
+    observations: Observations,
+    nuisances: Nuisances,
+    proxy: Tensor | None,
+    loss: Loss,
+    clean_labels: Tensor | None,
+) -> Callable[[Tensor], Objective]:
+    """The objective of a method as a function of its rows."""
+    if name == ORACLE and clean_labels is not None:
+        return partial(oracle_objective, clean_labels, loss)
+    method = METHODS[name]
+    if "rates" not in method.needs:  # a method that takes feedback as true imputes feedback
+        nuisances = replace(nuisances, imputation=proxy)
+    return partial(method.build, observations, nuisances, method.pointwise(loss))
+
+
+def _check(
+    inputs: Inputs,
+    observations: Observations,
+    propensity: Tensor,
+    methods: Sequence[str],
+    loss: str,
+    clean_labels: Tensor | None,
+) -> None:
+    for name in methods:
+        if name not in METHODS and name != ORACLE:
+            raise ValueError(f"method must be one of {[*METHODS, ORACLE]}, got {name!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
+    if (ORACLE in methods) != (clean_labels is not None):
+        raise ValueError(f"clean_labels go with the method {ORACLE!r} and with no other, got methods {list(methods)}")
+    labels = torch.zeros(len(inputs)) if clean_labels is None else clean_labels
+    check_same_length(inputs=torch.empty(len(inputs)), o=observations.o, propensity=propensity, clean_labels=labels)
+    check_propensity("propensity", propensity)

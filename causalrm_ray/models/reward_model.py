@@ -1,0 +1,144 @@
+"""A language model with one linear head: token ids in, one logit out. The reward and propensity models are both of this kind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+GROUP = 64  # rows that share one pass through the backbone
+
+
+class SequenceScorer(nn.Module):
+    """Logit of a row of token ids: s(x) = w^T h_T(x), h_T the backbone's state [D] at the row's true last token.
+
+    Rows are found by their lengths, never by comparing ids with the padding id: where padding and end-of-sequence share an
+    id, a search for padding would take the token before the end. Right padding cannot change a logit under causal attention.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        head = getattr(model, "score", None)
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
+            raise ValueError(f"the model must have a linear head `score` with one output, got {type(model).__name__}")
+        self.model = model
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> SequenceScorer:
+        """The scorer in a folder or hub id, in float32: a saved one, or a causal model under a new head.
+
+        A new head is zero, so that every logit starts at 0 and a fit depends on no random draw here.
+        Raises ValueError for an architecture without a linear head `score` (encoders such as BERT).
+        """
+        with _quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                str(source), num_labels=1, dtype=torch.float32, output_loading_info=True
+            )
+        scorer = cls(model)
+        missing = set(loading["missing_keys"])
+        if foreign := missing - {"score.weight", "score.bias"}:
+            raise ValueError(f"the weights of {source} must cover the backbone, missing {sorted(foreign)[:3]}")
+        if missing:
+            nn.init.zeros_(scorer.head.weight)
+        return scorer
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear map [1, D] from a state to a logit."""
+        return cast(nn.Linear, self.model.score)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.model.device
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logit [B] of right-padded `input_ids` [B, T] with `lengths` [B] in 1..T.
+
+        Rows go through the backbone in groups of like length, each cut to its longest row: a third less work on ragged rows.
+        """
+        groups = lengths.argsort(stable=True).split(GROUP)
+        logit = torch.cat([self._logit(input_ids[rows, : int(lengths[rows].max())], lengths[rows]) for rows in groups])
+        return torch.empty_like(logit).index_copy(0, torch.cat(groups), logit)
+
+    def _logit(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        mask = (torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]).to(torch.long)
+        hidden = self.model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+        return self.head(last).squeeze(-1).float()
+
+    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a plain Hugging Face folder that AutoModelForSequenceClassification and AutoTokenizer load.
+
+        Stock code finds a row's end by comparing ids with `config.pad_token_id`. Rows end in the end-of-sequence token, so a
+        tokenizer that pads with that token is saved with another padding token (`padding_token`); the weights are as trained.
+        """
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = padding_token(tokenizer)
+        config = self.model.config
+        before = config.pad_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        try:
+            with _quiet_transformers():
+                self.model.save_pretrained(folder)
+        finally:
+            config.pad_token_id = before
+        tokenizer.save_pretrained(folder)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token of the vocabulary to pad with that ends no row: the padding token if it is not also the end, else a special one.
+
+    Raises ValueError where end-of-sequence is the only special token.
+    """
+    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special):
+        if token is not None and token != tokenizer.eos_token:
+            return token
+    raise ValueError(f"the tokenizer must have a special token besides its end-of-sequence {tokenizer.eos_token!r} to pad with")
+
+
+@torch.inference_mode()
+def score_rows(scorer: SequenceScorer, rows: Sequence[Sequence[int]], batch_size: int = 128) -> Tensor:
+    """Logit [N] (float32, on the CPU) of each row of token ids, without dropout.
+
+    Rows are batched in order of length and content, so that the same set of rows gives the same bits in whatever order it
+    comes; another set of companions in a batch may change a logit by about 1e-7. Raises ValueError for an empty row.
+    """
+    empty = [number for number, row in enumerate(rows) if len(row) == 0]
+    if empty:
+        raise ValueError(f"every row must hold at least one token, got none in row {empty[0]}")
+    order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), tuple(rows[number])))
+    logits = torch.empty(len(rows), dtype=torch.float32)
+    training = scorer.training
+    scorer.eval()
+    for start in range(0, len(rows), batch_size):
+        index = order[start : start + batch_size]
+        batch = [torch.tensor(rows[number], dtype=torch.long) for number in index]
+        lengths = torch.tensor([len(row) for row in batch])
+        input_ids = pad_sequence(batch, batch_first=True).to(scorer.device)
+        logits[index] = scorer(input_ids, lengths.to(scorer.device)).cpu()
+    scorer.train(training)
+    return logits
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no report that a new head is missing from a checkpoint, which is how every scorer starts."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,153 @@
+"""Simulated users with known truth: who likes an answer, who says so, and what reaches the log.
+
+    score, style -> r* (liked or not) -> o (says so or not) -> r (r* with slips) -> signal
+
+Everything a user does is a pure function of (seed, impression id, prompt, response): no state, no clock, no order of calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from causalrm_ray.config import WorldConfig
+from causalrm_ray.types import FeedbackEvent, Impression
+from causalrm_ray.world.grammar import STYLES, Style, parse
+from causalrm_ray.world.oracle import NUM_LEVELS, SCORES, is_good, starting_shares
+
+SIGNALS = (("downvote", "regenerate"), ("upvote", "copy"))  # of a bad and of a good label
+VOTE_SHARE = 0.6  # of events that are votes; the rest are the second signal
+LONGEST_DELAY_S = 60.0
+STRONG_FEELING = 5.0  # how much likelier a user with strong feelings is to vote than one without
+LIKING_SLOPE = 1.0  # nats per score level
+LIKING_CENTRE = 2.0  # the score that half of the users like
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of user: `liking(score)` = P(r*=1 | x); `weight(liked, score, style, alpha)` is proportional to P(o=1 | x, r*)."""
+
+    liking: Callable[[int], float]
+    weight: Callable[[int, int, Style, float], float]
+
+
+def _by_median(score: int) -> float:
+    return float(is_good(score))
+
+
+def _by_logistic(score: int) -> float:
+    return 1.0 / (1.0 + math.exp(-LIKING_SLOPE * (score - LIKING_CENTRE)))
+
+
+def _by_score(liked: int, score: int, style: Style, alpha: float) -> float:
+    return alpha ** (NUM_LEVELS - 1 - score)
+
+
+def _by_feeling(liked: int, score: int, style: Style, alpha: float) -> float:
+    return STRONG_FEELING if bool(liked) == (style == "flashy") else 1.0
+
+
+def _never(liked: int, score: int, style: Style, alpha: float) -> float:
+    return 0.0
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "protocol": Kind(_by_median, _by_score),
+        "strong_feelings": Kind(_by_logistic, _by_feeling),
+        "none": Kind(_by_median, _never),
+    }
+)
+
+
+class SimulatedUsers:
+    """Users of one kind (arXiv 2603.18736, "Experimental protocol"; METHOD).
+
+    protocol          r* = 1[score > median level];   P(o=1 | x) = min(1, k alpha^(max score - score))
+    strong_feelings   r* ~ Bernoulli(1 / (1 + e^-(score - 2)));   P(o=1 | x, r*) = min(1, k w), w = 5 where a flashy answer is
+                      liked or a plain one disliked, else 1. Selection hangs on r* given x: no P(o=1 | x) alone undoes it.
+    none              nobody reacts; r* as under protocol.
+
+    k is such that the mean of P(o=1 | x) is `world.feedback_rate` for scores distributed as `score_counts` [5] (any positive
+    scale; default: the grammar's own distribution, which the starting policy learns) and styles evenly. An observed label
+    is r* with slips: P(r=0 | r*=1) = rho_01, P(r=1 | r*=0) = rho_10.
+
+    Raises ValueError for counts that are not five non-negative numbers with a positive sum.
+    """
+
+    def __init__(self, world: WorldConfig, seed: int, score_counts: Sequence[float] | None = None) -> None:
+        counts = np.asarray(starting_shares() if score_counts is None else score_counts, dtype=np.float64)
+        if counts.shape != (NUM_LEVELS,) or (counts < 0).any() or not 0 < counts.sum() < math.inf:
+            raise ValueError(f"score_counts must be {NUM_LEVELS} non-negative numbers with a positive sum, got {score_counts}")
+        self._world = world
+        self._seed = seed
+        self._kind = KINDS[world.users]
+        self._scale = self._solve_scale(counts / counts.sum())
+
+    def react(self, impression: Impression) -> list[FeedbackEvent]:
+        """What the user does about an impression: nothing, or one event."""
+        u_liking, u_vote, u_slip, u_signal, u_delay = self._uniforms(impression)
+        liked = int(u_liking < self.liking_probability(impression.prompt, impression.response))
+        if u_vote >= self.vote_probability(impression.prompt, impression.response, liked):
+            return []
+        slipped = u_slip < (self._world.rho_01 if liked else self._world.rho_10)
+        vote, other = SIGNALS[1 - liked if slipped else liked]
+        signal = vote if u_signal < VOTE_SHARE else other
+        time = impression.time + 1.0 + float(u_delay) * (LONGEST_DELAY_S - 1.0)
+        return [FeedbackEvent(id=f"{impression.id}/feedback", impression_id=impression.id, signal=signal, value=1.0, time=time)]
+
+    def preference(self, impression: Impression) -> int:
+        """r* of the user who saw this impression, 0 or 1: the truth, for measuring only."""
+        return int(self._uniforms(impression)[0] < self.liking_probability(impression.prompt, impression.response))
+
+    def liking_probability(self, prompt: str, response: str) -> float:
+        """P(r*=1 | x): the truth, for measuring only."""
+        return self._kind.liking(_traits(prompt, response)[0])
+
+    def vote_probability(self, prompt: str, response: str, liked: int) -> float:
+        """P(o=1 | x, r*=liked): the truth, for measuring only."""
+        return self._vote_probability(*_traits(prompt, response), liked, self._scale)
+
+    def propensity(self, prompt: str, response: str) -> float:
+        """P(o=1 | x) = sum over r* of P(r* | x) P(o=1 | x, r*): the truth, for measuring only."""
+        return self._propensity(*_traits(prompt, response), self._scale)
+
+    def _vote_probability(self, score: int, style: Style, liked: int, scale: float) -> float:
+        return min(1.0, scale * self._kind.weight(liked, score, style, self._world.alpha))
+
+    def _propensity(self, score: int, style: Style, scale: float) -> float:
+        liking = self._kind.liking(score)
+        probs = [self._vote_probability(score, style, liked, scale) for liked in (0, 1)]
+        return (1.0 - liking) * probs[0] + liking * probs[1]
+
+    def _mean_propensity(self, shares: np.ndarray, scale: float) -> float:
+        by_score = [np.mean([self._propensity(score, style, scale) for style in STYLES]) for score in range(NUM_LEVELS)]
+        return float(shares @ np.array(by_score))
+
+    def _solve_scale(self, shares: np.ndarray) -> float:
+        """k by bisection of its logarithm; closed form would do only while nothing is clipped at 1."""
+        low, high = -50.0, 50.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            if self._mean_propensity(shares, math.exp(middle)) < self._world.feedback_rate:
+                low = middle
+            else:
+                high = middle
+        return math.exp(high)
+
+    def _uniforms(self, impression: Impression) -> np.ndarray:
+        """Five uniforms in [0, 1) that belong to this user and this impression."""
+        key = json.dumps([self._seed, impression.id, impression.prompt, impression.response]).encode()
+        return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")).random(5)
+
+
+def _traits(prompt: str, response: str) -> tuple[int, Style]:
+    """Score and style of an answer; text outside the grammar is plain and scores 0."""
+    parsed = parse(prompt, response)
+    return (0, "plain") if parsed is None else (SCORES[parsed.intent][parsed.act, parsed.severity], parsed.style)

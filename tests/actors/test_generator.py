@@ -1,0 +1,287 @@
+"""Generators on real vLLM, each in a Ray actor of its own: importing vLLM patches torch, which other tests must not see."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from actors.engine_vllm import engine_env
+from actors.generator import Generator
+from actors.weight_sync import SyncReport, Weights, pack
+from causalrm_ray.config import RunConfig
+from causalrm_ray.types import Completion, Prompt, Request, Sampling
+
+VOCAB = 200
+MAX_LENGTH = 128
+BUFFER = 4
+PLAIN = Sampling(max_new_tokens=24)
+SHARP = Sampling(max_new_tokens=24, temperature=0.7, top_p=0.8)
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = ["<pad>", "<eos>", "<user>", "<bot>"] + [f"w{number}" for number in range(VOCAB - 4)]
+    words_to_ids = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    words_to_ids.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_to_ids, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<bot>"
+    tokenizer.save_pretrained(folder)
+
+
+def make_model(seed: int, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.08,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def requests(count: int, length: int = 20) -> list[Request]:
+    generator = torch.Generator().manual_seed(5)
+    token_ids = torch.randint(4, VOCAB, (count, length), generator=generator).tolist()
+    return [Request(Prompt(f"p{row}", "", tuple(token_ids[row])), seed=1000 + row) for row in range(count)]
+
+
+def sampled_logprob(model: LlamaForCausalLM, completion: Completion, sampling: Sampling) -> torch.Tensor:
+    """Naive float64: divide logits by the temperature, keep the smallest set of tokens with mass >= top_p, renormalise."""
+    prompt = completion.prompt.token_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1].double()
+    logprobs = []
+    for row, token in zip(logits, completion.token_ids, strict=True):
+        prob, order = torch.softmax(row / sampling.temperature, 0).sort(descending=True)
+        kept = int((prob.cumsum(0) < sampling.top_p).sum()) + 1
+        place = order[:kept].tolist().index(token)
+        logprobs.append(torch.log(prob[place] / prob[:kept].sum()))
+    return torch.stack(logprobs)
+
+
+def error(model: LlamaForCausalLM, completions: Sequence[Completion], sampling: Sampling = PLAIN) -> float:
+    differences = [
+        (sampled_logprob(model, completion, sampling) - torch.tensor(completion.logprobs, dtype=torch.float64)).abs().max()
+        for completion in completions
+    ]
+    return float(torch.stack(differences).max())
+
+
+@dataclasses.dataclass
+class Remote:
+    """A generator in an actor, called as if it were here."""
+
+    actor: Any
+
+    def stream(self, batch: Sequence[Request]) -> Iterator[Completion]:
+        # one unread answer at a time: the engine soon waits on its full buffer, so what is in flight does not hang on timing
+        answers = self.actor.generate.options(num_returns="streaming", _generator_backpressure_num_objects=1).remote(batch)
+        return (ray.get(answer) for answer in answers)
+
+    def generate(self, batch: Sequence[Request]) -> list[Completion]:
+        return list(self.stream(batch))
+
+    def take(self, weights: Weights) -> SyncReport:
+        return ray.get(self.actor.take_weights.remote(ray.put(weights)))
+
+    def info(self) -> dict:
+        return dict(ray.get(self.actor.info.remote()))
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[..., Remote]]:
+    was_running = ray.is_initialized()
+    if not was_running:
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20)
+    actors: list[Any] = []
+
+    def start_one(model: Path, sampling: Sampling, timeout_s: float = 200.0) -> Remote:
+        cache = RunConfig().cache  # shared between runs: vLLM inspects each architecture once
+        remote_class = ray.remote(num_cpus=0, max_concurrency=4)(Generator)
+        environment = {"env_vars": engine_env(str(model), cache)}
+        actor = remote_class.options(runtime_env=environment).remote(
+            str(model), sampling, MAX_LENGTH, "float32", str(cache), timeout_s, BUFFER
+        )
+        actors.append(actor)
+        return Remote(actor)
+
+    yield start_one
+    for actor in actors:
+        ray.kill(actor)
+    if not was_running:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def old() -> LlamaForCausalLM:
+    return make_model(0, tied=True)
+
+
+@pytest.fixture(scope="module")
+def new() -> LlamaForCausalLM:
+    return make_model(1, tied=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, old: LlamaForCausalLM) -> Path:
+    path = tmp_path_factory.mktemp("tied")
+    old.save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engines(start: Callable[..., Remote], folder: Path) -> tuple[Remote, Remote]:
+    return start(folder, PLAIN), start(folder, PLAIN)
+
+
+@pytest.fixture
+def generator(engines: tuple[Remote, Remote], old: LlamaForCausalLM) -> Remote:
+    """A generator whose weights came by sync: version 5 of `old`."""
+    engines[0].take(pack(5, old.named_parameters()))
+    return engines[0]
+
+
+def test_logprobs_equal_transformers(generator: Remote, old: LlamaForCausalLM) -> None:
+    batch = requests(40)
+    completions = generator.generate(batch)
+    assert sorted(completion.prompt.id for completion in completions) == sorted(request.prompt.id for request in batch)
+    assert error(old, completions) <= 1e-4
+
+
+def test_completion_is_complete(generator: Remote) -> None:
+    for completion in generator.generate(requests(40)):
+        ended = completion.token_ids[-1] == 1
+        assert completion.stop_reason == ("stop" if ended else "length")
+        assert 1 not in completion.token_ids[:-1]
+        assert ended or len(completion.token_ids) == PLAIN.max_new_tokens
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert completion.response == " ".join(f"w{token - 4}" for token in completion.token_ids if token > 3)
+        assert completion.policy_version == 5
+
+
+@pytest.mark.parametrize("length", [20, 70])
+def test_same_seeds_repeat_bit_for_bit(generator: Remote, length: int) -> None:
+    first = generator.generate(requests(40, length))
+    generator.generate(requests(3, length))
+    assert generator.generate(requests(40, length)) == first
+
+
+@pytest.mark.parametrize("length", [20, 70])
+def test_new_weights_replace_old_ones_and_their_cached_prefixes(
+    generator: Remote, old: LlamaForCausalLM, new: LlamaForCausalLM, length: int
+) -> None:
+    batch = requests(8, length)  # 70 tokens are more than two blocks of the prefix cache
+    assert error(old, generator.generate(batch)) <= 1e-4
+    report = generator.take(pack(6, new.named_parameters()))
+    completions = generator.generate(batch)
+    assert error(new, completions) <= 1e-4
+    assert error(old, completions) > 0.1
+    assert {completion.policy_version for completion in completions} == {6} == {generator.info()["policy_version"]}
+    assert report.checksum_ok
+    assert (report.version, report.bytes) == (6, 4 * sum(parameter.numel() for parameter in new.parameters()))
+    assert list(report.phases) == ["wait", "start", "receive", "finish", "reset_prefix_cache", "set_version"]
+    assert 0 < sum(report.phases.values()) <= report.seconds
+
+
+def test_answers_stream_and_those_in_flight_go_on_with_new_weights(
+    generator: Remote, old: LlamaForCausalLM, new: LlamaForCausalLM
+) -> None:
+    answers = generator.stream(requests(100, 40))
+    first = next(answers)
+    generator.take(pack(6, new.named_parameters()))
+    rest = list(answers)
+    assert first.policy_version == 5
+    assert error(old, [first]) <= 1e-4
+    crossing = [completion for completion in rest if completion.policy_version == 6]
+    assert len(crossing) > 50
+    for completion in crossing:
+        logprob = torch.tensor(completion.logprobs, dtype=torch.float64)
+        by_old = (sampled_logprob(old, completion, PLAIN) - logprob).abs() <= 1e-4
+        by_new = (sampled_logprob(new, completion, PLAIN) - logprob).abs() <= 1e-4
+        turns = [turn for turn in range(len(logprob)) if bool(by_old[:turn].all()) and bool(by_new[turn:].all())]
+        assert turns, f"{completion.prompt.id} is not old tokens followed by new ones"
+
+
+def test_abandoned_stream_frees_the_engine(generator: Remote) -> None:
+    expected = generator.generate(requests(10))
+    answers = generator.actor.generate.options(num_returns="streaming", _generator_backpressure_num_objects=1).remote(
+        requests(100)
+    )
+    ray.get(next(answers))
+    ray.cancel(answers)
+    del answers
+    assert len(generator.generate(requests(10))) == len(expected)
+
+
+def test_corrupt_weights_are_refused_and_change_nothing(generator: Remote, old: LlamaForCausalLM, new: LlamaForCausalLM) -> None:
+    weights = pack(6, new.named_parameters())
+    weights.buckets["float32"][40] ^= 1
+    with pytest.raises(ValueError, match="checksum of weights version 6 must be"):
+        generator.take(weights)
+    completions = generator.generate(requests(8))
+    assert error(old, completions) <= 1e-4
+    assert completions[0].policy_version == 5
+
+
+def test_unfit_prompts_are_refused_by_name(generator: Remote) -> None:
+    too_long = MAX_LENGTH - PLAIN.max_new_tokens + 1
+    with pytest.raises(ValueError, match=r"prompt p0 and its answer must fit model.max_length = 128 tokens, got 105 \+"):
+        generator.generate(requests(1, too_long))
+    with pytest.raises(ValueError, match="prompt p0 must hold at least 1 token, got 0"):
+        generator.generate(requests(1, 0))
+    assert len(generator.generate(requests(2, too_long - 1))) == 2
+    assert generator.generate([]) == []
+
+
+def test_info_names_the_engine(generator: Remote) -> None:
+    info = generator.info()
+    assert info["name"] == "vllm"
+    assert info["version"].startswith("0.")
+    assert info["policy_version"] == 5
+    assert info["device"] in ("cpu", "cuda")
+
+
+def test_untied_model_with_temperature_and_top_p(start: Callable[..., Remote], tmp_path: Path) -> None:
+    before, after = make_model(2, tied=False), make_model(3, tied=False)
+    before.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    generator = start(tmp_path, SHARP)
+    assert error(before, generator.generate(requests(20)), SHARP) <= 1e-4
+    assert generator.take(pack(1, after.named_parameters())).checksum_ok
+    assert error(after, generator.generate(requests(20)), SHARP) <= 1e-4
+
+
+def test_fresh_engine_repeats_a_synced_one_and_dies_by_name_if_weights_are_lost(
+    engines: tuple[Remote, Remote], generator: Remote, new: LlamaForCausalLM
+) -> None:
+    fresh = engines[1]
+    batch = requests(40, 40)
+    synced = [dataclasses.replace(completion, policy_version=0) for completion in generator.generate(batch)]
+    assert fresh.generate(batch) == synced
+    partial = [(name, tensor) for name, tensor in new.named_parameters() if "layers.1.mlp.up_proj" not in name]
+    with pytest.raises(RuntimeError, match="engine is dead: ValueError.*parameters must sum to the sender's"):
+        fresh.take(pack(1, partial))
+    with pytest.raises(RuntimeError, match="engine is dead"):
+        fresh.generate(batch)
+
+
+def test_late_start_names_the_phase(start: Callable[..., Remote], folder: Path) -> None:
+    with pytest.raises(ray.exceptions.RayActorError, match=r"vLLM phase 'start' must end within timeout_s=0.01"):
+        start(folder, PLAIN, timeout_s=0.01).info()
