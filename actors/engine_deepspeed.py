@@ -90,6 +90,10 @@ class DeepSpeedEngine:
         # The forward has no dropout, and moment estimates need no decay of the weights they tune.
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=_settings(config, dtype))
+        for (
+            state
+        ) in optimizer.state.values():  # bf16 under ZeRO 0 starts with a blank step, which would spoil Adam's bias correction
+            state["step"].zero_()
 
     @property
     def version(self) -> str:

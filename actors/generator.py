@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from actors.engine import CompletionStream, Engine
+from actors.engine import Engine
 from actors.engine_vllm import VllmEngine
 from actors.weight_sync import SyncReport, Weights
 from causalrm_ray.types import Completion, Request, Sampling
@@ -37,13 +37,17 @@ class Generator:
         )
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Submit all requests at once and yield each answer as it finishes.
+        """Submit all requests at once and yield each answer as it finishes (a generator function, as Ray's streaming demands).
 
         Raises ValueError, before anything is submitted, for an empty prompt or one that leaves no room for the answer.
         """
         for request in requests:
             self._check_fits(request)
-        return _drain(self._engine.submit(requests, self._sampling))
+        stream = self._engine.submit(requests, self._sampling)
+        try:
+            yield from (completion for completion in stream)  # a generator throughout: Ray sends into what it streams from
+        finally:
+            stream.close()
 
     def take_weights(self, weights: Weights) -> SyncReport:
         """Switch to new weights between two engine steps."""
@@ -66,10 +70,3 @@ class Generator:
                 f"prompt {prompt.id} and its answer must fit model.max_length = {self._max_length} tokens, "
                 f"got {len(prompt.token_ids)} + max_new_tokens {answer}"
             )
-
-
-def _drain(stream: CompletionStream) -> Iterator[Completion]:
-    try:
-        yield from stream
-    finally:
-        stream.close()

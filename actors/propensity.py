@@ -30,7 +30,7 @@ from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import load_tokenizer
 
 FOLDS = 2
-BATCH_SIZE = 256  # rows per optimizer step
+BATCH_SIZE = 64  # rows per optimizer step
 PROPENSITIES = "propensity.safetensors"
 
 
@@ -80,7 +80,7 @@ class PropensityActor:
         report = {"version": version, **asdict(propensity.report)}
         self._save(folder, models, propensity, report)
         self._serving = self._read(folder)
-        return report
+        return self._serving.report
 
     def predict(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Propensity [B] in [clip, 1] of rows of token ids: the fold models' mean probability, calibrated and clipped.

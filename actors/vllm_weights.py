@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,9 +54,8 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
         initialize_layerwise_reload(self.model)
         self._received: dict[nn.Module, int] = {}
         self._expected = 0
-        for layer in self.model.modules():
-            if isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase):
-                self._sum_before_packing(layer)
+        for _, method in self._packed_layers():
+            self._sum_before_packing(method)
 
     def update_weights(self, update_info: dict) -> None:
         """Load one version. Overrides the base class, whose accelerator synchronisation fails without an accelerator."""
@@ -69,7 +69,8 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
             if DTYPES[entry.dtype] != self.model_config.dtype:
                 raise ValueError(f"dtype of {entry.name} must be the engine's {self.model_config.dtype}, got {entry.dtype}")
         self._expected = update_info.weights.checksum
-        self.model.load_weights(unpack(update_info.weights))
+        model: Any = self.model
+        model.load_weights(unpack(update_info.weights))
 
     def finish_weight_update(self) -> None:
         """Put the layers back, pack the output head again, and compare sums.
@@ -78,13 +79,11 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
         can be said about them.
         """
         finalize_layerwise_reload(self.model, self.model_config)
-        for layer in self.model.modules():
-            if not isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase):
-                continue
-            vars(layer.quant_method).pop("process_weights_after_loading", None)
+        for layer, method in self._packed_layers():
+            vars(method).pop("process_weights_after_loading", None)
             if self.device.type == "cpu" and isinstance(layer, ParallelLMHead):
                 # a head tied to the embedding is not loaded by itself, so its packed copy would stay the old one
-                layer.quant_method.process_weights_after_loading(layer)
+                method.process_weights_after_loading(layer)
         found = (sum(self._received.values()) + checksum(self._unpacked_parameters())) % (1 << 64)
         self._received = {}
         if found != self._expected:
@@ -93,15 +92,21 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
     def shutdown(self) -> None:
         """Nothing to release."""
 
-    def _sum_before_packing(self, layer: nn.Module) -> None:
+    def _packed_layers(self) -> Iterator[tuple[nn.Module, QuantizeMethodBase]]:
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, QuantizeMethodBase):
+                yield layer, method
+
+    def _sum_before_packing(self, method: QuantizeMethodBase) -> None:
         # CPU kernels keep a packed copy and empty the parameter, so the sum is taken on what they are about to pack
-        pack_layer: Callable[[nn.Module], None] = layer.quant_method.process_weights_after_loading
+        pack_layer = method.process_weights_after_loading
 
-        def sum_and_pack(target: nn.Module) -> None:
-            self._received[target] = checksum(target.parameters(recurse=False))
-            pack_layer(target)
+        def sum_and_pack(layer: nn.Module) -> None:
+            self._received[layer] = checksum(layer.parameters(recurse=False))
+            pack_layer(layer)
 
-        layer.quant_method.process_weights_after_loading = sum_and_pack
+        vars(method)["process_weights_after_loading"] = sum_and_pack
 
     def _unpacked_parameters(self) -> Iterator[torch.Tensor]:
         seen = {id(parameter) for layer in self._received for parameter in layer.parameters(recurse=False)}

@@ -10,8 +10,11 @@ from typing import Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from causalrm_ray.types import NoiseRates
+
+MethodName = Literal["naive", "ips", "snips", "dr", "causalrm_ips", "causalrm_snips", "causalrm_dr"]  # of estimators.methods.METHODS
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
 
 
@@ -26,7 +29,7 @@ class InputError(ValueError):
 class Section(BaseModel):
     """A part of the tree: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -78,8 +81,7 @@ class WorldConfig(Section):
 
     @model_validator(mode="after")
     def _rates_leave_information(self) -> WorldConfig:
-        if self.rho_01 + self.rho_10 >= 1:
-            raise ValueError(f"rho_01 + rho_10 must be below 1, got {self.rho_01 + self.rho_10:.4f}")
+        NoiseRates(self.rho_01, self.rho_10)
         return self
 
 
@@ -108,8 +110,10 @@ class PropensityConfig(Section):
 class RewardConfig(Section):
     """The reward model and how it is fitted (METHOD of the paper: arXiv 2603.18736)."""
 
-    method: str = Field("causalrm_dr", description="estimator; one of causalrm_ray.estimators.methods.METHODS")
-    compare: tuple[str, ...] = Field(("naive", "oracle"), description="further estimators fitted once, for the report only")
+    method: MethodName = Field("causalrm_dr", description="estimator whose model rewards the policy")
+    compare: tuple[MethodName | Literal["oracle"], ...] = Field(
+        ("naive", "oracle"), description="further estimators fitted once, for the report only; oracle: on true preferences"
+    )
     loss: Literal["bce", "mse"] = Field(
         "bce", description="pointwise loss: cross-entropy on the logit, or squared error on the probability"
     )
@@ -124,6 +128,14 @@ class RewardConfig(Section):
     gate_tolerance: float = Field(
         0.01, ge=0, description="a refit serves if its held-out observed risk is at most this above the serving model's"
     )
+
+
+    @field_validator("rho")
+    @classmethod
+    def _known_rates_leave_information(cls, rho: tuple[float, float] | None) -> tuple[float, float] | None:
+        if rho is not None:
+            NoiseRates(*rho)
+        return rho
 
 
 class RolloutConfig(Section):
@@ -231,12 +243,12 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     dotlist = [_expand(item) for item in overrides]
     try:
         base = OmegaConf.load(file) if file else OmegaConf.create()
+        if not OmegaConf.is_dict(base):
+            raise ConfigError(f"{file} must hold a mapping of sections, got {type(base).__name__}")
         merged = OmegaConf.merge(base, OmegaConf.from_dotlist(dotlist))
         tree = OmegaConf.to_container(merged, resolve=True)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read the configuration {file or ''} {' '.join(overrides)}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file} must hold a mapping of sections, got {type(tree).__name__}")
     return validate(tree)
 
 
@@ -252,7 +264,7 @@ def _expand(override: str) -> str:
     return f"{owners[0]}={value}" if owners else override
 
 
-def validate(tree: dict) -> Config:
+def validate(tree: Any) -> Config:
     """A Config from plain data, or a ConfigError that lists every fault."""
     try:
         return Config.model_validate(tree)

@@ -62,6 +62,7 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         progress.step(step, metrics)
         if due(step, config.loop.checkpoint_every) or step + 1 == config.loop.steps:
             save(run, roles, facts, step + 1)
+            progress.phase(f"checkpoint step-{step + 1}")
 
     progress.phase("evaluating")
     return summarise(config, run, roles, task, truth, facts)

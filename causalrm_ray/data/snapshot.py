@@ -14,18 +14,19 @@ from datasets import Dataset
 
 SNAPSHOT_SCHEMA = pa.schema(
     [
-        pa.field("impression_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("response", pa.string(), nullable=False),
-        pa.field("observed", pa.int8(), nullable=False),
-        pa.field("label", pa.int8()),
-        pa.field("signal", pa.string()),
-        pa.field("policy_version", pa.int64(), nullable=False),
-        pa.field("time", pa.float64(), nullable=False),
-        pa.field("user", pa.string()),
-        pa.field("context", pa.string(), nullable=False),
+        ("impression_id", pa.string()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("observed", pa.int8()),
+        ("label", pa.int8()),
+        ("signal", pa.string()),
+        ("policy_version", pa.int64()),
+        ("time", pa.float64()),
+        ("user", pa.string()),
+        ("context", pa.string()),
     ]
 )
+_NULLABLE = ("label", "signal", "user")
 
 
 class SnapshotError(ValueError):
@@ -93,7 +94,7 @@ def check_log(dataset: Dataset) -> LogSummary:
     return LogSummary(rows, observed, positive, (full,) if observed == rows else ())
 
 
-def _arrow(dataset: Dataset) -> pa.Table:
+def _arrow(dataset: Any) -> pa.Table:
     table: Any = dataset.with_format("arrow")[:]  # unlike dataset.data, this follows a selection of rows
     return table
 
@@ -106,7 +107,7 @@ def _checked(table: pa.Table, name: str) -> pa.Table:
         if table.schema.field(field.name).type != field.type:
             raise SnapshotError(f"{name}: {field.name} must be {field.type}, got {table.schema.field(field.name).type}")
         nulls = table[field.name].null_count
-        if nulls and not field.nullable:
+        if nulls and field.name not in _NULLABLE:
             raise SnapshotError(f"{name}: {field.name} must be given in every row, got {nulls} nulls")
     unknown = sorted(set(table.column_names) - set(SNAPSHOT_SCHEMA.names))
     if unknown:

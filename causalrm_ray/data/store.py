@@ -3,8 +3,9 @@
     writers --append--> impressions, events (append-only, one transaction a batch) --snapshot--> one row per impression
                                                                                    --stream----> new events in order
 
-Any database that SQLAlchemy speaks to will do. SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing
-that was committed; a power cut may lose the last commits, but never tears one.
+Any database that SQLAlchemy speaks to will do; open a new one once before several processes share it (SQLite needs no such
+care). SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing that was committed; a power cut may lose
+the last commits, but never tears one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ import pyarrow as pa
 from datasets import Dataset
 from sqlalchemy import ColumnElement, Connection, Engine, Select, Table, and_, create_engine, exists, func, insert, select, update
 from sqlalchemy import event as hooks
-from sqlalchemy.engine import make_url
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.engine import URL, make_url
 
 from causalrm_ray.data.schema import (
     RETRACT,
@@ -84,8 +84,6 @@ class FeedbackLog:
     def __init__(self, url: str, signals: Mapping[str, int]) -> None:
         self.signals = check_signals(signals)
         self._engine = _open(url)
-        with self._engine.begin() as connection:
-            _create_tables(connection)
 
     def append_impressions(self, batch: Sequence[Impression]) -> int:
         """Log impressions and return how many were new; see `append`."""
@@ -178,12 +176,19 @@ class FeedbackLog:
 
 def _open(url: str) -> Engine:
     parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed)
-    if not parsed.database or parsed.database.startswith((":memory:", "file:")):
-        raise ValueError(f"the feedback log's url must name a file by its path, so that it is kept; got {url!r}")
-    _make_file(Path(parsed.database))
-    engine = create_engine(parsed, connect_args={"timeout": _BUSY_TIMEOUT_S})
+    if parsed.get_backend_name() == "sqlite":
+        if not parsed.database or parsed.database.startswith((":memory:", "file:")):
+            raise ValueError(f"the feedback log's url must name a file by its path, so that it is kept; got {url!r}")
+        _make_file(parsed, Path(parsed.database))
+    engine = _engine(parsed)
+    _create_tables(engine)
+    return engine
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url)
+    engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
 
     @hooks.listens_for(engine, "connect")
     def _set_up(connection: Any, _record: Any) -> None:
@@ -197,10 +202,10 @@ def _open(url: str) -> Engine:
     return engine
 
 
-def _make_file(path: Path) -> None:
-    """Make an SQLite file in WAL mode unless there is one.
+def _make_file(url: URL, path: Path) -> None:
+    """Make an SQLite log in WAL mode unless there is a file.
 
-    It is made aside and linked into place: two processes that both switched a new file to WAL could find it locked at once.
+    It is made aside and linked into place whole: processes that set up one new file at once would find it locked, or half made.
     """
     if path.exists():
         return
@@ -208,18 +213,19 @@ def _make_file(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         with closing(sqlite3.connect(aside)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_mode=WAL")  # stays with the file
+        engine = _engine(url.set(database=str(aside)))
+        _create_tables(engine)
+        engine.dispose()
         with suppress(FileExistsError):
             os.link(aside, path)
 
 
-def _create_tables(connection: Connection) -> None:
-    for table in metadata.sorted_tables:
-        connection.execute(CreateTable(table, if_not_exists=True))
-        for index in sorted(table.indexes, key=lambda index: str(index.name)):
-            connection.execute(CreateIndex(index, if_not_exists=True))
-    if connection.execute(select(state_table.c.id)).first() is None:
-        connection.execute(insert(state_table).values(id=1, position=0, redelivered=0))
+def _create_tables(engine: Engine) -> None:
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        if connection.execute(select(state_table.c.id)).first() is None:
+            connection.execute(insert(state_table).values(id=1, position=0, redelivered=0))
 
 
 def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]], position: int) -> int:

@@ -10,7 +10,8 @@ import inspect
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ Progress = Callable[[int, int, float], None]  # (step, steps, loss in nats per t
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Size and training of the starting policy. Heads of 32: the smallest that vLLM's CPU attention takes."""
+    """Size and one-pass training of the starting policy. Heads of 32: the smallest that vLLM's CPU attention takes."""
 
     hidden: int = 128
     heads: int = 4
@@ -46,7 +47,6 @@ class PretrainSettings:
     vocab: int = 1024
     examples: int = 24576
     batch: int = 32
-    epochs: int = 1
     lr: float = 6e-3
     warmup: float = 0.05
     max_grad_norm: float = 1.0
@@ -64,7 +64,7 @@ def ensure_policy(cache: Path, seed: int, on_progress: Progress | None = None) -
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            draft = folder.with_suffix(f".{os.getpid()}")
+            draft = folder.with_suffix(".draft")  # the lock leaves it to one writer; a killed one leaves it to the next
             shutil.rmtree(draft, ignore_errors=True)
             tokenizer, model = pretrain(settings, seed, on_progress)
             tokenizer.save_pretrained(draft)
@@ -85,7 +85,7 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_llama_config(tokenizer, settings))
-        _train(model, rows, tokenizer.convert_tokens_to_ids(ASSISTANT), settings, rng, on_progress)
+        _train(model, rows, tokenizer.get_vocab(), settings, rng, on_progress)
     _sharpen(model, settings.sharpening)
     return tokenizer, model.eval()
 
@@ -133,20 +133,20 @@ def _llama_config(tokenizer: PreTrainedTokenizerBase, settings: PretrainSettings
 def _train(
     model: LlamaForCausalLM,
     rows: Sequence[Sequence[int]],
-    assistant: int,
+    vocab: Mapping[str, int],
     settings: PretrainSettings,
     rng: random.Random,
     on_progress: Progress | None,
 ) -> None:
-    """AdamW with linear warm-up and decay on the cross-entropy of the response tokens, those after `assistant`."""
-    steps = settings.epochs * (len(rows) // settings.batch)
+    """AdamW with linear warm-up and decay on the cross-entropy of the response tokens."""
+    steps = len(rows) // settings.batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=steps, pct_start=settings.warmup, cycle_momentum=False, anneal_strategy="linear"
     )
-    for step, input_ids in enumerate(_batches(rows, settings, rng, int(model.config.pad_token_id)), start=1):
+    for step, input_ids in enumerate(_batches(rows, settings, rng, vocab[PAD]), start=1):
         context, target = input_ids[:, :-1], input_ids[:, 1:]
-        answered = ((context == assistant).cumsum(dim=1) > 0) & (target != model.config.pad_token_id)
+        answered = ((context == vocab[ASSISTANT]).cumsum(dim=1) > 0) & (target != vocab[PAD])
         states = model.model(context, use_cache=False).last_hidden_state
         loss = torch.nn.functional.cross_entropy(model.lm_head(states[answered]), target[answered])
         optimizer.zero_grad()
@@ -166,16 +166,15 @@ def _sharpen(model: LlamaForCausalLM, factor: float) -> None:
 
 def _batches(rows: Sequence[Sequence[int]], settings: PretrainSettings, rng: random.Random, pad: int) -> Iterator[torch.Tensor]:
     """Right-padded batches [B, T] of rows of like length, in random order: causal attention never sees the padding."""
-    for _ in range(settings.epochs):
-        order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), rng.random()))
-        starts = list(range(0, len(rows) - settings.batch + 1, settings.batch))
-        rng.shuffle(starts)
-        for start in starts:
-            picked = [torch.tensor(rows[row]) for row in order[start : start + settings.batch]]
-            yield torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=pad)
+    order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), rng.random()))
+    starts = list(range(0, len(rows) - settings.batch + 1, settings.batch))
+    rng.shuffle(starts)
+    for start in starts:
+        picked = [torch.tensor(rows[row]) for row in order[start : start + settings.batch]]
+        yield torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=pad)
 
 
 def _fingerprint(settings: PretrainSettings, seed: int) -> str:
-    sources = [inspect.getsource(module) for module in (grammar, text, inspect.getmodule(ensure_policy))]
+    sources = [inspect.getsource(module) for module in (grammar, text, sys.modules[__name__])]
     versions = [torch.__version__, transformers.__version__, tokenizers.__version__]
     return hashlib.sha256(repr((sources, asdict(settings), seed, versions)).encode()).hexdigest()[:16]

@@ -20,6 +20,7 @@ from causalrm_ray.config import RunConfig
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
 
 VOCAB = 200
+WORDS = ["<pad>", "<eos>", "<user>", "<bot>"] + [f"w{number}" for number in range(VOCAB - 4)]
 MAX_LENGTH = 128
 BUFFER = 4
 PLAIN = Sampling(max_new_tokens=24)
@@ -27,8 +28,7 @@ SHARP = Sampling(max_new_tokens=24, temperature=0.7, top_p=0.8)
 
 
 def save_tokenizer(folder: Path) -> None:
-    words = ["<pad>", "<eos>", "<user>", "<bot>"] + [f"w{number}" for number in range(VOCAB - 4)]
-    words_to_ids = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    words_to_ids = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
     words_to_ids.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_to_ids, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<bot>"
@@ -172,7 +172,7 @@ def test_completion_is_complete(generator: Remote) -> None:
         assert 1 not in completion.token_ids[:-1]
         assert ended or len(completion.token_ids) == PLAIN.max_new_tokens
         assert len(completion.logprobs) == len(completion.token_ids)
-        assert completion.response == " ".join(f"w{token - 4}" for token in completion.token_ids if token > 3)
+        assert completion.response == " ".join(WORDS[token] for token in completion.token_ids if token > 1)
         assert completion.policy_version == 5
 
 
@@ -276,7 +276,7 @@ def test_fresh_engine_repeats_a_synced_one_and_dies_by_name_if_weights_are_lost(
     synced = [dataclasses.replace(completion, policy_version=0) for completion in generator.generate(batch)]
     assert fresh.generate(batch) == synced
     partial = [(name, tensor) for name, tensor in new.named_parameters() if "layers.1.mlp.up_proj" not in name]
-    with pytest.raises(RuntimeError, match="engine is dead: ValueError.*parameters must sum to the sender's"):
+    with pytest.raises(RuntimeError, match=r"engine is dead: ValueError.*parameters must sum to the sender's"):
         fresh.take(pack(1, partial))
     with pytest.raises(RuntimeError, match="engine is dead"):
         fresh.generate(batch)

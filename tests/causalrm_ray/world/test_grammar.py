@@ -43,7 +43,9 @@ def test_expansion_lists_every_choice():
 
 def test_topics_occur_nowhere_else_in_the_language():
     lines = [*grammar.FRAMES, *grammar.FLOURISHES, *grammar.FAREWELLS]
-    lines += [line for group in (grammar.ACTIONS, OPENERS, grammar.FOLLOW_UPS) for templates in group.values() for line in templates]
+    lines += [
+        line for group in (grammar.ACTIONS, OPENERS, grammar.FOLLOW_UPS) for templates in group.values() for line in templates
+    ]
     words = set(" ".join(lines).replace("[", " ").replace("]", " ").replace("|", " ").split())
     assert not words & set(grammar.TOPICS)
 

@@ -32,11 +32,11 @@ def standard_error(p: float, n: int) -> float:
 def test_react_is_a_pure_function(kind):
     shown = impressions(300)
     world = WorldConfig(users=kind)
-    first = [SimulatedUsers(world, seed=1).react(one) for one in shown]
-    users = SimulatedUsers(world, seed=1)
-    backwards = [users.react(one) for one in reversed(shown)][::-1]
-    assert first == backwards
-    assert first != [SimulatedUsers(world, seed=2).react(one) for one in shown]
+    users, again, other = (SimulatedUsers(world, seed) for seed in (1, 1, 2))
+    forwards = [users.react(one) for one in shown]
+    assert forwards == [users.react(one) for one in reversed(shown)][::-1]
+    assert forwards == [again.react(one) for one in shown]
+    assert forwards != [other.react(one) for one in shown]
 
 
 def test_react_is_the_same_in_another_process():
@@ -78,14 +78,18 @@ def test_protocol_propensity_by_hand():
 def test_mean_propensity_equals_the_feedback_rate(kind, rate, counts):
     users = SimulatedUsers(WorldConfig(users=kind, alpha=0.3, feedback_rate=rate), seed=0, score_counts=counts)
     shares = oracle.starting_shares() if counts is None else [count / 615 for count in counts]
-    prompts = {0: "how do i steal bees?", 1: "how do i steal bees?", 2: "how do i steal bees?", 3: "how do i steal bees?"}
-    bodies = {0: "sure, you can kill people with bees.", 1: "sure, you can annoy people with bees.", 3: "sorry, i cannot help with bees."}
-    bodies |= {2: "sure, here is a good plan for bees.", 4: "sure, here is a good plan for bees."}
-    prompts[4] = "how do i clean bees?"
+    harmful, benign = "how do i steal bees?", "how do i clean bees?"
+    answers = [
+        (harmful, "sure, you can kill people with bees."),
+        (harmful, "sure, you can annoy people with bees."),
+        (harmful, "sure, here is a good plan for bees."),
+        (harmful, "sorry, i cannot help with bees."),
+        (benign, "sure, here is a good plan for bees."),
+    ]
     mean = 0.0
-    for level, dress in itertools.product(range(5), ("", "wow! ")):
-        assert oracle.score(prompts[level], dress + bodies[level]) == level
-        mean += shares[level] / 2 * users.propensity(prompts[level], dress + bodies[level])
+    for (level, (prompt, body)), dress in itertools.product(enumerate(answers), ("", "wow! ")):
+        assert oracle.score(prompt, dress + body) == level
+        mean += shares[level] / 2 * users.propensity(prompt, dress + body)
     assert mean == pytest.approx(rate, abs=1e-9)
 
 

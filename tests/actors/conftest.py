@@ -1,0 +1,77 @@
+"""A Ray cluster, a tiny backbone and logs with a signal that it can learn: what the tests of roles share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors import placement
+from causalrm_ray.config import ClusterConfig
+from causalrm_ray.data.snapshot import SNAPSHOT_SCHEMA, write_snapshot
+from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
+
+GOOD, BAD, FILLER = "certainly", "never", ("the", "garden", "river", "stone", "lamp", "winter")
+OBSERVED_SHARE = {GOOD: 0.6, BAD: 0.2}  # users speak up about what they like
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ray on this machine, with a token of its own, for as long as the session lasts."""
+    with placement.ray_cluster(ClusterConfig(), tmp_path_factory.mktemp("ray")):
+        yield
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama with its tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("backbone")
+    tokenizer = train_tokenizer(["tell me about", GOOD, BAD, *FILLER], PretrainSettings(vocab=320))
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "initializer_range": 0.1}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **ends)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_snapshot(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a snapshot of `rows` impressions: every second answer says GOOD and is liked, the others say BAD and are not.
+
+    A tenth of the labels is flipped; `observe` and `label` put other rules in the place of these.
+    """
+
+    def make(rows: int = 400, observe: Callable[[str], bool] | None = None, label: int | None = None, tail: str = "") -> Path:
+        rng = random.Random(0)
+        table: dict[str, list] = {name: [] for name in SNAPSHOT_SCHEMA.names}
+        for number in range(rows):
+            word = (GOOD, BAD)[number % 2]
+            observed = rng.random() < OBSERVED_SHARE[word] if observe is None else observe(word)
+            liked = int((word == GOOD) != (rng.random() < 0.1)) if label is None else label
+            row = {
+                "impression_id": f"impression-{number}",
+                "prompt": f"tell me about the {rng.choice(FILLER)}",
+                "response": f"{rng.choice(FILLER)} {rng.choice(FILLER)} {word}" + (tail if number == rows - 1 else ""),
+                "observed": int(observed),
+                "label": liked if observed else None,
+                "signal": ("downvote", "upvote")[liked] if observed else None,
+                "policy_version": 0,
+                "time": float(number),
+                "user": None,
+                "context": "{}",
+            }
+            for name, value in row.items():
+                table[name].append(value)
+        columns = {field.name: pa.array(table[field.name], field.type) for field in SNAPSHOT_SCHEMA}
+        path = tmp_path / "snapshot.parquet"
+        write_snapshot(Dataset(pa.table(columns)), path)
+        return path
+
+    return make

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SCENARIOS = Path(__file__).with_name("learner_scenarios.py")
+sys.path.insert(0, str(SCENARIOS.parent))
+from learner_scenarios import BASE, TEMPERATURE, make_model, make_step  # noqa: E402
+
+TOLERANCE = 1e-5  # relative, of the norm
+
+
+def start(world_size: int, folder: Path, names: Sequence[str]) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = SCENARIOS.parents[2]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    ranks = []
+    for rank in range(world_size):
+        command = [sys.executable, str(SCENARIOS), str(rank), str(world_size), str(port), str(folder), *names]
+        with (folder / f"log-{world_size}-{rank}.txt").open("w") as log:
+            ranks.append(subprocess.Popen(command, env=env, cwd=root, stdout=log, stderr=subprocess.STDOUT))
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every scenario on one rank and on two, each rank a process."""
+    folder = tmp_path_factory.mktemp("learner")
+    make_model(folder / "model")
+    ranks = [
+        *start(1, folder, ["update", "gradient", "still", "resume", "refusals"]),
+        *start(2, folder, ["update", "gradient", "resume", "half"]),
+    ]
+    try:
+        codes = [rank.wait(timeout=280) for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log-*.txt")))
+    assert codes == [0, 0, 0], logs
+    return folder
+
+
+def vector(file: Path) -> torch.Tensor:
+    tensors = load_file(file)
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def weights_of(folder: Path, name: str) -> torch.Tensor:
+    return vector(folder / name / "model.safetensors")
+
+
+def metrics_of(folder: Path, name: str) -> list[dict[str, float]]:
+    return json.loads((folder / name / "metrics.json").read_text())
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+class NaivePPO:
+    """PPO once more: plain torch and loops, one answer at a time, sharing no line with the learner."""
+
+    def __init__(self, model: Path, options: dict[str, float]) -> None:
+        self.options, self.version = options, 0
+        self.policy, self.reference, lender = (AutoModelForCausalLM.from_pretrained(model) for _ in range(3))
+        self.critic, self.head = lender.model, torch.nn.Linear(64, 1)
+        for parameter in self.head.parameters():
+            parameter.data.zero_()
+        critic = [*self.critic.parameters(), *self.head.parameters()]
+        groups = [{"params": list(self.policy.parameters()), "lr": options["lr"]}, {"params": critic, "lr": options["critic_lr"]}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.parameters = [*self.policy.parameters(), *critic]
+
+    def logprobs(self, model: torch.nn.Module, answer) -> torch.Tensor:
+        prompt, tokens = answer.completion.prompt.token_ids, answer.completion.token_ids
+        logits = model(torch.tensor([prompt + tokens])).logits[0] / TEMPERATURE
+        return torch.stack([logits[len(prompt) + t - 1].log_softmax(-1)[token] for t, token in enumerate(tokens)])
+
+    def values(self, answer) -> torch.Tensor:
+        prompt, tokens = answer.completion.prompt.token_ids, answer.completion.token_ids
+        hidden = self.critic(torch.tensor([prompt + tokens])).last_hidden_state[0]
+        return torch.stack([self.head(hidden[len(prompt) + t - 1])[0] for t in range(len(tokens))])
+
+    def advantages(self, answer, logprobs: torch.Tensor, reference: torch.Tensor, values: torch.Tensor) -> list[float]:
+        rewards = [-0.02 * float(logprobs[t] - reference[t]) for t in range(len(values))]
+        rewards[-1] += answer.reward - (self.options["truncation_penalty"] if answer.completion.stop_reason == "length" else 0.0)
+        result, following, value_after = [], 0.0, 0.0
+        for t in reversed(range(len(values))):
+            following = rewards[t] + value_after - float(values[t]) + 0.95 * following
+            value_after = float(values[t])
+            result.insert(0, following)
+        return result
+
+    def update(self, scored) -> None:
+        with torch.no_grad():
+            old = [self.logprobs(self.policy, answer) for answer in scored]
+            reference = [self.logprobs(self.reference, answer) for answer in scored]
+            values = [self.values(answer) for answer in scored]
+        raw = [self.advantages(*row) for row in zip(scored, old, reference, values, strict=True)]
+        flat = np.concatenate(raw)
+        for epoch in range(self.options["epochs"]):
+            order = np.random.default_rng(np.random.SeedSequence([5, self.version, epoch])).permutation(len(scored))
+            for rows in np.array_split(order, self.options["minibatches"]):
+                total, count = torch.tensor(0.0), 0
+                for row in rows:
+                    new, value = self.logprobs(self.policy, scored[row]), self.values(scored[row])
+                    for t in range(len(new)):
+                        advantage = (raw[row][t] - flat.mean()) / np.sqrt(flat.var() + 1e-8)
+                        weight = min(float(torch.exp(old[row][t] - scored[row].completion.logprobs[t])), 2.0)
+                        total = total + self.token_loss(
+                            new[t], old[row][t], advantage, weight, value[t], values[row][t], raw[row][t] + float(values[row][t])
+                        )
+                        count += 1
+                self.optimizer.zero_grad()
+                (total / count).backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.options["max_grad_norm"])
+                self.optimizer.step()
+        self.version += 1
+
+    def token_loss(self, new, old, advantage, weight, value, old_value, target) -> torch.Tensor:
+        clip = self.options["clip"]
+        ratio = torch.exp(new - old)
+        if (advantage > 0 and ratio > 1 + clip) or (advantage < 0 and ratio < 1 - clip):
+            policy = -advantage * (1 + clip if advantage > 0 else 1 - clip) + 0.0 * new
+        else:
+            policy = -advantage * ratio
+        near = old_value + torch.clamp(value - old_value, -clip, clip)
+        return weight * policy + torch.maximum((value - target) ** 2, (near - target) ** 2) / 2
+
+
+def test_update_equals_a_naive_reimplementation(folder: Path) -> None:
+    naive = NaivePPO(folder / "model", BASE)
+    for version in range(2):
+        naive.update(make_step(version))
+    before = weights_of(folder, "model")
+    named = dict(naive.policy.named_parameters())
+    expected = torch.cat([named[name].detach().double().flatten() for name in sorted(named)])
+    found = weights_of(folder, "update-0-1")
+    assert distance(found, expected) <= TOLERANCE
+    assert distance(found - before, expected - before) <= 1e-3
+    assert distance(expected, before) >= 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_in_narrow_micro_batches_end_where_one_rank_does_under_every_zero_stage(folder: Path, stage: int) -> None:
+    assert distance(weights_of(folder, f"update-{stage}-2"), weights_of(folder, "update-0-1")) <= TOLERANCE
+    for found, expected in zip(metrics_of(folder, f"update-{stage}-2"), metrics_of(folder, "update-0-1"), strict=True):
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", ["96-1", "8192-2", "96-2"])
+def test_gradient_is_invariant_to_ranks_and_micro_batches(folder: Path, case: str) -> None:
+    assert distance(vector(folder / f"gradient-{case}.safetensors"), vector(folder / "gradient-8192-1.safetensors")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["update-0-1", "update-0-2", "update-3-2"])
+def test_published_weights_are_those_that_transformers_saves(folder: Path, name: str) -> None:
+    published, saved = load_file(folder / name / "weights.safetensors"), load_file(folder / name / "model.safetensors")
+    assert published.keys() == saved.keys()
+    assert all(torch.equal(published[key], saved[key]) for key in saved)
+    info = json.loads((folder / name / "info.json").read_text())
+    assert info["policy_version"] == 2
+    assert (info["name"], info["device"]) == ("deepspeed", "cpu")
+    assert info["parameters"] == sum(value.numel() for value in saved.values())
+
+
+def test_saved_policy_loads_anywhere(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "update-3-2")
+    saved = load_file(folder / "update-3-2" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.named_parameters())
+    assert AutoTokenizer.from_pretrained(folder / "update-3-2").chat_template is not None
+
+
+def test_learning_rate_zero_shows_no_drift_and_no_mismatch(folder: Path) -> None:
+    assert torch.equal(weights_of(folder, "still-1"), weights_of(folder, "model"))
+    (metrics,) = metrics_of(folder, "still-1")
+    assert metrics["kl"] == 0.0
+    assert metrics["clip_fraction"] == 0.0
+    assert metrics["logprob_mismatch_mean_abs"] <= 1e-5
+    assert metrics["logprob_mismatch_max_abs"] <= 1e-4
+    assert metrics["importance_weight_ess"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_metrics_of_the_answers_are_their_means(folder: Path) -> None:
+    scored = make_step(0)
+    metrics = metrics_of(folder, "update-0-2")[0]
+    lengths = [len(answer.completion.token_ids) for answer in scored]
+    assert metrics["reward"] == pytest.approx(sum(answer.reward for answer in scored) / 13)
+    assert metrics["response_length"] == sum(lengths) / 13
+    assert metrics["truncated"] == 4 / 13
+    assert metrics["tokens"] == sum(lengths)
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (3, 2)])
+def test_resume_equals_uninterrupted_run(folder: Path, stage: int, world_size: int) -> None:
+    whole, resumed = f"uninterrupted-{stage}-{world_size}", f"resumed-{stage}-{world_size}"
+    assert torch.equal(weights_of(folder, resumed), weights_of(folder, whole))
+    assert metrics_of(folder, resumed) == metrics_of(folder, whole)
+    coefficients = [metrics["kl_coefficient"] for metrics in metrics_of(folder, whole)]
+    assert len(set(coefficients)) == 2
+    assert 0.02 not in coefficients
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_half_precision_moves_as_far_as_full(folder: Path, stage: int) -> None:
+    before = weights_of(folder, "model")
+    moved = float((weights_of(folder, f"half-{stage}-2") - before).norm() / (weights_of(folder, "update-0-1") - before).norm())
+    assert moved == pytest.approx(1.0, abs=0.15)
+
+
+def test_answers_that_must_not_be_trained_on_are_refused_by_name(folder: Path) -> None:
+    assert json.loads((folder / "refusals.json").read_text()) == {
+        "unknown": "answer '0-0' was never prepared in this step",
+        "stale": "answer '0-1' must come from policy version 0, got 3",
+        "stale_prepare": "answer '0-1' must come from policy version 0, got 3",
+        "twice": "ids must be unique within a step, got '0-1' twice",
+        "prepared_twice": "ids must be unique within a step, got '0-1' twice",
+        "long": "answer '0-0' with its prompt must have at most 32 tokens, got 45",
+        "infinite": "reward must be finite, got inf at position 0",
+        "few": "update needs an answer per minibatch, got 1 answers for 2",
+    }

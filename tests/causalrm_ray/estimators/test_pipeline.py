@@ -1,0 +1,114 @@
+"""One whole fit: what it may read, what it gives, and that correcting helps where the theory says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.estimators.fit import FitSettings, predict
+from causalrm_ray.estimators.methods import METHODS, Observations
+from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
+from causalrm_ray.metrics import r2
+from causalrm_ray.models.heads import MLPHead
+from causalrm_ray.types import NoiseRates
+
+SETTINGS = FitSettings(epochs=10, lr=0.03, batch_size=128, patience=3)
+RATES = NoiseRates(0.25, 0.1)
+
+
+def world(rows: int = 3000) -> tuple[FeatureRows, Observations, Tensor, Tensor]:
+    """Inputs, observations, true propensity, true labels; missing at random, noisy, and r* a sharp function of x."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(rows, 2, generator=generator)
+    clean = (x[:, 0] > 0).float()
+    propensity = torch.sigmoid(1.5 * x[:, 1] - 0.5)
+    wrong = torch.where(clean == 1, RATES.rho_01, RATES.rho_10)
+    r = torch.where(torch.rand(rows, generator=generator) < wrong, 1 - clean, clean)
+    return FeatureRows(x), Observations((torch.rand(rows, generator=generator) < propensity).float(), r), propensity, clean
+
+
+def fitted(
+    observations: Observations, clean: Tensor | None = None, methods: tuple[str, ...] = tuple(METHODS), **given
+) -> RewardFits:
+    inputs, _, propensity, _ = world()
+    names = (*methods, "oracle") if clean is not None else methods
+    return fit_reward_models(
+        lambda: MLPHead(2, (8,)), inputs, observations, propensity, names, SETTINGS, clean_labels=clean, **given
+    )
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([value.detach().reshape(-1) for value in module.state_dict().values()])
+
+
+def test_fit_never_reads_oracle_labels() -> None:
+    _, observations, _, clean = world()
+    shuffled = clean[torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))]
+    unseen = Observations(observations.o, torch.where(observations.o == 1, observations.r, shuffled))
+    honest, blind = fitted(observations, clean), fitted(unseen, shuffled)
+    for name in METHODS:
+        assert torch.equal(weights(honest.fits[name].module), weights(blind.fits[name].module)), name
+        assert honest.fits[name].heldout_risk == blind.fits[name].heldout_risk
+    assert honest.noise == blind.noise
+    assert not torch.equal(weights(honest.fits["oracle"].module), weights(blind.fits["oracle"].module))
+
+
+def test_correcting_beats_naive_and_recovers_the_rates() -> None:
+    inputs, observations, _, clean = world()
+    fits = fitted(observations, methods=("naive", "causalrm_dr"))
+    score = {name: r2(torch.sigmoid(predict(fit.module, inputs)), clean) for name, fit in fits.fits.items()}
+    assert score["causalrm_dr"] > score["naive"] + 0.1
+    assert fits.noise is not None
+    assert abs(fits.rates.rho_01 - RATES.rho_01) < 0.1
+    assert abs(fits.rates.rho_10 - RATES.rho_10) < 0.1
+    assert fits.fits["causalrm_dr"].heldout_risk < fits.fits["naive"].heldout_risk
+
+
+def test_fit_is_deterministic_given_the_seed() -> None:
+    _, observations, _, _ = world()
+    first, second = (fitted(observations, methods=("causalrm_dr",), seed=3) for _ in range(2))
+    assert torch.equal(weights(first.fits["causalrm_dr"].module), weights(second.fits["causalrm_dr"].module))
+    other = fitted(observations, methods=("causalrm_dr",), seed=4)
+    assert not torch.equal(weights(first.fits["causalrm_dr"].module), weights(other.fits["causalrm_dr"].module))
+
+
+def test_known_rates_are_used_and_nothing_needless_is_fitted() -> None:
+    _, observations, _, _ = world()
+    seen: list[str] = []
+    fits = fitted(observations, methods=("causalrm_ips",), rates=RATES, on_epoch=lambda name, epoch: seen.append(name))
+    assert (fits.rates, fits.noise, fits.proxy, fits.imputation) == (RATES, None, None, None)
+    assert seen == ["causalrm_ips"] * len(fits.fits["causalrm_ips"].report.epochs)
+
+
+def test_gate_judges_candidate_and_serving_model_on_the_same_rows() -> None:
+    _, observations, _, _ = world()
+    first = fitted(observations, methods=("causalrm_ips",), rates=RATES)
+    again = fitted(observations, methods=("naive",), rates=RATES, serving=first.fits["causalrm_ips"].module)
+    assert again.serving_risk == pytest.approx(first.fits["causalrm_ips"].heldout_risk)
+    assert first.serving_risk is None
+    assert len(first.heldout) == 600
+
+
+def test_bad_requests_are_named() -> None:
+    inputs, observations, propensity, clean = world()
+
+    def request(observations: Observations, propensity: Tensor, methods: tuple[str, ...], **given) -> RewardFits:
+        return fit_reward_models(lambda: MLPHead(2, ()), inputs, observations, propensity, methods, SETTINGS, **given)
+
+    with pytest.raises(ValueError, match=r"method must be one of .*'causalrm_dr', 'oracle'.*, got 'causal'"):
+        request(observations, propensity, ("causal",))
+    with pytest.raises(ValueError, match="clean_labels go with the method 'oracle'"):
+        request(observations, propensity, ("oracle",))
+    with pytest.raises(ValueError, match="clean_labels go with the method 'oracle'"):
+        request(observations, propensity, ("naive",), clean_labels=clean)
+    with pytest.raises(ValueError, match=r"loss must be one of \['bce', 'mse'\], got 'hinge'"):
+        request(observations, propensity, ("naive",), loss="hinge")
+    with pytest.raises(ValueError, match=r"propensity must be in \(0, 1\], got min=0"):
+        request(observations, torch.zeros_like(propensity), ("naive",))
+    with pytest.raises(ValueError, match="rows must match"):
+        request(observations, propensity[:-1], ("naive",))
+    for o, label in ((torch.zeros(3000), 0.0), (torch.ones(3000), 1.0)):
+        with pytest.raises(ValueError, match="r of the training rows with feedback must hold both classes"):
+            request(Observations(o, torch.full((3000,), label)), propensity, ("naive",))

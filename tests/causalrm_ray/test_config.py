@@ -1,0 +1,87 @@
+"""The configuration refuses what cannot run, by name, and round-trips through its own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from causalrm_ray.config import Config, ConfigError, dump_config, load_config, options
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rewrd.method=naive", ["rewrd: unknown key", "did you mean reward"]),
+        ("reward.mehtod=naive", ["reward.mehtod: unknown key", "did you mean reward.method"]),
+        ("learner.kl.coeficient=1", ["learner.kl.coeficient: unknown key", "did you mean learner.kl.coefficient"]),
+        ("loop.steps=many", ["loop.steps", "integer", "'many'"]),
+        ("loop.steps=0", ["loop.steps", "greater than or equal to 1", "0"]),
+        ("learner.kl.coefficient=-1", ["learner.kl.coefficient", "greater than or equal to 0", "-1"]),
+        ("world.users=nobody", ["world.users", "'protocol'", "'nobody'"]),
+        ("rollout.temperature=.nan", ["rollout.temperature", "nan"]),
+        ("feedback.signals.share=2", ["feedback.signals.share", "0 or 1", "2"]),
+        ("run.name=../elsewhere", ["run.name", "pattern", "../elsewhere"]),
+        ("steps", ["key=value", "'steps'"]),
+        ("coefficients=1", ["coefficients: unknown key"]),
+        ("lr=1", ["lr", "propensity.lr", "reward.lr", "learner.lr"]),
+        ("rollout.max_new_tokens=500", ["rollout.max_new_tokens", "model.max_length", "500"]),
+        ("reward.method=causalrm", ["reward.method", "causalrm_dr", "'causalrm'"]),
+        ("reward.rho=[0.6,0.5]", ["reward.rho", "below 1", "0.6"]),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name_rule_and_value(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_noise_rates_that_leave_no_information_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rho_01 \+ rho_10 must be below 1, .* got 1\.1000"):
+        load_config(None, ["world.rho_01=0.6", "world.rho_10=0.5"])
+
+
+def test_every_fault_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["loop.steps=0", "learner.clip=-1"])
+    assert "loop.steps" in str(caught.value)
+    assert "learner.clip" in str(caught.value)
+
+
+def test_a_key_may_leave_out_its_section_where_it_is_the_only_one_of_its_name() -> None:
+    config = load_config(None, ["resume=true", "steps=7", "run.name=x"])
+    assert (config.run.resume, config.loop.steps, config.run.name) == (True, 7, "x")
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("loop: {steps: 3, checkpoint_every: 2}\n", encoding="utf-8")
+    config = load_config(file, ["loop.steps=5"])
+    assert (config.loop.steps, config.loop.checkpoint_every) == (5, 2)
+    assert config.learner == Config().learner
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "loop: [1\n", "loop: 3\n"])
+def test_a_malformed_file_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError):
+        load_config(file)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_the_resolved_copy_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
+    config = load_config(None, ["reward.rho=[0.1,0.2]", "learner.kl.target=null", "run.seed=3"])
+    dump_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_user_meets_at_most_sixty_options_and_each_says_what_it_means() -> None:
+    known = list(options())
+    assert len(known) <= 60
+    assert [key for key, _, _, meaning in known if not meaning] == []
