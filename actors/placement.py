@@ -41,6 +41,7 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
             logging_level=logging.ERROR,
             num_cpus=os.cpu_count(),
             include_dashboard=False,
+            log_to_driver=False,  # what roles print stays in Ray's session folder; what they raise comes here
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",
         )

@@ -92,7 +92,7 @@ class PropensityActor:
         return serving.calibration(raw).clamp(min=serving.clip).numpy()
 
     def diagnostics(self) -> dict[str, Any]:
-        """Overlap, effective sample size and calibration error of the serving version (PropensityReport as JSON, and `version`)."""
+        """Overlap, effective sample size, calibration error of the serving version (PropensityReport as JSON) and `version`."""
         return self._require().report
 
     def load(self, folder: Path) -> int:
@@ -122,7 +122,9 @@ class PropensityActor:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         models = [SequenceScorer.from_pretrained(folder / f"fold-{number}").to(self._device) for number in range(FOLDS)]
         clip = calibration.pop("clip")
-        return _Serving(models, Calibration(**{name: tuple(values) for name, values in calibration.items()}), clip, report["version"], report)
+        return _Serving(
+            models, Calibration(**{name: tuple(values) for name, values in calibration.items()}), clip, report["version"], report
+        )
 
 
 def read_propensities(folder: Path) -> Tensor:

@@ -2,7 +2,7 @@
 
     snapshot + propensities -> fit (W workers, DDP) -> FOLDER/CANDIDATE/METHOD -> promote (gate) -> score
 
-One launch of Ray Train fits all methods that are asked for; `config.method` is the one that may serve, the others are for reports.
+One launch of Ray Train fits all methods that are asked for; `config.method` is the one that may serve, the others for reports.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # ray.train names a union of both versions
 
 from actors.propensity import read_propensities
 from actors.train_workers import REPORT, FitOrder, work
@@ -34,12 +34,16 @@ SCRATCH = ".ray_train"  # where Ray Train keeps a fit's checkpoint until it is m
 
 @dataclass(frozen=True)
 class RewardReport:
-    """What a fit made: models in `folder`/METHOD, and `figures` (JSON, see train_workers.describe). `seconds` of the whole launch."""
+    """What a fit made: models in `folder`/METHOD, and `figures` (JSON, see train_workers.describe).
+
+    `seconds` of the whole launch, `train_seconds` of them by the worker of rank 0.
+    """
 
     candidate: str
     folder: Path
     figures: dict[str, Any]
     seconds: float
+    train_seconds: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class RewardActor:
         use_gpu: bool = False,
         device: str = "cpu",
     ) -> None:
-        """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes of the cluster.
+        """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes.
 
         `max_length` in tokens; `timeout_s` bounds the start of the workers and each exchange between them; `use_gpu` gives each
         worker a GPU; `device` is where the serving model lies. Raises ValueError for a tokenizer that cannot pad rows.
@@ -102,8 +106,8 @@ class RewardActor:
     ) -> RewardReport:
         """Fit `methods` on `snapshot` and write them to `folder`/`candidate`, whole or not at all; nothing is promoted.
 
-        `propensity` [N] is out of fold and clipped, or the folder of a propensity fit on this snapshot; `clean_labels` [N] are for
-        the method "oracle" only. A `warm` fit starts from the serving model instead of the backbone. The serving model's risk is
+        `propensity` [N] is out of fold and clipped, or the folder of a propensity fit on this snapshot; `clean_labels` [N] are
+        for the method "oracle" only. A `warm` fit starts from the serving model, not the backbone. The serving model's risk is
         measured on the same held-out rows.
         Raises SnapshotError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
         """
@@ -127,8 +131,8 @@ class RewardActor:
         )
         started = time.perf_counter()
         folder = self._folder / candidate
-        self._launch(order, candidate, folder)
-        return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started)
+        train_seconds = self._launch(order, candidate, folder)
+        return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started, train_seconds)
 
     def promote(self, candidate: str) -> Promotion:
         """Let `candidate` serve if its held-out observed risk is at most the serving model's plus `config.gate_tolerance`.
@@ -183,30 +187,35 @@ class RewardActor:
         self.load(folder / self._config.method, self._version + 1)
         return Promotion(True, reason, self._version)
 
-    def _launch(self, order: FitOrder, candidate: str, folder: Path) -> None:
-        """Run the workers and move what rank 0 saved to `folder`."""
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # the default polls so rarely that a launch takes 20 s
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._timeout_s))
+    def _launch(self, order: FitOrder, candidate: str, folder: Path) -> float:
+        """Run the workers and move what rank 0 saved to `folder`. Returns the seconds that rank 0 worked."""
+        for key, value in (
+            ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1"),  # the default polls so rarely that a launch takes 20 s
+            ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._timeout_s)),
+            ("RAY_TRAIN_ENABLE_PRINT_PATCH", "0"),  # the patched print breaks the hashing that `datasets` does of what it reads
+        ):
+            os.environ.setdefault(key, value)
         scratch = self._folder / SCRATCH
         shutil.rmtree(scratch / candidate, ignore_errors=True)  # Ray Train would resume what a killed run left there
         trainer = TorchTrainer(
             work,
             train_loop_config={"order": order},
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=ScalingConfig(
                 num_workers=self._config.workers,
                 use_gpu=self._use_gpu,
                 resources_per_worker=None if self._use_gpu else {"CPU": 0.01},
             ),
             # Reductions of figures happen on the CPU, those of gradients where the model lies.
             torch_config=TorchConfig("cpu:gloo,cuda:nccl" if self._use_gpu else "gloo", timeout_s=int(self._timeout_s)),
-            run_config=ray.train.RunConfig(name=candidate, storage_path=str(scratch)),
+            run_config=RunConfig(name=candidate, storage_path=str(scratch), logging_config=LoggingConfig(log_level="ERROR")),
         )
-        checkpoint = trainer.fit().checkpoint
-        if checkpoint is None:
+        result = trainer.fit()
+        if result.checkpoint is None or result.metrics is None:
             raise RuntimeError(f"Ray Train ended fit {candidate} without a checkpoint")
-        with checkpoint.as_directory() as saved, atomic_folder(folder) as aside:
+        with result.checkpoint.as_directory() as saved, atomic_folder(folder) as aside:
             shutil.copytree(saved, aside, dirs_exist_ok=True)
         shutil.rmtree(scratch / candidate)
+        return result.metrics["train_seconds"]
 
 
 def _figures(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ class Roles:
         if "learner" in parts:
             engines["learner"] = self._wait([role.info.remote() for role in self.learners], "start learner")[0]
         if "reward" in parts:
-            engines["reward"] = self._wait(self.reward.info.remote(), "start reward")
+            self._wait(self.reward.state.remote(), "start reward")
+            engines["reward"] = {"name": "ray-train", "version": version("ray"), "workers": self._config.reward.workers}
         return engines
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:

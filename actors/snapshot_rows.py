@@ -25,12 +25,12 @@ class SnapshotRows:
 def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> SnapshotRows:
     """Token rows and observations of a snapshot.
 
-    Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshot), ValueError that names the impression for
-    a row of more than `max_length` tokens.
+    Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshot), ValueError that names the
+    impression for a row of more than `max_length` tokens.
     """
     log = read_snapshot(snapshot)
     check_log(log)
-    token_rows = [encode_pair(tokenizer, row["prompt"], row["response"]) for row in log.select_columns(["prompt", "response"])]
+    token_rows = [encode_pair(tokenizer, *pair) for pair in zip(log["prompt"], log["response"], strict=True)]
     for number, row in enumerate(token_rows):
         if len(row) > max_length:
             name = log[number]["impression_id"]

@@ -1,11 +1,12 @@
-"""What each Ray Train worker does in a reward fit: the same rows and seeds, its own slice of every batch, one checkpoint from rank 0.
+"""What each Ray Train worker does in a reward fit: the same rows and seeds, its own slice of every batch, one checkpoint.
 
-    snapshot -> token rows -> fit_reward_models (DDP, this rank's shard) -> rank 0: METHOD/ (Hugging Face folders), report.json
+snapshot -> token rows -> fit_reward_models (DDP, this rank's shard) -> rank 0: METHOD/ (Hugging Face folders), report.json
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class FitOrder:
     """All that a worker needs to know.
 
     Paths must be readable from every worker. `start` is the model that fits begin from: the backbone, or the serving model for a
-    warm fit; `serving` (with `serving_version`) is measured on the same held-out rows. `propensity` [N], `clean_labels` [N] or none.
+    warm fit; `serving` (with `serving_version`) is measured on the same held-out rows. `propensity` [N], `clean_labels` [N].
     """
 
     snapshot: Path
@@ -53,8 +54,9 @@ class FitOrder:
 
 
 def work(loop: dict[str, FitOrder]) -> None:
-    """Train function of TorchTrainer: fit as `loop["order"]` says; rank 0 reports the models and their figures as a checkpoint."""
+    """Train function of TorchTrainer: fit as `loop["order"]` says; rank 0 reports models and figures as a checkpoint."""
     torch.set_num_threads(1)  # sums in one order, and no workers fighting for a core
+    started = time.perf_counter()
     order = loop["order"]
     tokenizer = load_tokenizer(order.backbone)
     fits = _fit(order, tokenizer)
@@ -65,13 +67,18 @@ def work(loop: dict[str, FitOrder]) -> None:
         for method, fitted in fits.fits.items():
             _scorer(fitted.module).save_pretrained(Path(folder) / method, tokenizer)
         write_json(Path(folder) / REPORT, describe(fits, order))
-        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        figures = {"train_seconds": time.perf_counter() - started}
+        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def describe(fits: RewardFits, order: FitOrder) -> dict[str, Any]:
     """Figures of a fit as JSON; the same fit gives the same figures."""
     methods = {
-        name: {"heldout_risk": fitted.heldout_risk, "best_epoch": fitted.report.best.number, "epochs": [asdict(e) for e in fitted.report.epochs]}
+        name: {
+            "heldout_risk": fitted.heldout_risk,
+            "best_epoch": fitted.report.best.number,
+            "epochs": [asdict(e) for e in fitted.report.epochs],
+        }
         for name, fitted in fits.fits.items()
     }
     return {

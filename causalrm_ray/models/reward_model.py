@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-GROUP = 64  # rows that share one pass through the backbone
+GROUP = 16  # rows that share one pass through the backbone
 
 
 class SequenceScorer(nn.Module):

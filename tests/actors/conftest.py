@@ -33,7 +33,13 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with its tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("backbone")
     tokenizer = train_tokenizer(["tell me about", GOOD, BAD, *FILLER], PretrainSettings(vocab=320))
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "initializer_range": 0.1}
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "initializer_range": 0.1,
+    }
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **ends)).save_pretrained(folder)

@@ -41,7 +41,11 @@ def write_candidate(
     """A candidate as a fit leaves it, with a constant head and the given figures."""
     scorer = SequenceScorer.from_pretrained(backbone)
     torch.nn.init.constant_(scorer.head.weight, head)
-    figures = {"methods": {CONFIG.method: {"heldout_risk": risk}}, "serving_risk": serving_risk, "serving_version": serving_version}
+    figures = {
+        "methods": {CONFIG.method: {"heldout_risk": risk}},
+        "serving_risk": serving_risk,
+        "serving_version": serving_version,
+    }
     with atomic_folder(actor_folder / name) as aside:
         scorer.save_pretrained(aside / CONFIG.method, load_tokenizer(backbone))
         write_json(aside / "report.json", figures)
@@ -62,7 +66,9 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
     assert auroc(torch.from_numpy(logits), liked) > 0.95
 
     stock = AutoModelForSequenceClassification.from_pretrained(report.folder / "causalrm_dr")
-    padded = AutoTokenizer.from_pretrained(report.folder / "causalrm_dr").pad({"input_ids": [list(row) for row in rows]}, return_tensors="pt")
+    padded = AutoTokenizer.from_pretrained(report.folder / "causalrm_dr").pad(
+        {"input_ids": [list(row) for row in rows]}, return_tensors="pt"
+    )
     with torch.inference_mode():
         np.testing.assert_allclose(stock(**padded).logits.squeeze(-1).numpy(), logits, atol=1e-5)
 
@@ -112,7 +118,7 @@ def test_scoring_before_a_promotion_is_refused(backbone: str, tmp_path: Path):
 
 
 def test_scoring_a_row_that_is_too_long_names_it(backbone: str, tmp_path: Path):
-    with pytest.raises(ValueError, match="row 1 must have at most 4 tokens .*, got 5"):
+    with pytest.raises(ValueError, match=r"row 1 must have at most 4 tokens .*, got 5"):
         make_actor(backbone, tmp_path, max_length=4).score_with(tmp_path, [[1], [1, 2, 3, 4, 5]])
 
 

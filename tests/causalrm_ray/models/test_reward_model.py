@@ -56,7 +56,7 @@ def make_backbone(folder: Path, architecture: str = "llama") -> str:
 
 def make_scorer(folder: Path, architecture: str = "llama") -> SequenceScorer:
     scorer = SequenceScorer.from_pretrained(make_backbone(folder / "backbone", architecture))
-    torch.nn.init.normal_(scorer.model.score.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(1))
     return scorer.eval()
 
 
@@ -102,7 +102,7 @@ def test_logit_does_not_depend_on_what_fills_the_padding(tmp_path: Path, filler:
 def test_last_token_counts_even_where_it_is_the_padding_id(tmp_path: Path):
     scorer = make_scorer(tmp_path)
     ended, cut = score_rows(scorer, [[4, 5, EOS], [4, 5]])
-    naive = scorer.model.base_model(input_ids=torch.tensor([[4, 5, EOS]])).last_hidden_state[0, -1] @ scorer.model.score.weight[0]
+    naive = scorer.model.base_model(input_ids=torch.tensor([[4, 5, EOS]])).last_hidden_state[0, -1] @ scorer.head.weight[0]
     assert ended == pytest.approx(naive.item(), abs=1e-5)
     assert abs(ended - cut) > 1e-3
 
