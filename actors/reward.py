@@ -21,8 +21,8 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # ray.train names a union of both versions
 
+from actors.fit_order import REPORT, FitOrder, train_function
 from actors.propensity import read_propensities
-from actors.train_workers import REPORT, FitOrder, work
 from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.config import RewardConfig
 from causalrm_ray.data.snapshot import check_log, read_snapshot
@@ -198,7 +198,7 @@ class RewardActor:
         scratch = self._folder / SCRATCH
         shutil.rmtree(scratch / candidate, ignore_errors=True)  # Ray Train would resume what a killed run left there
         trainer = TorchTrainer(
-            work,
+            train_function,
             train_loop_config={"order": order},
             scaling_config=ScalingConfig(
                 num_workers=self._config.workers,

@@ -26,35 +26,20 @@ import numpy as np
 import torch
 
 from actors.engine_vllm import engine_env
+from actors.feedback import FeedbackRole
 from actors.generator import Generator
 from actors.learner import LearnerRank
 from actors.placement import driver_address, place, ray_resources, resolve, stream
 from actors.propensity import PropensityActor
 from actors.reward import RewardActor
+from actors.users import UsersRole
 from causalrm_ray.config import Config
-from causalrm_ray.data.snapshot import write_snapshot
-from causalrm_ray.data.store import FeedbackLog
-from causalrm_ray.types import Completion, FeedbackEvent, Impression, Request, Sampling, Scored
-from causalrm_ray.world.users import SimulatedUsers
+from causalrm_ray.types import Completion, Impression, Request, Sampling, Scored
 
 ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 Show = Callable[[Sequence[Completion]], list[Impression]]
-
-
-class FeedbackRole(FeedbackLog):
-    """The log as a role: also writes snapshots where the fitting roles read them."""
-
-    def write_snapshot(self, path: Path, as_of: float | None) -> None:
-        write_snapshot(self.snapshot(as_of), path)
-
-
-class UsersRole(SimulatedUsers):
-    """The simulated users as a role: they react to a whole micro-batch."""
-
-    def react_all(self, impressions: Sequence[Impression]) -> list[FeedbackEvent]:
-        return [event for impression in impressions for event in self.react(impression)]
 
 
 class Roles:

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from actors.fit_order import REPORT, FitOrder
 from actors.snapshot_rows import load_rows
 from causalrm_ray.checkpoint import write_json
-from causalrm_ray.config import RewardConfig
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.estimators.fit import FitSettings, Shard, unwrap
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
@@ -29,35 +27,11 @@ from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import NoiseRates
 
-REPORT = "report.json"
 
-
-@dataclass(frozen=True, eq=False)
-class FitOrder:
-    """All that a worker needs to know.
-
-    Paths must be readable from every worker. `start` is the model that fits begin from: the backbone, or the serving model for a
-    warm fit; `serving` (with `serving_version`) is measured on the same held-out rows. `propensity` [N], `clean_labels` [N].
-    """
-
-    snapshot: Path
-    backbone: str
-    start: str
-    serving: str | None
-    serving_version: int
-    propensity: np.ndarray
-    clean_labels: np.ndarray | None
-    methods: Sequence[str]
-    config: RewardConfig
-    max_length: int
-    seed: int
-
-
-def work(loop: dict[str, FitOrder]) -> None:
-    """Train function of TorchTrainer: fit as `loop["order"]` says; rank 0 reports models and figures as a checkpoint."""
+def work(order: FitOrder) -> None:
+    """Fit as `order` says; rank 0 reports models and figures as a checkpoint."""
     torch.set_num_threads(1)  # sums in one order, and no workers fighting for a core
     started = time.perf_counter()
-    order = loop["order"]
     tokenizer = load_tokenizer(order.backbone)
     fits = _fit(order, tokenizer)
     if ray.train.get_context().get_world_rank() != 0:

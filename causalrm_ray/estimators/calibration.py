@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.isotonic import IsotonicRegression
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from causalrm_ray.checks import check_both_classes, check_same_length, check_unit_interval
@@ -30,9 +30,12 @@ def fit_calibration(prob: Tensor, label: Tensor, weight: Tensor | None = None) -
     check_same_length(prob=prob, label=label)
     check_unit_interval("prob", prob)
     check_both_classes("label", label)
-    model = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
-    model.fit(prob.tolist(), label.tolist(), None if weight is None else weight.tolist())
-    return Calibration(tuple(model.X_thresholds_.tolist()), tuple(model.y_thresholds_.tolist()))
+    weights = np.ones(len(prob)) if weight is None else weight.double().numpy()
+    x, place = np.unique(prob.double().numpy(), return_inverse=True)  # rows of one probability share one outcome
+    mass = np.bincount(place, weights)
+    y = isotonic_regression(np.bincount(place, weights * label.double().numpy()) / mass, weights=mass).x
+    inner = np.r_[False, (y[1:-1] == y[:-2]) & (y[1:-1] == y[2:]), False][: len(y)]  # a level is told by its two ends
+    return Calibration(tuple(x[~inner].tolist()), tuple(np.clip(y[~inner], 0.0, 1.0).tolist()))
 
 
 def fold_of(rows: int, folds: int, seed: int) -> Tensor:

@@ -1,0 +1,41 @@
+"""What a reward fit is told, and how it begins in a worker: light to import, for Ray Train's controller reads it too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from causalrm_ray.config import RewardConfig
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True, eq=False)
+class FitOrder:
+    """All that a worker needs to know.
+
+    Paths must be readable from every worker. `start` is the model that fits begin from: the backbone, or the serving model for a
+    warm fit; `serving` (with `serving_version`) is measured on the same held-out rows. `propensity` [N], `clean_labels` [N].
+    """
+
+    snapshot: Path
+    backbone: str
+    start: str
+    serving: str | None
+    serving_version: int
+    propensity: np.ndarray
+    clean_labels: np.ndarray | None
+    methods: Sequence[str]
+    config: RewardConfig
+    max_length: int
+    seed: int
+
+
+def train_function(loop: dict[str, FitOrder]) -> None:
+    """Train function of TorchTrainer: fit as `loop["order"]` says."""
+    from actors.train_workers import work  # the models' libraries take seconds to import, and only workers need them
+
+    work(loop["order"])
