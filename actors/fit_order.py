@@ -17,13 +17,14 @@ REPORT = "report.json"
 class FitOrder:
     """All that a worker needs to know.
 
-    Paths must be readable from every worker. `start` is the model that fits begin from: the backbone, or the serving model for a
-    warm fit; `serving` (with `serving_version`) is measured on the same held-out rows. `propensity` [N], `clean_labels` [N].
+    Paths must be readable from every worker. `start` is the model that fits begin from, under a blank head unless `warm`;
+    `serving` (with `serving_version`) is measured on the same held-out rows. `propensity` [N], `clean_labels` [N].
     """
 
     snapshot: Path
     backbone: str
     start: str
+    warm: bool
     serving: str | None
     serving_version: int
     propensity: np.ndarray

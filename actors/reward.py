@@ -22,7 +22,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # ray.train names a union of both versions
 
 from actors.fit_order import REPORT, FitOrder, train_function
-from actors.propensity import read_propensities
 from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.config import RewardConfig
 from causalrm_ray.data.snapshot import check_log, read_snapshot
@@ -97,18 +96,20 @@ class RewardActor:
     def fit(
         self,
         snapshot: Path,
-        propensity: np.ndarray | Path,
+        propensity: np.ndarray,
         methods: Sequence[str],
         *,
         candidate: str,
+        start: Path | None = None,
         clean_labels: np.ndarray | None = None,
         warm: bool = False,
     ) -> RewardReport:
         """Fit `methods` on `snapshot` and write them to `folder`/`candidate`, whole or not at all; nothing is promoted.
 
-        `propensity` [N] is out of fold and clipped, or the folder of a propensity fit on this snapshot; `clean_labels` [N] are
-        for the method "oracle" only. A `warm` fit starts from the serving model, not the backbone. The serving model's risk is
-        measured on the same held-out rows.
+        `propensity` [N] is out of fold and clipped; `clean_labels` [N] are for the method "oracle" only. Fits begin from the
+        states of the model in `start` (none: the backbone) under a blank head, or, if `warm`, from the serving model as it is.
+        The propensity model is a good start: it has learned from all impressions what moves users, the labels only from a few.
+        The serving model's risk is measured on the same held-out rows.
         Raises SnapshotError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
         """
         check_log(read_snapshot(snapshot))
@@ -119,10 +120,11 @@ class RewardActor:
         order = FitOrder(
             snapshot=Path(snapshot).resolve(),
             backbone=self._backbone,
-            start=str(self._serving) if warm else self._backbone,
+            start=str(self._serving if warm else start or self._backbone),
+            warm=warm,
             serving=str(self._serving) if self._serving else None,
             serving_version=self._version,
-            propensity=propensity if isinstance(propensity, np.ndarray) else read_propensities(propensity).numpy(),
+            propensity=propensity,
             clean_labels=clean_labels,
             methods=tuple(methods),
             config=self._config,

@@ -30,7 +30,7 @@ from actors.feedback import FeedbackRole
 from actors.generator import Generator
 from actors.learner import LearnerRank
 from actors.placement import driver_address, place, ray_resources, resolve, stream
-from actors.propensity import PropensityActor
+from actors.propensity import PropensityActor, read_propensities
 from actors.reward import RewardActor
 from actors.users import UsersRole
 from causalrm_ray.config import Config
@@ -160,8 +160,9 @@ class Roles:
         labels = clean_labels(snapshot) if clean_labels else None
         warm = self._propensity_folder is not None
         self._propensity_folder = folder
-        fit = self.reward.fit.remote(snapshot, folder, list(methods), candidate=name, clean_labels=labels, warm=warm)
-        report = self._wait(fit, "fit reward")
+        weights = read_propensities(folder).numpy()
+        options = {"candidate": name, "start": folder / "fold-0", "clean_labels": labels, "warm": warm}
+        report = self._wait(self.reward.fit.remote(snapshot, weights, list(methods), **options), "fit reward")
         promotion = self._wait(self.reward.promote.remote(name), "promote reward")
         folders = {method: str(report.folder / method) for method in methods}
         reward = {**report.figures, "folders": folders, "seconds": report.seconds}

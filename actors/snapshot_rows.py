@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,20 @@ from causalrm_ray.estimators.methods import Observations
 from causalrm_ray.models.text import encode_pair
 
 
+HELD_OUT_ONE_IN = 5
+
+
 @dataclass(frozen=True, eq=False)
 class SnapshotRows:
-    """N impressions: `token_rows`, prompt, response and end of each; `observations` o [N] and r [N]."""
+    """N impressions: `token_rows`, prompt, response and end of each; `observations` o [N] and r [N].
+
+    `heldout` are the row numbers that reward fits never train on: about a fifth, by a hash of the impression's id, so that an
+    impression stays on its side in every later snapshot, and a gate compares models on rows that neither has seen.
+    """
 
     token_rows: Sequence[tuple[int, ...]]
     observations: Observations
+    heldout: torch.Tensor
 
 
 def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> SnapshotRows:
@@ -36,4 +45,6 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
             name = log[number]["impression_id"]
             raise ValueError(f"impression {name!r} must have at most {max_length} tokens (model.max_length), got {len(row)}")
     label = [0 if label is None else label for label in log["label"]]
-    return SnapshotRows(token_rows, Observations(torch.tensor(log["observed"][:]), torch.tensor(label)))
+    observations = Observations(torch.tensor(log["observed"][:]), torch.tensor(label))
+    heldout = [number for number, name in enumerate(log["impression_id"]) if zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0]
+    return SnapshotRows(token_rows, observations, torch.tensor(heldout, dtype=torch.long))

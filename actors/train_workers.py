@@ -70,7 +70,7 @@ def _fit(order: FitOrder, tokenizer: PreTrainedTokenizerBase) -> RewardFits:
     log = load_rows(order.snapshot, tokenizer, order.max_length)
     config = order.config
     return fit_reward_models(
-        lambda: ray.train.torch.prepare_model(SequenceScorer.from_pretrained(order.start)),
+        lambda: ray.train.torch.prepare_model(_start(order)),
         TokenRows(log.token_rows, tokenizer.pad_token_id),
         log.observations,
         torch.tensor(order.propensity),
@@ -80,9 +80,17 @@ def _fit(order: FitOrder, tokenizer: PreTrainedTokenizerBase) -> RewardFits:
         rates=None if config.rho is None else NoiseRates(*config.rho),
         clean_labels=None if order.clean_labels is None else torch.tensor(order.clean_labels),
         serving=None if order.serving is None else SequenceScorer.from_pretrained(order.serving).to(ray.train.torch.get_device()),
+        heldout=log.heldout,
         shard=Shard(context.get_world_rank(), context.get_world_size()),
         seed=order.seed,
     )
+
+
+def _start(order: FitOrder) -> SequenceScorer:
+    scorer = SequenceScorer.from_pretrained(order.start)
+    if not order.warm:
+        torch.nn.init.zeros_(scorer.head.weight)  # states are taken over, opinions are not
+    return scorer
 
 
 def _scorer(module: nn.Module) -> SequenceScorer:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from causalrm_ray.types import NoiseRates
 
-MethodName = Literal["naive", "ips", "snips", "dr", "causalrm_ips", "causalrm_snips", "causalrm_dr"]  # of estimators.methods.METHODS
+MethodName = Literal["naive", "ips", "snips", "dr", "causalrm_ips", "causalrm_snips", "causalrm_dr"]  # keys of METHODS
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
 
 
@@ -104,7 +104,7 @@ class PropensityConfig(Section):
 
     epochs: int = Field(3, ge=1, description="most passes over the log per fold")
     lr: float = Field(1e-3, gt=0, description="learning rate")
-    clip: float = Field(0.02, gt=0, lt=1, description="lowest propensity used in a weight")
+    clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity used in a weight")
 
 
 class RewardConfig(Section):
@@ -117,18 +117,17 @@ class RewardConfig(Section):
     loss: Literal["bce", "mse"] = Field(
         "bce", description="pointwise loss: cross-entropy on the logit, or squared error on the probability"
     )
-    epochs: int = Field(6, ge=1, description="most passes over the log")
+    epochs: int = Field(4, ge=1, description="most passes over the log")
     lr: float = Field(1e-3, gt=0, description="learning rate")
-    batch_size: int = Field(256, ge=1, description="rows per optimizer step, over all workers")
+    batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all workers")
     workers: int = Field(2, ge=1, description="Ray Train workers")
     rho: tuple[float, float] | None = Field(
         None, description="known (rho_01, rho_10); none estimates them from the log by anchors"
     )
-    refit_every: int = Field(15, ge=0, description="policy steps between refits of propensity and reward; 0 never")
+    refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
     gate_tolerance: float = Field(
         0.01, ge=0, description="a refit serves if its held-out observed risk is at most this above the serving model's"
     )
-
 
     @field_validator("rho")
     @classmethod
@@ -184,8 +183,8 @@ class LearnerConfig(Section):
 class LoopConfig(Section):
     """The main loop."""
 
-    steps: int = Field(40, ge=1, description="policy steps")
-    checkpoint_every: int = Field(10, ge=0, description="steps between checkpoints; 0 only at the end")
+    steps: int = Field(24, ge=1, description="policy steps")
+    checkpoint_every: int = Field(8, ge=0, description="steps between checkpoints; 0 only at the end")
     evaluation_prompts: int = Field(240, ge=2, description="held-out prompts of the oracle evaluation")
 
 

@@ -94,9 +94,9 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
 
 
 class MemoryMonitor:
-    """Peak proportional memory (PSS, bytes) of this process and everything it started, sampled once a second while the block runs."""
+    """Peak proportional memory (PSS, bytes) of this process and everything it started, sampled every few seconds."""
 
-    def __init__(self, interval_s: float = 1.0) -> None:
+    def __init__(self, interval_s: float = 5.0) -> None:
         self.peak_bytes = 0
         self._interval_s = interval_s
         self._done = threading.Event()

@@ -66,7 +66,7 @@ class Truth:
     def judge(self, logits: np.ndarray, impressions: Sequence[Impression]) -> dict[str, float]:
         """R2 of the probability and AUROC of a reward model's logits [N] against r*."""
         liked = torch.tensor([float(self._users.preference(impression)) for impression in impressions])
-        logit = torch.from_numpy(logits).double()
+        logit = torch.tensor(logits, dtype=torch.float64)
         return {"r2": r2(torch.sigmoid(logit), liked), "auroc": auroc(logit, liked)}
 
     def audit(self, log: FeedbackLog, run_name: str, shown: int) -> Audit:

@@ -54,7 +54,8 @@ def test_library_packages_import_only_what_lies_below_them(package: str) -> None
         f"{path.relative_to(ROOT)} imports {name}"
         for path in (ROOT / "causalrm_ray" / package).glob("*.py")
         for name in imports(path)
-        if name.startswith("causalrm_ray.") and not any(f"{name}.".startswith(f"causalrm_ray.{allowed}.") for allowed in INSIDE[package])
+        if name.startswith("causalrm_ray.")
+        and not any(f"{name}.".startswith(f"causalrm_ray.{allowed}.") for allowed in INSIDE[package])
     ]
     assert sideways == []
 
@@ -63,7 +64,9 @@ def test_engines_are_imported_in_one_place_each() -> None:
     homes = {"vllm": {"actors/engine_vllm.py", "actors/vllm_weights.py"}, "deepspeed": {"actors/engine_deepspeed.py"}}
     for engine, allowed in homes.items():
         found = {
-            str(path.relative_to(ROOT)) for path in (ROOT / "actors").rglob("*.py") if engine in {n.split(".")[0] for n in imports(path)}
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "actors").rglob("*.py")
+            if engine in {n.split(".")[0] for n in imports(path)}
         }
         assert found <= allowed, f"{engine} is imported in {sorted(found - allowed)}"
 

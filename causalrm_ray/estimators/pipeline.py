@@ -19,11 +19,11 @@ from causalrm_ray.estimators.fit import SINGLE, Epoch, FitReport, FitSettings, I
 from causalrm_ray.estimators.methods import METHODS, Nuisances, Observations, oracle_objective
 from causalrm_ray.estimators.noise_rates import NoiseEstimate, estimate_noise_rates
 from causalrm_ray.estimators.propensity import cross_fit_logits, seeded, split_rows
-from causalrm_ray.losses.noise import denoise
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
 from causalrm_ray.types import NoiseRates
 
 ORACLE = "oracle"
+PROXY_FOLDS = 3  # rows without feedback get the mean of as many proxies; two of half the labels each are far weaker
 HELD_OUT = 0.2  # share of rows that decide when to stop and whether to promote
 
 
@@ -65,6 +65,7 @@ def fit_reward_models(
     rates: NoiseRates | None = None,
     clean_labels: Tensor | None = None,
     serving: nn.Module | None = None,
+    heldout: Tensor | None = None,
     shard: Shard = SINGLE,
     seed: int = 0,
     on_epoch: Callable[[str, Epoch], None] | None = None,
@@ -73,23 +74,32 @@ def fit_reward_models(
 
     `make_module` returns a fresh scorer, wrapped for `shard`; `propensity` [N] in (0, 1] is calibrated and clipped; `loss` is a
     key of LOSSES (methods that subtract losses use a bounded "bce"); `rates` skips their estimation. "oracle" among the methods
-    is fitted on `clean_labels` [N], which nothing else reads. Methods that impute start from the proxy's weights, which saves
-    them most of their epochs. `on_epoch(method, epoch)` follows the progress. The same seed and shard give the same modules.
+    is fitted on `clean_labels` [N], which nothing else reads. No fit trains on the rows numbered in `heldout` (none: a fifth of
+    all at random); they decide when to stop and whether to promote. Methods that impute start from the imputation's best weights,
+    which saves them most of their epochs. `on_epoch(method, epoch)` follows the progress. The same seed and shard give the same
+    modules.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
     _check(inputs, observations, propensity, methods, loss, clean_labels)
-    train, heldout = split_rows(torch.arange(len(inputs)), HELD_OUT, seed)
+    rows = torch.arange(len(inputs))
+    if heldout is None:
+        _, heldout = split_rows(rows, HELD_OUT, seed)
+    train = rows[~torch.isin(rows, heldout)]
     check_both_classes("r of the training rows with feedback", observations.r[train][observations.o[train] == 1])
     check_both_classes("r of the held-out rows with feedback", observations.r[heldout][observations.o[heldout] == 1])
     settings = replace(settings, seed=seed)
+    needs = frozenset[str]().union(*(METHODS[name].needs for name in methods if name != ORACLE))
+    cross = partial(_out_of_fold, make_module=make_module, inputs=inputs, observations=observations)
+    cross = partial(cross, train=train, heldout=heldout, settings=settings, shard=shard)
     noise = proxy = imputation = start = None
-    if rates is None or any("imputation" in METHODS[name].needs for name in methods if name != ORACLE):
-        raw, start = _proxy(make_module, inputs, observations, propensity, heldout, settings, shard)
+    if rates is None or "imputation" in needs:
+        raw, start = cross("snips", nuisances=Nuisances(propensity))
+        proxy = cross_calibrate(raw, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
         if rates is None:
             noise = estimate_noise_rates(raw, observations, seed=seed)
             rates = noise.rates
-        proxy = cross_calibrate(raw, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
-        imputation = denoise(proxy, rates)
+    if "imputation" in needs:
+        imputation, start = cross("causalrm_snips", nuisances=Nuisances(propensity, rates))
     nuisances = Nuisances(propensity, rates, imputation)
     risk = heldout_objective(observations, nuisances, LOSSES[loss], heldout)
     fits = {}
@@ -111,23 +121,27 @@ def heldout_objective(observations: Observations, nuisances: Nuisances, loss: Lo
     return method.build(observations, nuisances, method.pointwise(loss), rows)
 
 
-def _proxy(
+def _out_of_fold(
+    method: str,
     make_module: Callable[[], nn.Module],
     inputs: Inputs,
     observations: Observations,
-    propensity: Tensor,
+    nuisances: Nuisances,
+    train: Tensor,
     heldout: Tensor,
     settings: FitSettings,
     shard: Shard,
 ) -> tuple[Tensor, nn.Module]:
-    """P(r = 1 | x) [N] out of fold, IPS-weighted, and one of its modules, which has seen no held-out row."""
-    nuisances = Nuisances(propensity)
-
-    def objective(rows: Tensor) -> Objective:
-        return METHODS["snips"].build(observations, nuisances, bce, rows)
-
-    logit, modules = cross_fit_logits(make_module, inputs, objective, heldout, settings, seed=settings.seed, shard=shard)
-    return torch.sigmoid(logit), modules[0]
+    """Probabilities [N] of `method` out of fold, and its module of lowest held-out risk; none trained on a held-out row."""
+    build = METHODS[method].build
+    loss = METHODS[method].pointwise(bce)
+    seen = train[observations.o[train] == 1]
+    objective = partial(build, observations, nuisances, loss)
+    logit, modules, reports = cross_fit_logits(
+        make_module, inputs, objective, seen, heldout, settings, PROXY_FOLDS, settings.seed, shard
+    )
+    best = min(range(PROXY_FOLDS), key=lambda number: reports[number].best.validation_risk)
+    return torch.sigmoid(logit), modules[best]
 
 
 def _objective(

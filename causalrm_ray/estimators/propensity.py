@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_finite, check_propensity, check_same_length, check_unit_interval
 from causalrm_ray.estimators.calibration import Calibration, cross_calibrate, fit_calibration, fold_of
-from causalrm_ray.estimators.fit import SINGLE, FitSettings, Inputs, Objective, Shard, fit, predict
+from causalrm_ray.estimators.fit import SINGLE, FitReport, FitSettings, Inputs, Objective, Shard, fit, predict
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece
 
@@ -57,29 +57,31 @@ def cross_fit_logits(
     make_module: Callable[[], nn.Module],
     inputs: Inputs,
     objective: Callable[[Tensor], Objective],
+    rows: Tensor,
     held_out: Tensor,
     settings: FitSettings,
     folds: int = 2,
     seed: int = 0,
     shard: Shard = SINGLE,
-) -> tuple[Tensor, list[nn.Module]]:
-    """Logits [N], none by a module that trained on its row, and the `folds` modules.
+) -> tuple[Tensor, list[nn.Module], list[FitReport]]:
+    """Logits [N], none by a module that trained on its row, with the `folds` modules and how their training went.
 
-    `objective(rows)` is the risk over some rows. The rows `held_out` [M] decide when each module stops and get the modules' mean
-    logit; every other row lies in one fold and gets the logit of the module that was trained on the other folds.
+    `objective(rows)` is the risk over some rows. Each of `rows` lies in one fold and gets the logit of the module that was
+    trained on the other folds. All rows else are seen by no module and get the modules' mean logit; of these, `held_out` decide
+    when each module stops.
     """
-    fold = fold_of(len(inputs), folds, seed)
-    fold[held_out] = -1
+    fold = torch.full((len(inputs),), -1)
+    fold[rows] = fold_of(len(rows), folds, seed)
     logit = torch.zeros(len(inputs))
-    modules = []
+    modules, reports = [], []
     for number in range(folds):
         module = seeded(make_module, seed)
-        fit(module, inputs, objective(((fold >= 0) & (fold != number)).nonzero()[:, 0]), objective(held_out), settings, shard)
-        rows = ((fold == number) | (fold == -1)).nonzero()[:, 0]
-        logit[rows] += predict(module, inputs, rows, shard=shard).float()
+        reports.append(fit(module, inputs, objective(rows[fold[rows] != number]), objective(held_out), settings, shard))
+        unseen = ((fold == number) | (fold == -1)).nonzero()[:, 0]
+        logit[unseen] += predict(module, inputs, unseen, shard=shard).float()
         modules.append(module)
-    logit[held_out] /= folds
-    return logit, modules
+    logit[fold == -1] /= folds
+    return logit, modules, reports
 
 
 def cross_fit(
@@ -98,11 +100,12 @@ def cross_fit(
     """
     check_both_classes("o", o)
     target = o.to(torch.float32)
-    _, held_out = split_rows(torch.arange(len(o)), 0.1, seed)
-    logit, modules = cross_fit_logits(
+    rows, held_out = split_rows(torch.arange(len(o)), 0.1, seed)
+    logit, modules, _ = cross_fit_logits(
         make_module,
         inputs,
         lambda rows: Objective(rows, lambda logit, index: bce(logit, target[index])),
+        rows,
         held_out,
         settings,
         folds,

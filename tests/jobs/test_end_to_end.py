@@ -82,7 +82,9 @@ def test_the_summary_tells_the_whole_story(runs: Path) -> None:
     assert summary["policy_version"] == 6
     assert summary["feedback"]["lost"] == summary["feedback"]["duplicated"] == 0
     assert summary["feedback"]["impressions"] == 1200 + 6 * 32
-    assert summary["logprob_mismatch"]["max_abs"] <= 1e-4  # fp32 engines of one model differ by rounding only: 2.4e-6 was measured
+    assert (
+        summary["logprob_mismatch"]["max_abs"] <= 1e-4
+    )  # fp32 engines of one model differ by rounding only: 2.4e-6 was measured
     assert summary["weight_sync"]["checksum_ok"]
     assert [summary["engines"][role]["name"] for role in ("rollout", "learner", "reward")] == ["vllm", "deepspeed", "ray-train"]
     assert (runs / "killed" / "run" / "report.html").stat().st_size > 50_000
