@@ -165,7 +165,7 @@ class Roles:
         report = self._wait(self.reward.fit.remote(snapshot, weights, list(methods), **options), "fit reward")
         promotion = self._wait(self.reward.promote.remote(name), "promote reward")
         folders = {method: str(report.folder / method) for method in methods}
-        reward = {**report.figures, "folders": folders, "seconds": report.seconds}
+        reward = {**report.figures, "folders": folders, "seconds": report.seconds, "train_seconds": report.train_seconds}
         return {"propensity": propensity, "reward": reward, "promotion": asdict(promotion)}
 
     def save(self, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +32,6 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         dump_config(config, self.path / "config.yaml")
         self._tensorboard: SummaryWriter | None = None
-        self._logged = time.perf_counter()
 
     @property
     def first_step(self) -> int:
@@ -45,16 +43,10 @@ class Run:
         if self._tensorboard is None:
             self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step)
             self._forget_metrics_from(step)
-        line = {**metrics, "seconds": time.perf_counter() - self._logged}
-        self._logged = time.perf_counter()
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
-        for name, value in line.items():
+            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+        for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
-
-    def start_clock(self) -> None:
-        """Begin to time the next step."""
-        self._logged = time.perf_counter()
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

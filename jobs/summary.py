@@ -30,6 +30,7 @@ def fit_summary(config: Config, fit: Mapping[str, Any]) -> dict[str, Any]:
             "heldout_risk": {name: figures["heldout_risk"] for name, figures in reward["methods"].items()},
             "best_epoch": {name: figures["best_epoch"] for name, figures in reward["methods"].items()},
             "seconds": reward["seconds"],
+            "train_seconds": reward["train_seconds"],
             "folders": reward["folders"],
         },
     }

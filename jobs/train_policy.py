@@ -51,7 +51,6 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
     else:
         facts = prepare(config, task, truth, roles, progress)
 
-    run.start_clock()
     for step in progress.steps(run.first_step, config.loop.steps):
         metrics = policy_step(task, truth, roles, step)
         if due(step, config.reward.refit_every) and step + 1 < config.loop.steps:
@@ -83,8 +82,10 @@ def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Pr
 
 def policy_step(task: Task, truth: Truth, roles: Roles, step: int) -> dict[str, float]:
     """Answers stream to the reward model, the learner and the users; the learner updates; the generators take its weights."""
+    began = time.perf_counter()
     scored = roles.rollout(task.step_requests(step), lambda done: task.impressions(done, task.clock(step)))
-    return {**truth.rollout_metrics(scored), **roles.update(scored), **roles.publish()}
+    metrics = {**truth.rollout_metrics(scored), **roles.update(scored), **roles.publish()}
+    return {**metrics, "seconds": time.perf_counter() - began}
 
 
 def save(run: Run, roles: Roles, facts: dict[str, Any], step: int) -> None:
