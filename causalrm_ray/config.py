@@ -215,9 +215,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _answers_fit(self) -> Config:
         if self.rollout.max_new_tokens >= self.model.max_length:
-            raise ValueError(
-                f"rollout.max_new_tokens must be below model.max_length, got {self.rollout.max_new_tokens} >= {self.model.max_length}"
-            )
+            lengths = f"{self.rollout.max_new_tokens} >= {self.model.max_length}"
+            raise ValueError(f"rollout.max_new_tokens must be below model.max_length, got {lengths}")
         return self
 
 

@@ -45,9 +45,8 @@ def _headline(summary: Mapping[str, Any]) -> str:
     if "oracle_reward" in summary:
         oracle = summary["oracle_reward"]
         gain = (oracle["after"] - oracle["before"]) / oracle["stderr"]
-        lines.append(
-            f"Oracle reward on held-out topics (0 to 4): {oracle['before']:.2f} → {oracle['after']:.2f}, {gain:.0f} standard errors."
-        )
+        change = f"{oracle['before']:.2f} → {oracle['after']:.2f}, {gain:.0f} standard errors"
+        lines.append(f"Oracle reward on held-out topics (0 to 4): {change}.")
     if "feedback" in summary:
         feedback = summary["feedback"]
         audit = f"lost {feedback['lost']}, doubled {feedback['duplicated']}"

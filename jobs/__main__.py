@@ -24,7 +24,7 @@ JOBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job. Returns the exit status: 0 done, 1 failed checks, 2 a configuration or input that cannot run."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     module, meaning = JOBS[arguments.job]
     if arguments.help:
         print_help(arguments.job, meaning)

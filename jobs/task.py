@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -45,7 +44,7 @@ class Task:
         self._config = config
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(models.policy)
         own = config.feedback.prompts
-        self._prompts = self._encode(read_prompts(Path(own)) if own else train_prompts())
+        self._prompts = self._encode(read_prompts(own) if own else train_prompts())
         self._held_out = self._encode(evaluation_prompts())
 
     def step_requests(self, step: int) -> list[Request]:
@@ -87,10 +86,8 @@ class Task:
         encoded = [(text, encode_prompt(self.tokenizer, text)) for text in prompts]
         for number, (text, token_ids) in enumerate(encoded, start=1):
             if len(token_ids) > room:
-                raise InputError(
-                    f"prompt {number} ({text[:40]!r}) must have at most model.max_length - rollout.max_new_tokens = {room} tokens, "
-                    f"got {len(token_ids)}"
-                )
+                limit = f"model.max_length - rollout.max_new_tokens = {room} tokens"
+                raise InputError(f"prompt {number} ({text[:40]!r}) must have at most {limit}, got {len(token_ids)}")
         return encoded
 
     @property

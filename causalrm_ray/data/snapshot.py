@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from causalrm_ray.config import InputError
+
 SNAPSHOT_SCHEMA = pa.schema(
     [
         ("impression_id", pa.string()),
@@ -29,7 +31,7 @@ SNAPSHOT_SCHEMA = pa.schema(
 _NULLABLE = ("label", "signal", "user")
 
 
-class SnapshotError(ValueError):
+class SnapshotError(InputError):
     """A snapshot that cannot be used: names the column, the rule and the value."""
 
 

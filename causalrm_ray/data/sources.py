@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from causalrm_ray.config import InputError
+
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROWS_PER_BATCH = 1_000
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """A source that cannot be read, or holds nothing of use: names the source, the rule and what was found."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ def test_a_finished_folder_verifies(tmp_path: Path) -> None:
 
 def test_an_error_while_filling_leaves_nothing_and_keeps_the_old_folder(tmp_path: Path) -> None:
     path = fill(tmp_path / "step-1", "old")
-    with pytest.raises(ZeroDivisionError), atomic_folder(path) as folder:
+    with pytest.raises(IsADirectoryError), atomic_folder(path) as folder:  # noqa: PT012 - the block is what is tested
         (folder / "a.txt").write_text("new", encoding="utf-8")
-        raise ZeroDivisionError
+        folder.write_text("fails", encoding="utf-8")
     verify_folder(path)
     assert (path / "part" / "a.txt").read_text(encoding="utf-8") == "old"
     assert [child.name for child in tmp_path.iterdir()] == ["step-1"]
@@ -43,7 +44,7 @@ def test_an_error_while_filling_leaves_nothing_and_keeps_the_old_folder(tmp_path
         lambda path: (path / MANIFEST).write_text("[]", encoding="utf-8"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_name_and_the_newest_whole_one_is_found(tmp_path: Path, damage) -> None:  # noqa: ANN001
+def test_a_damaged_folder_is_refused_and_the_newest_whole_one_found(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     whole, broken = fill(tmp_path / "step-2"), fill(tmp_path / "step-10")
     damage(broken)
     with pytest.raises(CheckpointError, match="step-10"):

@@ -1,0 +1,122 @@
+"""What a user types: help, faults of the configuration and of the input, all before Ray or a model starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from causalrm_ray.config import load_config, options
+from causalrm_ray.types import Completion, Prompt
+from jobs.__main__ import JOBS, main
+from jobs.run import Run
+from jobs.task import Task, find_models
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_lists_every_option(job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main([job, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [key for key, *_ in options() if key not in shown] == []
+
+
+def test_options_may_stand_on_either_side_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("loop: {steps: 0}\n", encoding="utf-8")
+    assert main(["train-policy", "run.seed=1", "--config", str(file), "run.seed=2"]) == 2
+    assert "loop.steps" in capsys.readouterr().err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], job: str, *overrides: str) -> str:
+    assert main([job, *overrides]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_wrong_key_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean reward.method?" in refusal(capsys, "train-policy", "reward.metod=naive")
+
+
+@pytest.mark.parametrize(
+    ("job", "overrides", "part"),
+    [
+        ("fit-reward", [], "feedback.source or feedback.url"),
+        ("simulate-feedback", ["world.users=none"], "world.users"),
+        ("evaluate", ["world.users=none"], "embedded oracle"),
+        ("compare", ["world.users=none"], "embedded oracle"),
+        ("train-policy", ["run.resume=true"], "no complete checkpoint"),
+    ],
+)
+def test_a_job_says_what_it_lacks(
+    job: str, overrides: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert part in refusal(capsys, job, f"run.dir={tmp_path}", *overrides)
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Run(load_config(None, [f"run.dir={tmp_path}", "run.name=mine"]))
+    assert "holds a run already" in refusal(capsys, "train-policy", f"run.dir={tmp_path}", "run.name=mine")
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([], "rows"),
+        ([{"prompt": "p", "response": "r", "label": 1}, {"prompt": "p", "response": "s", "label": None}], "liked"),
+        ([{"prompt": "p", "response": "r", "label": None}], "feedback"),
+        ([{"prompt": "", "response": "r", "label": 1}], "bad rows"),
+    ],
+)
+def test_a_log_that_cannot_be_fitted_is_refused_before_ray_starts(
+    rows: list[dict], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert part in refusal(capsys, "fit-reward", f"feedback.source={log}", f"run.dir={tmp_path / 'runs'}")
+
+
+def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "ok"}) + "\n" + json.dumps({"prompt": "word " * 200}) + "\n", encoding="utf-8")
+    told = refusal(capsys, "train-policy", f"feedback.prompts={prompts}", f"run.dir={tmp_path / 'runs'}")
+    assert "prompt 2" in told
+    assert "at most model.max_length - rollout.max_new_tokens = 88 tokens" in told
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    config = load_config(None, ["run.name=t"])
+    return Task(config, find_models(config))
+
+
+def test_the_requests_of_a_step_are_a_function_of_seed_and_step(task: Task) -> None:
+    assert task.step_requests(3) == task.step_requests(3)
+    assert [r.prompt.text for r in task.step_requests(3)] != [r.prompt.text for r in task.step_requests(4)]
+    ids = [request.prompt.id for step in range(3) for request in task.step_requests(step)]
+    assert len(set(ids)) == len(ids) == 3 * 64 * 2
+
+
+def test_samples_of_one_prompt_have_seeds_of_their_own(task: Task) -> None:
+    first, second = task.step_requests(0)[:2]
+    assert first.prompt.text == second.prompt.text
+    assert first.seed != second.seed
+
+
+def test_an_empty_answer_is_not_shown_and_nobody_sees_anything_without_users(task: Task) -> None:
+    prompt = Prompt("t/1", "hello", (1,))
+    answers = [Completion(prompt, text, (1,), (0.0,), "stop", 0) for text in ("", "hi")]
+    assert [impression.response for impression in task.impressions(answers, 0.0)] == ["hi"]
+
+
+def test_metrics_of_steps_that_will_be_repeated_are_dropped(tmp_path: Path) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}", "run.name=r"])
+    run = Run(config)
+    for step in range(4):
+        run.log(step, {"value": float(step)})
+    with (run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "val')  # the kill came in the middle of a line
+    (run.path / "config.yaml").unlink()
+    resumed = Run(config)
+    resumed.log(2, {"value": 9.0})
+    assert [(row["step"], row["value"]) for row in resumed.metrics()] == [(0, 0.0), (1, 1.0), (2, 9.0)]
