@@ -7,6 +7,7 @@ for users, seed:    one log, one fit of all methods
 from __future__ import annotations
 
 import csv
+import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ def for_world(config: Config, users: str, seed: int) -> Config:
 
 def compare_methods(config: Config, models: Models, progress: Progress) -> Iterator[dict[str, float | str]]:
     """One log, one fit, and a policy tuned from the start on each method's model."""
+    shutil.rmtree(config.run.path, ignore_errors=True)  # what an interrupted comparison left of this cell
     run = Run(config)
     task, truth = Task(config, models), Truth(config)
     with ray_cluster(config.cluster, config.run.cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from causalrm_ray.estimators.methods import Observations
 from causalrm_ray.types import NoiseRates
 
 MIN_ANCHORS = 10  # fewer labels than this say nothing of a rate
+WIDEST = 0.3  # share of the rows at either end beyond which they are no anchors any more
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,15 @@ def estimate_noise_rates(
     The proxy only chooses the rows, so it must rank them, not be calibrated: unlike `anchors`, this is not inflated by a proxy
     drawn to the middle. Both rates stay too big by the share of wrong rows among the anchors. `prob` [N] must be out of fold, or
     its noise would choose the rows that flatter it. A resample of 0/1 labels is a binomial draw, so intervals cost little.
-    Raises ValueError if an end has fewer than MIN_ANCHORS rows with feedback, or if the rates sum to 1 or more.
+    Where q of the rows hold fewer than MIN_ANCHORS with feedback, an end reaches as far as it must, up to WIDEST.
+    Raises ValueError if that is not far enough, or if the rates sum to 1 or more.
     """
     _check_quantile(quantile)
     check_unit_interval("prob", prob)
     check_same_length(prob=prob, o=observations.o)
-    low, high = torch.quantile(prob.double(), torch.tensor([quantile, 1 - quantile], dtype=torch.float64))
     generator = torch.Generator().manual_seed(seed)
-    liked = 1 - observations.r[(observations.o == 1) & (prob >= high)]
-    disliked = observations.r[(observations.o == 1) & (prob <= low)]
-    for end, labels in (("top", liked), ("bottom", disliked)):
-        if len(labels) < MIN_ANCHORS:
-            raise ValueError(f"anchors: the {end} {quantile:.0%} must hold {MIN_ANCHORS} rows with feedback, got {len(labels)}")
+    liked = 1 - observations.r[_anchor_rows("top", -prob, observations.o, quantile)]
+    disliked = observations.r[_anchor_rows("bottom", prob, observations.o, quantile)]
     return NoiseEstimate(
         rates=_rates(float(liked.double().mean()), float(disliked.double().mean())),
         rho_01_interval=_interval(liked, draws, generator),
@@ -70,6 +69,17 @@ def estimate_noise_rates(
         rho_01_anchors=len(liked),
         rho_10_anchors=len(disliked),
     )
+
+
+def _anchor_rows(end: str, prob: Tensor, o: Tensor, quantile: float) -> Tensor:
+    """Mask [N] of the rows with feedback among the lowest `prob`, ties included."""
+    ascending, order = prob.double().sort()
+    seen = o[order].cumsum(0)
+    reach = max(math.ceil(quantile * len(prob)), int((seen < MIN_ANCHORS).sum()) + 1)
+    if reach > WIDEST * len(prob):
+        found = int(seen[math.floor(WIDEST * len(prob)) - 1])
+        raise ValueError(f"anchors: the {end} {WIDEST:.0%} must hold {MIN_ANCHORS} rows with feedback, got {found}")
+    return (o == 1) & (prob.double() <= ascending[reach - 1])
 
 
 def _interval(wrong: Tensor, draws: int, generator: torch.Generator) -> tuple[float, float]:
