@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,10 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
 def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:
     """(name of the call, item) of several streaming calls, as each item becomes ready; within one call in its own order."""
     names = {generator: name for name, generator in calls.items()}
-    waiting: Sequence[Any] = list(names)
+    waiting: list[Any] = list(names)
     while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        found, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        ready: list[Any] = found
         if not ready:
             raise RoleTimeoutError(f"{phase}: nothing new within cluster.timeout_s={timeout_s:g} s")
         generator = ready[0]
@@ -114,10 +115,12 @@ def _own_token(cache: Path) -> None:
         return
     path = cache.expanduser().resolve() / "ray_auth_token"
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
     with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+        os.link(aside, path)  # whole or not at all, and the first of several starters wins
+    aside.unlink()
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
 

@@ -181,6 +181,7 @@ class RewardActor:
 
     def load(self, folder: str | Path, version: int) -> None:
         """Serve the model saved in `folder` (of one method) as `version`."""
+        verify_folder(Path(folder).resolve().parent)
         self._scorers.clear()
         self._serving, self._version = Path(folder).resolve(), version
         self._scorers[self._serving] = SequenceScorer.from_pretrained(self._serving).to(self._device)

@@ -231,7 +231,7 @@ class Roles:
     def _learner_ranks(self, policy: str, gpus: float) -> list[Any]:
         size = self._config.learner.ranks
         address = f"tcp://{driver_address()}:{_free_port()}"
-        settings = {
+        settings: dict[str, Any] = {
             "world_size": size,
             "init_method": address,
             "max_length": self._config.model.max_length,

@@ -18,6 +18,9 @@ MethodName = Literal["naive", "ips", "snips", "dr", "causalrm_ips", "causalrm_sn
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
 
 
+SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run: names the key, the rule and the value."""
 
@@ -35,7 +38,12 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run keeps its things, and its seed."""
 
-    name: str = Field("demo", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder under `dir`")
+    name: str = Field(
+        "run",
+        min_length=1,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="name of the run, its folder under `dir`; the job's name if not given",
+    )
     dir: Path = Field(Path("runs"), description="folder that holds all runs")
     seed: int = Field(0, ge=0, description="seed of everything random in the run")
     resume: bool = Field(False, description="continue from the newest complete checkpoint of the run")
@@ -94,9 +102,15 @@ class FeedbackConfig(Section):
         None, description="JSONL or Parquet file with a `prompt` column to tune on; none: the embedded prompts"
     )
     signals: dict[str, Literal[0, 1]] = Field(
-        {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0},
-        description="label of each signal: 1 liked, 0 disliked",
+        SIGNALS, description="label of each signal, 1 liked or 0 disliked; yours are added to these, and null takes one away"
     )
+
+    @field_validator("signals", mode="before")
+    @classmethod
+    def _add_to_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {signal: label for signal, label in {**SIGNALS, **given}.items() if label is not None}
 
 
 class PropensityConfig(Section):
@@ -232,8 +246,8 @@ def options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple
             yield key, kind.replace("typing.", "").replace("pathlib.", ""), default, info.description or ""
 
 
-def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, lay `key=value` overrides over it, and validate.
+def load_config(file: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Config:
+    """Lay a YAML file over `key=value` defaults, and overrides over both, and validate.
 
     A key may leave out its section where only one option bears the name: `resume=true` is `run.resume=true`.
     Raises ConfigError that names the key (and the nearest right one), the rule and the value.
@@ -243,7 +257,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         base = OmegaConf.load(file) if file else OmegaConf.create()
         if not OmegaConf.is_dict(base):
             raise ConfigError(f"{file} must hold a mapping of sections, got {type(base).__name__}")
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(dotlist))
+        merged = OmegaConf.merge(OmegaConf.from_dotlist(list(defaults)), base, OmegaConf.from_dotlist(dotlist))
         tree = OmegaConf.to_container(merged, resolve=True)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read the configuration {file or ''} {' '.join(overrides)}: {error}") from error

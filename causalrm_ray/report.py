@@ -68,7 +68,7 @@ def _picture(draw: Any, columns: int) -> str:
 
 def _draw_steps(axes: Sequence[Axes], metrics: Sequence[Mapping[str, float]]) -> None:
     panels = (
-        ("reward of a step's answers", "", ("reward_mean", "oracle_mean")),
+        ("reward of a step's answers", "", ("reward", "oracle_mean")),
         ("KL to the starting policy", "nats per answer", ("kl",)),
         ("entropy", "nats per token", ("entropy",)),
         ("engine / learner mismatch", "|log-probability difference|", ("logprob_mismatch_mean_abs", "logprob_mismatch_max_abs")),

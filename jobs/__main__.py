@@ -30,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_help(arguments.job, meaning)
         return 0
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, [f"run.name={arguments.job}"])
+        if config.run.resume:  # what the run was told at its start holds, but for what is said now
+            started = config.run.path / "config.yaml"
+            if not started.exists():
+                raise InputError(f"resume=true, but {config.run.path} holds no run")
+            config = load_config(started, arguments.overrides)
         return importlib.import_module(module).run(config)
     except (ConfigError, InputError) as error:
         Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from actors.placement import ray_cluster
 from actors.roles import Roles
+from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.config import Config, ConfigError, validate
 from causalrm_ray.report import draw_comparison
 from jobs.feedback import simulate_feedback
@@ -60,7 +61,8 @@ def for_world(config: Config, users: str, seed: int) -> Config:
     """The configuration of one cell's run, in a folder of its own."""
     tree = config.model_dump(mode="json")
     tree["world"]["users"] = users
-    tree["run"] |= {"seed": seed, "name": f"{users}-{seed}", "dir": str(config.run.path)}
+    tree["run"] |= {"seed": seed, "name": f"{users}-{seed}", "dir": str(config.run.path), "resume": False}
+    tree["feedback"]["url"] = None
     tree["reward"]["method"], tree["reward"]["compare"] = METHODS[0], METHODS[1:]
     return validate(tree)
 
@@ -75,15 +77,16 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
         simulate_feedback(config, task, roles)
         fit = roles.refit("log", task.as_of(0), METHODS, truth.preferences)
         start = run.path / "start"
-        start.mkdir()
-        serving = roles.save(start)
+        with atomic_folder(start) as folder:
+            serving = roles.save(folder)
         fresh = [done for done in roles.sample(task.evaluation_requests()) if done.response]
         for method in METHODS:
             serving["reward"]["folder"] = fit["reward"]["folders"][method]
+            verify_folder(start)
             roles.load(start, serving)
             judged = truth.judge(roles.score(fresh), task.impressions(fresh, task.clock(0)))
             for step in progress.steps(0, config.loop.steps):
-                progress.step(step, policy_step(task, truth, roles, step))
+                progress.step(step, policy_step(task, truth, roles, step, shown=False))
             answers = roles.sample(task.evaluation_requests())
             yield {
                 "method": method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -33,7 +34,7 @@ def run(config: Config) -> int:
         progress.phase("answering held-out prompts")
         answers = roles.sample(task.evaluation_requests())
         scores = truth.scores(answers)
-        summary = {
+        summary: dict[str, Any] = {
             "oracle_reward": {"mean": float(scores.mean()), "stderr": float(scores.std(ddof=1) / np.sqrt(len(scores)))},
             "levels": [int((scores == level).sum()) for level in range(5)],
         }

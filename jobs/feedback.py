@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from actors.roles import Roles
-from causalrm_ray.config import Config
+from causalrm_ray.config import Config, InputError
 from causalrm_ray.data.imports import LengthLimit, import_log
 from causalrm_ray.data.snapshot import check_log
 from causalrm_ray.data.store import FeedbackLog
@@ -40,5 +40,13 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
 
 
 def simulate_feedback(config: Config, task: Task, roles: Roles) -> int:
-    """Let the policy answer `world.impressions` prompts and simulated users react; returns the number of impressions."""
+    """Let the policy answer `world.impressions` prompts and simulated users react; returns the number of impressions.
+
+    Raises InputError if the log holds anything but this run's own impressions: real feedback is never mixed with simulated.
+    """
+    log = FeedbackLog(config.log_url, config.feedback.signals)
+    foreign = [name for name in log.snapshot()["impression_id"] if not name.startswith(f"{config.run.name}/")]
+    log.close()
+    if foreign:
+        raise InputError(f"{config.log_url} must hold no impressions of others where users are simulated, got {len(foreign)}")
     return roles.fill_log(task.log_requests(), lambda done: task.impressions(done, task.log_time))

@@ -28,9 +28,9 @@ def run(config: Config) -> int:
         with ray_cluster(config.cluster, config.run.cache):
             roles = Roles(config, models.policy, models.reward, parts=("log", "reward"))
             progress.phase("fitting propensity and reward")
-            methods = [config.reward.method, *(name for name in config.reward.compare if name != "oracle")]
+            methods = [name for name in dict.fromkeys((config.reward.method, *config.reward.compare)) if name != "oracle"]
             fit = roles.refit("log", None, methods)
-    summary = {"import": imported, **fit_summary(config, fit)}
+    summary = {"import": imported, **fit_summary(fit)}
     run.summarise(summary)
     write_report(run.path, [], summary)
     Console().print(

@@ -59,7 +59,7 @@ class Progress:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A policy step is done."""
-        shown = {"reward": "reward_mean", "oracle": "oracle_mean", "kl": "kl", "mismatch": "logprob_mismatch_max_abs"}
+        shown = {"reward": "reward", "oracle": "oracle_mean", "kl": "kl", "mismatch": "logprob_mismatch_max_abs"}
         self._advance(step + 1, "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics))
 
     def conclude(self, folder: Path, summary: Mapping[str, Any]) -> None:

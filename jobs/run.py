@@ -27,7 +27,7 @@ class Run:
         self.checkpoint: Path | None = None
         if config.run.resume:
             self._find_checkpoint()
-        elif (self.path / "config.yaml").exists():
+        elif any((self.path / mark).exists() for mark in ("checkpoints", "summary.json")):
             raise InputError(f"{self.path} holds a run already: continue it with resume=true, or choose another run.name")
         self.path.mkdir(parents=True, exist_ok=True)
         dump_config(config, self.path / "config.yaml")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from actors.roles import Roles
-from causalrm_ray.config import Config
+from causalrm_ray.config import Config, WorldConfig
 from causalrm_ray.data.store import FeedbackLog
 from causalrm_ray.types import Completion
 from jobs.run import Run
@@ -18,10 +18,10 @@ from jobs.task import Task
 from jobs.truth import Truth
 
 
-def fit_summary(config: Config, fit: Mapping[str, Any]) -> dict[str, Any]:
-    """What a fit of propensity, noise rates and reward model found."""
+def fit_summary(fit: Mapping[str, Any], world: WorldConfig | None = None) -> dict[str, Any]:
+    """What a fit of propensity, noise rates and reward model found, next to the truth where users of a known `world` reacted."""
     reward, propensity = fit["reward"], fit["propensity"]
-    truth = {"rho_01": config.world.rho_01, "rho_10": config.world.rho_10} if config.has_truth else {}
+    truth = {} if world is None else {"rho_01": world.rho_01, "rho_10": world.rho_10}
     rates = {name: {**_rate(reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
     return {
         "noise_rates": rates,
@@ -46,7 +46,7 @@ def promotion_metrics(refit: Mapping[str, Any]) -> dict[str, float]:
     promotion = refit["promotion"]
     return {
         "refit_promoted": float(promotion["promoted"]),
-        "reward_version": float(promotion["version"]),
+        "promoted_version": float(promotion["version"]),
         "propensity_ece": refit["propensity"]["ece"],
         "propensity_ess_fraction": refit["propensity"]["ess_fraction"],
     }
@@ -55,7 +55,11 @@ def promotion_metrics(refit: Mapping[str, Any]) -> dict[str, float]:
 def judge_start(config: Config, roles: Roles, task: Task, truth: Truth, fit: Mapping[str, Any], shown: int) -> dict[str, Any]:
     """What is measured once, before the first step: the starting policy, and the reward models on its fresh answers."""
     before = roles.sample(task.evaluation_requests())
-    facts: dict[str, Any] = {"shown": shown, "fit": fit_summary(config, fit), "promotion": fit["promotion"]}
+    facts: dict[str, Any] = {
+        "shown": shown,
+        "fit": fit_summary(fit, config.world if truth.known else None),
+        "promotion": fit["promotion"],
+    }
     if truth.known:
         facts["before"] = truth.scores(before).tolist()
         facts["reward_model"] = _judge_rewards(config, roles, task, truth, fit, before)

@@ -20,6 +20,7 @@ EPOCH_S = 1_767_225_600.0  # the simulated clock's zero: 2026-01-01
 STEP_S = 30.0  # simulated seconds between two policy steps; users take up to 60 to react, so some feedback comes after a refit
 LOG_S = 60.0  # simulated seconds between the first log's impressions and the first fit: all its feedback has arrived
 MAX_SEED = 2**31
+HELD_OUT_ONE_IN = 10  # of a user's own prompts, by a hash of their text
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,14 @@ class Task:
     def __init__(self, config: Config, models: Models) -> None:
         self._config = config
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(models.policy)
+        check_same_tokens(models, self.tokenizer)
         own = config.feedback.prompts
-        self._prompts = self._encode(read_prompts(own) if own else train_prompts())
-        self._held_out = self._encode(evaluation_prompts())
+        prompts = read_prompts(own) if own else train_prompts()
+        held_out = [text for text in prompts if zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0] if own else evaluation_prompts()
+        if own and 0 < len(held_out) < len(prompts):
+            prompts = [text for text in prompts if zlib.crc32(text.encode()) % HELD_OUT_ONE_IN]
+        self._prompts = self._encode(prompts)
+        self._held_out = self._encode(held_out or prompts)
 
     def step_requests(self, step: int) -> list[Request]:
         """The requests of a policy step: `prompts_per_step` prompts, each `samples_per_prompt` times with seeds of their own."""
@@ -74,7 +80,7 @@ class Task:
         rng = np.random.default_rng([self._config.run.seed, zlib.crc32(name.encode())])
         picks = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))])[:count]
         seeds = rng.integers(MAX_SEED, size=count * samples).tolist()
-        chosen = [prompts[pick] for pick in np.repeat(picks, samples)]
+        chosen = [prompts[pick] for pick in np.repeat(picks, samples).tolist()]
         identity = f"{self._config.run.name}/{name}"
         return [
             Request(Prompt(f"{identity}/{number:06d}", text, token_ids), seed)
@@ -82,11 +88,11 @@ class Task:
         ]
 
     def _encode(self, prompts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
-        room = self._config.model.max_length - self._config.rollout.max_new_tokens
+        room = self._config.model.max_length - self._config.rollout.max_new_tokens - 1  # the log ends each answer with a token
         encoded = [(text, encode_prompt(self.tokenizer, text)) for text in prompts]
         for number, (text, token_ids) in enumerate(encoded, start=1):
             if len(token_ids) > room:
-                limit = f"model.max_length - rollout.max_new_tokens = {room} tokens"
+                limit = f"model.max_length - rollout.max_new_tokens - 1 = {room} tokens"
                 raise InputError(f"prompt {number} ({text[:40]!r}) must have at most {limit}, got {len(token_ids)}")
         return encoded
 
@@ -102,3 +108,14 @@ class Task:
     def as_of(self, step: int) -> float | None:
         """Time of the snapshot that a refit before `step` reads; none, all there is, for a log of real users."""
         return self.clock(step - 1) if self._config.world.users != "none" else None
+
+
+def check_same_tokens(models: Models, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError unless both models read the same tokens: the reward model scores the ids that the policy sampled."""
+    if models.policy == models.reward:
+        return
+    other = load_tokenizer(models.reward)
+    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
+        raise InputError(
+            f"model.reward must share the policy's tokenizer and chat template, got {models.reward} with {models.policy}"
+        )

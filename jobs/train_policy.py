@@ -13,7 +13,7 @@ from typing import Any
 from actors.placement import ray_cluster
 from actors.roles import Roles
 from causalrm_ray.checkpoint import atomic_folder, write_json
-from causalrm_ray.config import Config
+from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.report import write_report
 from jobs.feedback import import_feedback, simulate_feedback
 from jobs.progress import Progress
@@ -26,6 +26,10 @@ from jobs.truth import Truth
 def run(config: Config) -> int:
     """Run the job; its artefacts are in runs/<name>."""
     began = time.perf_counter()
+    if config.world.users != "none" and (config.feedback.source or config.feedback.prompts):
+        raise ConfigError(
+            "world.users must be none with feedback.source or feedback.prompts: simulated users know the embedded world only"
+        )
     run = Run(config)
     with MemoryMonitor() as memory, Progress() as progress:
         models = find_models(config, progress.pretraining)
@@ -50,6 +54,7 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         roles.load(run.checkpoint, facts["serving"])
     else:
         facts = prepare(config, task, truth, roles, progress)
+        save(run, roles, facts, 0)
 
     for step in progress.steps(run.first_step, config.loop.steps):
         metrics = policy_step(task, truth, roles, step)
@@ -74,16 +79,19 @@ def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Pr
         progress.phase("filling the feedback log")
         shown = simulate_feedback(config, task, roles)
     progress.phase("fitting propensity and reward")
-    methods = [config.reward.method, *(name for name in config.reward.compare if name != "oracle" or truth.known)]
+    methods = list(dict.fromkeys((config.reward.method, *config.reward.compare)))
+    if not truth.known and "oracle" in methods:
+        methods.remove("oracle")
     fit = roles.refit("log", task.as_of(0), methods, truth.preferences if "oracle" in methods else None)
     progress.phase("measuring the start")
     return judge_start(config, roles, task, truth, fit, shown)
 
 
-def policy_step(task: Task, truth: Truth, roles: Roles, step: int) -> dict[str, float]:
-    """Answers stream to the reward model, the learner and the users; the learner updates; the generators take its weights."""
+def policy_step(task: Task, truth: Truth, roles: Roles, step: int, shown: bool = True) -> dict[str, float]:
+    """Answers stream to reward model, learner and (if `shown`) users; the learner updates; the generators take its weights."""
     began = time.perf_counter()
-    scored = roles.rollout(task.step_requests(step), lambda done: task.impressions(done, task.clock(step)))
+    show = (lambda done: task.impressions(done, task.clock(step))) if shown else (lambda done: [])
+    scored = roles.rollout(task.step_requests(step), show)
     metrics = {**truth.rollout_metrics(scored), **roles.update(scored), **roles.publish()}
     return {**metrics, "seconds": time.perf_counter() - began}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Truth:
         return Audit(len(impressions), len(found), lost, extra)
 
 
-def _impressions(rows: Iterable[Mapping[str, Any]]) -> list[Impression]:
+def _impressions(rows: Iterable[Any]) -> list[Impression]:
     return [
         Impression(
             row["impression_id"],

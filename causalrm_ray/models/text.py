@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or hub id. Raises ValueError unless it can chat, end and pad."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model))
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer of {model} has no chat template; prompts cannot be formatted without one")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {model} has no end-of-sequence token; answers could not end")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.add_special_tokens({"pad_token": str(tokenizer.unk_token or tokenizer.eos_token)})
     return tokenizer
 
 
@@ -33,4 +34,4 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """Text of sampled ids without special tokens."""
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+    return cast(str, tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()

@@ -105,10 +105,7 @@ class Remote:
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[..., Remote]]:
-    was_running = ray.is_initialized()
-    if not was_running:
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20)
+def start(ray_cluster: None) -> Iterator[Callable[..., Remote]]:
     actors: list[Any] = []
 
     def start_one(model: Path, sampling: Sampling, timeout_s: float = 200.0) -> Remote:
@@ -124,8 +121,6 @@ def start() -> Iterator[Callable[..., Remote]]:
     yield start_one
     for actor in actors:
         ray.kill(actor)
-    if not was_running:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

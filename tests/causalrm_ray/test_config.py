@@ -54,6 +54,11 @@ def test_a_key_may_leave_out_its_section_where_it_is_the_only_one_of_its_name() 
     assert (config.run.resume, config.loop.steps, config.run.name) == (True, 7, "x")
 
 
+def test_signals_are_added_to_the_known_ones_and_null_takes_one_away() -> None:
+    signals = load_config(None, ["feedback.signals.share=1", "feedback.signals.click=null"]).feedback.signals
+    assert signals == {"upvote": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0, "share": 1}
+
+
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("loop: {steps: 3, checkpoint_every: 2}\n", encoding="utf-8")

@@ -45,7 +45,8 @@ def test_a_wrong_key_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate-feedback", ["world.users=none"], "world.users"),
         ("evaluate", ["world.users=none"], "embedded oracle"),
         ("compare", ["world.users=none"], "embedded oracle"),
-        ("train-policy", ["run.resume=true"], "no complete checkpoint"),
+        ("train-policy", ["feedback.source=log.jsonl"], "simulated users know the embedded world only"),
+        ("train-policy", ["run.resume=true"], "holds no run"),
     ],
 )
 def test_a_job_says_what_it_lacks(
@@ -55,7 +56,7 @@ def test_a_job_says_what_it_lacks(
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run(load_config(None, [f"run.dir={tmp_path}", "run.name=mine"]))
+    Run(load_config(None, [f"run.dir={tmp_path}", "run.name=mine"])).summarise({})
     assert "holds a run already" in refusal(capsys, "train-policy", f"run.dir={tmp_path}", "run.name=mine")
 
 
@@ -63,7 +64,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("rows", "part"),
     [
         ([], "rows"),
-        ([{"prompt": "p", "response": "r", "label": 1}, {"prompt": "p", "response": "s", "label": None}], "liked"),
+        ([{"prompt": "p", "response": "r", "label": 1}, {"prompt": "p", "response": "s", "label": None}], "both labels"),
         ([{"prompt": "p", "response": "r", "label": None}], "feedback"),
         ([{"prompt": "", "response": "r", "label": 1}], "bad rows"),
     ],
@@ -79,9 +80,9 @@ def test_a_log_that_cannot_be_fitted_is_refused_before_ray_starts(
 def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "ok"}) + "\n" + json.dumps({"prompt": "word " * 200}) + "\n", encoding="utf-8")
-    told = refusal(capsys, "train-policy", f"feedback.prompts={prompts}", f"run.dir={tmp_path / 'runs'}")
+    told = refusal(capsys, "train-policy", f"feedback.prompts={prompts}", "world.users=none", f"run.dir={tmp_path / 'runs'}")
     assert "prompt 2" in told
-    assert "at most model.max_length - rollout.max_new_tokens = 88 tokens" in told
+    assert "at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in told
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,6 @@ def test_metrics_of_steps_that_will_be_repeated_are_dropped(tmp_path: Path) -> N
         run.log(step, {"value": float(step)})
     with (run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "val')  # the kill came in the middle of a line
-    (run.path / "config.yaml").unlink()
     resumed = Run(config)
     resumed.log(2, {"value": 9.0})
     assert [(row["step"], row["value"]) for row in resumed.metrics()] == [(0, 0.0), (1, 1.0), (2, 9.0)]

@@ -52,17 +52,21 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs named alike in two folders: one left alone, one killed with -9 after its first checkpoint and resumed."""
+    """Two runs named alike in two folders: one left alone, one killed with -9 after a refit and a checkpoint, and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     subprocess.run(command(folder / "whole", "run"), check=True, timeout=280)
     killed = subprocess.Popen(command(folder / "killed", "run"), stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
     for line in killed.stdout:
-        if line.strip().endswith("checkpoint step-2"):
+        if line.strip().endswith("checkpoint step-4"):
             break
     kill_tree(killed)
     assert not (folder / "killed" / "run" / "summary.json").exists()
-    subprocess.run(command(folder / "killed", "run", "run.resume=true"), check=True, timeout=280)
+    subprocess.run(
+        [*command(folder / "killed", "run")[:4], f"run.dir={folder / 'killed'}", "run.name=run", "resume=true"],
+        check=True,
+        timeout=280,
+    )
     return folder
 
 
