@@ -116,7 +116,7 @@ class FeedbackConfig(Section):
 class PropensityConfig(Section):
     """The propensity model: P(feedback is given | prompt, response)."""
 
-    epochs: int = Field(3, ge=1, description="most passes over the log per fold")
+    epochs: int = Field(6, ge=1, description="most passes over the log per fold")
     lr: float = Field(1e-3, gt=0, description="learning rate")
     clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity used in a weight")
 
