@@ -14,6 +14,7 @@ from rich.table import Table
 from causalrm_ray.benchmark_config import BenchmarkConfig
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config, ConfigError, find_run, load_tree, options
+from causalrm_ray.embed_config import EmbedConfig
 
 
 class Job(NamedTuple):
@@ -21,7 +22,7 @@ class Job(NamedTuple):
 
     module: str
     meaning: str
-    tree: type[Config] | type[BenchmarkConfig] = Config
+    tree: type[Config] | type[BenchmarkConfig] | type[EmbedConfig] = Config
 
 
 JOBS = {
@@ -33,6 +34,7 @@ JOBS = {
     "benchmark": Job(
         "jobs.benchmark", "methods on a graded data set whose feedback is simulated, over settings", BenchmarkConfig
     ),
+    "embed": Job("jobs.embed", "a graded data set through a frozen backbone: embeddings for the benchmark", EmbedConfig),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install"),
 }
 

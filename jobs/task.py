@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import EMBEDDED, Config
 from causalrm_ray.data.sources import read_prompts
+from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
 from causalrm_ray.types import Completion, Impression, Prompt, Request
-from causalrm_ray.world.grammar import evaluation_prompts, train_prompts
+from causalrm_ray.world.grammar import evaluation_prompts, style_of, train_prompts
 from causalrm_ray.world.pretrain import Progress, ensure_policy
 
 EPOCH_S = 1_767_225_600.0  # the simulated clock's zero: 2026-01-01
@@ -39,7 +40,7 @@ def find_models(config: Config, on_progress: Progress | None = None) -> Models:
     return Models(*(find_model(config, name, on_progress) for name in (config.model.policy, config.model.reward)))
 
 
-def find_model(config: Config, name: str, on_progress: Progress | None = None) -> str:
+def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | None = None) -> str:
     """One model by name: 'embedded', a folder or a hub id."""
     if name == EMBEDDED:
         return str(ensure_policy(config.run.cache, seed=0, on_progress=on_progress))
@@ -84,7 +85,14 @@ class Task:
         if self._config.world.users == "none":
             return []
         return [
-            Impression(f"{done.prompt.id}/{_digest(done.response)}", done.prompt.text, done.response, done.policy_version, time)
+            Impression(
+                f"{done.prompt.id}/{_digest(done.response)}",
+                done.prompt.text,
+                done.response,
+                done.policy_version,
+                time,
+                context={"style": style_of(done.response)},
+            )
             for done in completions
             if done.response
         ]

@@ -45,7 +45,7 @@ def simulate(
     features: Tensor,
     *,
     alpha: float,
-    scenario: int,
+    scenario: int | NoiseRates,
     selection: Selection,
     seed: int,
     rate: float = FEEDBACK_RATE,
@@ -53,11 +53,11 @@ def simulate(
     """A log of the graded rows `levels` [N] with `features` [N, D] (read only where they select).
 
     selection "label": p depends on the row's score, so feedback is missing not at random; "features": on the quintile of X @ w,
-    so it is missing at random given x. Smaller `alpha` in (0, 1] selects more strongly; `scenario` is a key of SCENARIOS. A seed
-    draws the same uniforms in every setting, so that settings can be compared row by row.
+    so it is missing at random given x. Smaller `alpha` in (0, 1] selects more strongly; `scenario` is a key of SCENARIOS, or
+    the rates of slips themselves. A seed draws the same uniforms in every setting, so that settings can be compared row by row.
     Raises ValueError for other arguments, InputError for levels that cannot be told apart.
     """
-    if scenario not in SCENARIOS:
+    if not isinstance(scenario, NoiseRates) and scenario not in SCENARIOS:
         raise ValueError(f"scenario must be one of {list(SCENARIOS)}, got {scenario}")
     if selection not in get_args(Selection):
         raise ValueError(f"selection must be one of {list(get_args(Selection))}, got {selection!r}")
@@ -65,7 +65,7 @@ def simulate(
     preference = preferences(levels, threshold(levels))
     score = rescale(levels if selection == "label" else feature_quintiles(features))
     propensity = propensities(score, alpha, rate)
-    rates = SCENARIOS[scenario]
+    rates = scenario if isinstance(scenario, NoiseRates) else SCENARIOS[scenario]
     uniform = torch.from_numpy(np.random.default_rng([seed, _DRAWS]).random((2, len(levels))))
     o = (uniform[0] < propensity).to(torch.float32)
     slips = uniform[1] < torch.where(preference == 1, rates.rho_01, rates.rho_10)

@@ -53,11 +53,16 @@ def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
         yield from _file_rows(path)
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _dataset_rows(source, split, saved=True)
-    elif files := sorted(file for file in path.rglob("*") if file.suffix in (*JSONL_SUFFIXES, ".parquet")):
+    elif files := data_files(path):
         for file in files:
             yield from _file_rows(file)
     else:
         yield from _dataset_rows(source, split, saved=False)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The JSONL and Parquet files below `folder`, by name; none where it is no folder."""
+    return sorted(file for file in folder.rglob("*") if file.suffix in (*JSONL_SUFFIXES, ".parquet"))
 
 
 def read_prompts(source: str) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -32,15 +33,15 @@ class SequenceScorer(nn.Module):
         self.model = model
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> SequenceScorer:
-        """The scorer in a folder or hub id, in float32: a saved one, or a causal model under a new head.
+    def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> SequenceScorer:
+        """The scorer in a folder or hub id: a saved one, or a causal model under a new head.
 
         A new head is zero, so that every logit starts at 0 and a fit depends on no random draw here.
         Raises ValueError for an architecture without a linear head `score` (encoders such as BERT).
         """
         with _quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                str(source), num_labels=1, dtype=torch.float32, output_loading_info=True
+                str(source), num_labels=1, dtype=dtype, output_loading_info=True
             )
         scorer = cls(model)
         missing = set(loading["missing_keys"])
@@ -64,12 +65,12 @@ class SequenceScorer(nn.Module):
         """Logit [B] of right-padded `input_ids` [B, T] with `lengths` [B] in 1..T."""
         return self.head(self.states(input_ids, lengths)).squeeze(-1).float()
 
-    def states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def states(self, input_ids: Tensor, lengths: Tensor, group: int = GROUP) -> Tensor:
         """States [B, D] at the last token of right-padded `input_ids` [B, T] with `lengths` [B] in 1..T.
 
         Rows go through the backbone in groups of like length, each cut to its longest row: a third less work on ragged rows.
         """
-        groups = lengths.argsort(stable=True).split(GROUP)
+        groups = lengths.argsort(stable=True).split(group)
         states = torch.cat([self._states(input_ids[rows, : int(lengths[rows].max())], lengths[rows]) for rows in groups])
         return torch.empty_like(states).index_copy(0, torch.cat(groups), states)
 
@@ -109,28 +110,45 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
     raise ValueError(f"the tokenizer must have a special token besides its end-of-sequence {tokenizer.eos_token!r} to pad with")
 
 
-@torch.inference_mode()
 def score_rows(scorer: SequenceScorer, rows: Sequence[Sequence[int]], batch_size: int = 128) -> Tensor:
     """Logit [N] (float32, on the CPU) of each row of token ids, without dropout.
 
     Rows are batched in order of length and content, so that the same set of rows gives the same bits in whatever order it
     comes; another set of companions in a batch may change a logit by about 1e-7. Raises ValueError for an empty row.
     """
+    return _in_batches(scorer, scorer, rows, batch_size).reshape(-1)
+
+
+def row_states(scorer: SequenceScorer, rows: Sequence[Sequence[int]], batch_size: int) -> Tensor:
+    """State [N, D] (float32, on the CPU) at the last token of each row of token ids, without dropout; as `score_rows`.
+
+    `batch_size` rows go through the backbone at a time.
+    """
+    return _in_batches(scorer, partial(scorer.states, group=batch_size), rows, batch_size)
+
+
+@torch.inference_mode()
+def _in_batches(
+    scorer: SequenceScorer, compute: Callable[[Tensor, Tensor], Tensor], rows: Sequence[Sequence[int]], batch_size: int
+) -> Tensor:
+    """`compute`(input_ids [B, T], lengths [B]) of batches of rows of like length, in the order of the rows; none give [0]."""
     empty = [number for number, row in enumerate(rows) if len(row) == 0]
     if empty:
         raise ValueError(f"every row must hold at least one token, got none in row {empty[0]}")
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), tuple(rows[number])))
-    logits = torch.empty(len(rows), dtype=torch.float32)
+    found = []
     training = scorer.training
     scorer.eval()
     for start in range(0, len(rows), batch_size):
-        index = order[start : start + batch_size]
-        batch = [torch.tensor(rows[number], dtype=torch.long) for number in index]
+        batch = [torch.tensor(rows[number], dtype=torch.long) for number in order[start : start + batch_size]]
         lengths = torch.tensor([len(row) for row in batch])
         input_ids = pad_sequence(batch, batch_first=True).to(scorer.device)
-        logits[index] = scorer(input_ids, lengths.to(scorer.device)).cpu()
+        found.append(compute(input_ids, lengths.to(scorer.device)).float().cpu())
     scorer.train(training)
-    return logits
+    if not found:
+        return torch.empty(0)
+    values = torch.cat(found)
+    return torch.empty_like(values).index_copy(0, torch.tensor(order), values)
 
 
 @contextmanager

@@ -246,6 +246,11 @@ def describe(parsed: Parsed) -> tuple[str, str, str]:
     return parsed.intent, deed, parsed.style
 
 
+def style_of(response: str) -> Style:
+    """The style of any text: a trait that a product can tell and log without judging the answer."""
+    return _undress(response)[0]
+
+
 def _undress(response: str) -> tuple[Style, str]:
     """The style and the text without flourish and farewell."""
     body = response

@@ -26,7 +26,9 @@ LEVELS = torch.arange(ROWS).remainder(5).float()
 FEATURES = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(0))
 
 
-def log(alpha: float = 0.5, scenario: int = 1, selection="label", seed: int = 0, levels: Tensor = LEVELS) -> SimulatedLog:
+def log(
+    alpha: float = 0.5, scenario: int | NoiseRates = 1, selection="label", seed: int = 0, levels: Tensor = LEVELS
+) -> SimulatedLog:
     return simulate(levels, FEATURES, alpha=alpha, scenario=scenario, selection=selection, seed=seed)
 
 
@@ -124,6 +126,14 @@ def test_a_seed_repeats_and_settings_share_its_draws() -> None:
     gentle, strong = log(alpha=0.9), log(alpha=0.5)
     likelier = strong.propensity >= gentle.propensity
     assert bool((strong.o >= gentle.o)[likelier].all())
+
+
+def test_rates_may_take_a_scenarios_place() -> None:
+    assert torch.equal(log(scenario=NoiseRates(0.2, 0.1)).r, log(scenario=1).r)
+    made = log(scenario=NoiseRates(0.05, 0.0))
+    assert_share(1 - made.r[(made.o == 1) & (made.preference == 1)], 0.05)
+    assert made.r[(made.o == 1) & (made.preference == 0)].unique().tolist() == [0.0]
+    assert made.rates == NoiseRates(0.05, 0.0)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
+from causalrm_ray.models.reward_model import SequenceScorer, padding_token, row_states, score_rows
 
 WORDS = ["</s>", "<s>", "<unk>", "<pad>", *(f"w{number}" for number in range(28))]
 EOS, PAD = 0, 3
@@ -160,3 +160,19 @@ def test_architecture_without_linear_score_is_refused(tmp_path: Path):
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="linear head `score` with one output, got BertForSequenceClassification"):
         SequenceScorer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_states_are_those_of_each_row_alone_and_without_padding(tmp_path: Path, architecture: str):
+    scorer, rows = make_scorer(tmp_path, architecture), [[4, 5, 6, 7, 8, EOS], [9, EOS], [4, 5, EOS], [10, 11, 12, EOS]]
+    with torch.inference_mode():
+        alone = [scorer.model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+    for batch_size in (1, 3, 8):
+        # sums over other shapes round otherwise: some 1e-7 of states of order 1
+        torch.testing.assert_close(row_states(scorer, rows, batch_size), torch.stack(alone), atol=1e-6, rtol=1e-5)
+    assert torch.stack(alone).std(0).min() > 1e-2
+
+
+def test_states_do_not_depend_on_the_order_of_rows(tmp_path: Path):
+    scorer, rows = make_scorer(tmp_path), [[4, 5, EOS], [6, EOS], [7, 8, 9, EOS]]
+    assert torch.equal(row_states(scorer, rows[::-1], 2).flip(0), row_states(scorer, rows, 2))
