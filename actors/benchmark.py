@@ -20,15 +20,14 @@ from causalrm_ray.benchmark_config import HeadConfig
 from causalrm_ray.checks import InputError
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.data.embeddings import GradedEmbeddings
-from causalrm_ray.data.simulate import Selection, SimulatedLog, preferences, rescale, simulate, threshold
+from causalrm_ray.data.simulate import SCENARIOS, Selection, SimulatedLog, preferences, rescale, simulate, threshold
 from causalrm_ray.estimators.fit import FitSettings, predict
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_models
 from causalrm_ray.estimators.problem import NOISE_FREE, Observations
 from causalrm_ray.estimators.propensity import calibrate, cross_fit
-from causalrm_ray.estimators.selection import SELECTION
 from causalrm_ray.estimators.semisynthetic import bias_table
-from causalrm_ray.models.heads import EnsembleScorer, FeatureScorer
+from causalrm_ray.models.heads import FeatureScorer
 from causalrm_ray.types import NoiseRates
 
 METRICS = ("r2", "mae", "mse", "auroc", "pearson")
@@ -37,16 +36,35 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a log is simulated."""
+    """How a log is simulated; its slips are those of a scenario by number, or rates of their own."""
 
     alpha: float
-    scenario: int
+    scenario: int | NoiseRates
     selection: Selection
 
     @property
     def name(self) -> str:
         """Its name, also of its file."""
-        return f"alpha-{self.alpha!r}_scenario-{self.scenario}_{self.selection}"
+        rates = self.rates
+        slips = f"scenario-{self.scenario}" if self.is_scenario else f"rho-{rates.rho_01!r}-{rates.rho_10!r}"
+        return f"alpha-{self.alpha!r}_{slips}_{self.selection}"
+
+    @property
+    def is_scenario(self) -> bool:
+        """Whether the slips are those of a scenario."""
+        return not isinstance(self.scenario, NoiseRates)
+
+    @property
+    def rates(self) -> NoiseRates:
+        """The true rates of slips."""
+        return self.scenario if isinstance(self.scenario, NoiseRates) else SCENARIOS[self.scenario]
+
+    @property
+    def labels(self) -> Row:
+        """What tells it in tables: alpha, scenario (a number, or "rho 0.05/0.1"), selection, and the true rates."""
+        rates = self.rates
+        named = self.scenario if self.is_scenario else f"rho {rates.rho_01:g}/{rates.rho_10:g}"
+        return {"alpha": self.alpha, "scenario": named, "selection": self.selection, **asdict(rates)}
 
     def log(self, levels: Tensor, features: Tensor, seed: int) -> SimulatedLog:
         """A log of the rows `levels` [N] with `features` [N, D]."""
@@ -100,9 +118,7 @@ def run_cell(order: CellOrder, data: tuple[GradedEmbeddings, GradedEmbeddings]) 
     settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, cell.seed)
     raw, _ = cross_fit(make_scorer, inputs, log.o, settings, seed=cell.seed)
     propensity = calibrate(raw, log.o, head.clip, seed=cell.seed).prob
-    given = {"inputs": inputs, "observations": observations, "propensity": propensity, "settings": settings, "seed": cell.seed}
-    fit = partial(fit_reward_models, make_scorer, **given)
-    joint = partial(fit_reward_models, partial(EnsembleScorer, features), **given)  # likelihoods of outcomes want smooth members
+    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, seed=cell.seed)
     rates, no_rates = _estimate_rates(fit)
     rows = []
     for method in order.methods:
@@ -112,7 +128,7 @@ def run_cell(order: CellOrder, data: tuple[GradedEmbeddings, GradedEmbeddings]) 
         if needed is None:
             row["fault"] = no_rates
         else:
-            row |= _fit_method(joint if method in SELECTION else fit, method, needed, log.preference, FeatureRows(fresh), truth)
+            row |= _fit_method(fit, method, needed, log.preference, FeatureRows(fresh), truth)
         rows.append(row)
     return rows
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
-from torch import Tensor
+from scipy.optimize import isotonic_regression, minimize_scalar
+from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_same_length, check_unit_interval
 
@@ -36,6 +37,17 @@ def fit_calibration(prob: Tensor, label: Tensor, weight: Tensor | None = None) -
     y = isotonic_regression(np.bincount(place, weights * label.double().numpy()) / mass, weights=mass).x
     inner = np.r_[False, (y[1:-1] == y[:-2]) & (y[1:-1] == y[2:]), False][: len(y)]  # a level is told by its two ends
     return Calibration(tuple(x[~inner].tolist()), tuple(np.clip(y[~inner], 0.0, 1.0).tolist()))
+
+
+def temperature(logit: Tensor, label: Tensor) -> float:
+    """T in [e^-4, e^4] under which `label` [N] in {0, 1} fits `logit` [N] / T best. Guo et al. 2017, arXiv 1706.04599."""
+    check_same_length(logit=logit, label=label)
+    logits, labels = logit.double(), label.double()
+
+    def risk(log_t: float) -> float:
+        return float(nn.functional.binary_cross_entropy_with_logits(logits * math.exp(-log_t), labels))
+
+    return math.exp(minimize_scalar(risk, bounds=(-4.0, 4.0), method="bounded").x)
 
 
 def fold_of(rows: int, folds: int, seed: int) -> Tensor:

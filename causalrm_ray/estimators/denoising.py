@@ -13,7 +13,7 @@ from torch import Tensor
 from causalrm_ray.estimators.fit import Objective, Risk
 from causalrm_ray.estimators.labelwave import LABELWAVE, LabelWave
 from causalrm_ray.estimators.mixing import ROBUST_DIVIDEMIX, SELECTMIX, DivideMix, SelectMix
-from causalrm_ray.estimators.observed import given_rates, minimise, observed
+from causalrm_ray.estimators.observed import cool, given_rates, minimise, observed
 from causalrm_ray.estimators.problem import Fitted, Need, Problem
 from causalrm_ray.estimators.small_loss import CO_TEACHING, CODIS, SmallLoss
 from causalrm_ray.losses.label_noise import (
@@ -50,7 +50,9 @@ class EpsSoftmax:
     """`cross_entropy` * eps-softmax cross-entropy + `absolute` * absolute error.
 
     The weights and `m` are those of the released code for class-dependent flips on CIFAR-10. Stopped by the same risk:
-    the plain loss, which this one drives up, would stop it before it has begun.
+    the plain loss, which this one drives up, would stop it before it has begun. Absolute errors are least where every answer is
+    certain, so the scorer that they leave ranks rows and tells no probability; a temperature fitted on held-out feedback (ours)
+    makes it tell one.
     """
 
     paper: str = "Wang et al. 2024, NeurIPS (epsilon-softmax)"
@@ -67,8 +69,9 @@ class EpsSoftmax:
             r = problem.observations.r[index]
             return self.cross_entropy * eps_cross_entropy(logit, r, self.m) + self.absolute * absolute_error(logit, r)
 
-        train = Objective(observed(problem, problem.train), risk)
-        return Fitted(scorer, minimise(problem, scorer, train, Objective(observed(problem, problem.heldout), risk)))
+        heldout = observed(problem, problem.heldout)
+        report = minimise(problem, scorer, Objective(observed(problem, problem.train), risk), Objective(heldout, risk))
+        return Fitted(scorer, report, {"temperature": cool(problem, scorer)})
 
 
 @dataclass(frozen=True)

@@ -194,21 +194,23 @@ def mean_risk(module: nn.Module, inputs: Inputs, objective: Objective, batch_siz
 def predict(
     module: nn.Module, inputs: Inputs, index: Tensor | None = None, batch_size: int = 512, shard: Shard = SINGLE
 ) -> Tensor:
-    """Logits [M] of the rows `index` [M] (all rows where none are given), in evaluation mode and without gradients.
+    """Outputs [M, ...] of the rows `index` [M] (all rows where none are given), in evaluation mode and without gradients.
 
-    With more ranks than one, each computes its slice and all get every logit.
+    With more ranks than one, each computes its slice and all get every output.
     """
     index = torch.arange(len(inputs)) if index is None else index
     was_training = module.training
     module.eval()
     with torch.no_grad():
-        parts = [_forward(module, inputs, part) for part in shard.take(index).split(batch_size) if len(part)]
+        rows = shard.take(index)
+        # A rank without rows computes one all the same: it must know the shape of an output.
+        parts = [_forward(module, inputs, part) for part in (rows if len(rows) else index[:1]).split(batch_size) if len(part)]
     module.train(was_training)
+    own = torch.cat(parts)[: len(rows)] if parts else torch.zeros(0)
     if shard.world_size == 1:
-        return torch.cat(parts) if parts else torch.zeros(0)
-    logit = torch.zeros(len(index), dtype=torch.promote_types(next(module.parameters()).dtype, torch.float32))
-    if parts:
-        logit[shard.rank :: shard.world_size] = torch.cat(parts)
+        return own
+    logit = own.new_zeros(len(index), *own.shape[1:])
+    logit[shard.rank :: shard.world_size] = own
     return shard.sum(logit)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from causalrm_ray.estimators.class_wise import CLASS_WISE
 from causalrm_ray.estimators.denoising import DENOISING
 from causalrm_ray.estimators.multitask import MULTITASK
 from causalrm_ray.estimators.problem import Fitted, Need, Problem
@@ -29,4 +30,4 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, Method] = {**REWEIGHTING, **MULTITASK, **DENOISING, **SELECTION}
+METHODS: dict[str, Method] = {**REWEIGHTING, **MULTITASK, **DENOISING, **SELECTION, **CLASS_WISE}

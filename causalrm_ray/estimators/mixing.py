@@ -7,14 +7,15 @@ States are mixed, not inputs (manifold mixup, Verma et al. 2019, arXiv 1806.0523
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from causalrm_ray.estimators.calibration import temperature
 from causalrm_ray.estimators.fit import Inputs, Objective, predict
-from causalrm_ray.estimators.observed import minimise, observed, plain_risk, ramp_epochs
+from causalrm_ray.estimators.observed import cool, minimise, observed, plain_risk, ramp_epochs
 from causalrm_ray.estimators.problem import Fitted, Need, Problem
 from causalrm_ray.estimators.propensity import cross_fit_logits
 from causalrm_ray.estimators.small_loss import Networks, twins
@@ -120,6 +121,12 @@ class Division:
         """Risk [B] of `logit` [B, 2], both networks' risks added."""
         return self._of(0, logit[:, 0], index) + self._of(1, logit[:, 1], index)
 
+    def heldout_risk(self, logit: Tensor, index: Tensor) -> Tensor:
+        """The first network's plain loss [M] of `logit` [M, 2] at its temperature, and the penalty that asks for both classes."""
+        r = self._problem.observations.r[index]
+        cooled = logit[:, 0] / temperature(logit[:, 0], r)
+        return self._problem.loss(cooled, r) + balance_penalty(torch.sigmoid(cooled))
+
     def _of(self, k: int, logit: Tensor, index: Tensor) -> Tensor:
         if self._warm:
             return self._problem.loss(logit, self._problem.observations.r[index])
@@ -136,8 +143,10 @@ class DivideMix:
     those given up are guessed by both networks, and sharpened; MixMatch with cross-entropy on the former, squared error on the
     latter, and the penalty that asks for both classes. Other: no augmented copies, so labels are refined and guessed once an
     epoch rather than in every step; states are mixed; each row draws its share; guessed rows weigh `guessed`, with no ramp.
-    The plain warm-up takes `warm_up` epochs (fewer in a short fit), after which epochs compete. The first network serves, so that
-    what is served is one scorer; as published the two are averaged.
+    The plain warm-up takes `warm_up` epochs (fewer in a short fit), after which epochs compete: by the plain loss and that same
+    penalty on held-out feedback, at the temperature that suits it, since sharpened labels make predictions too sure; the scorer
+    is given that temperature. As the division unsettles a fit at first, `patience` epochs must pass without a better one (half
+    of them all in a short fit). The first network serves, so that one scorer is served; as published the two are averaged.
     """
 
     paper: str = "Li et al. 2020, arXiv 2002.07394"
@@ -146,6 +155,7 @@ class DivideMix:
     temperature: float = 0.5
     concentration: int = 4
     guessed: float = 1.0
+    patience: int = 30
     needs: frozenset[Need] = frozenset()
 
     def fit(self, problem: Problem) -> Fitted:
@@ -155,8 +165,12 @@ class DivideMix:
         networks = MixingNetworks(first, second)
         division = Division(self, problem, networks, rows, warm_up)
         train = Objective(rows, division.risk, division.begin, since=warm_up + 1)
-        report = minimise(problem, networks, train, inputs=division.inputs)
-        return Fitted(first, report, {"kept_share": division.kept_share})
+        heldout = Objective(observed(problem, problem.heldout), division.heldout_risk, since=train.since)
+        patience = max(problem.settings.patience, ramp_epochs(problem.settings, self.patience))
+        patient = replace(problem, settings=replace(problem.settings, patience=patience))
+        report = minimise(patient, networks, train, heldout, division.inputs)
+        degrees = cool(problem, first)
+        return Fitted(first, report, {"kept_share": division.kept_share, "temperature": degrees})
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.fit import FitReport, FitSettings, Inputs, Objective, Risk, fit
+from causalrm_ray.estimators.calibration import temperature
+from causalrm_ray.estimators.fit import FitReport, FitSettings, Inputs, Objective, Risk, fit, predict
 from causalrm_ray.estimators.problem import Problem
+from causalrm_ray.models.heads import Scorer
 from causalrm_ray.types import NoiseRates
 
 
@@ -31,6 +36,16 @@ def minimise(
         heldout = Objective(observed(problem, problem.heldout), plain_risk(problem), since=train.since)
     inputs = problem.inputs if inputs is None else inputs
     return fit(module, inputs, train, heldout, problem.settings, problem.shard, problem.on_epoch)
+
+
+def cool(problem: Problem, scorer: nn.Module) -> float:
+    """The temperature under which held-out feedback is likeliest; `scorer`'s head is divided by it, in place."""
+    rows = observed(problem, problem.heldout)
+    found = temperature(predict(scorer, problem.inputs, rows, shard=problem.shard), problem.observations.r[rows])
+    with torch.no_grad():
+        for parameter in cast(Scorer, scorer).head.parameters():
+            parameter /= found
+    return found
 
 
 def given_rates(problem: Problem) -> NoiseRates:

@@ -13,12 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.checks import check_both_classes, check_propensity, check_same_length
+from causalrm_ray.checks import InputError, check_both_classes, check_propensity, check_same_length
+from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.calibration import cross_calibrate
 from causalrm_ray.estimators.fit import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, mean_risk
+from causalrm_ray.estimators.frozen import distil, on_states, with_settings
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.estimators.noise_rates import NoiseEstimate, estimate_noise_rates
-from causalrm_ray.estimators.problem import Nuisances, Observations, Problem
+from causalrm_ray.estimators.problem import NOISE_FREE, Fitted, Nuisances, Observations, Problem
 from causalrm_ray.estimators.propensity import cross_fit_logits, split_rows
 from causalrm_ray.estimators.reweighting import REWEIGHTING, fit_oracle
 from causalrm_ray.losses.noise import denoise
@@ -32,26 +34,29 @@ HELD_OUT = 0.2  # share of rows that decide when to stop and whether to promote
 
 @dataclass(frozen=True, eq=False)
 class RewardFit:
-    """A trained scorer, how its training went, its held-out observed risk, and what else its method found."""
+    """A trained scorer, how its training went, its held-out observed risk, and what else its method found (see Fitted)."""
 
     module: nn.Module
     report: FitReport
     heldout_risk: float
     figures: Mapping[str, float]
+    opinion: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class RewardFits:
     """All that one fit makes.
 
-    `fits` by method; `rates` used, and how they were estimated (`noise`, none where they were given); `proxy` [N], the
-    out-of-fold calibrated P(r = 1 | x), and `imputation` [N], the P(r* = 1 | x) that it implies (none where nothing needs them);
+    `fits` by method; `rates` used, and how they were estimated (`noise`, none where they were given, or where the order of the
+    rows does not tell them and the first method found its own); `ranking` [N], the out-of-fold P(r = 1 | x), `proxy` [N], the
+    same calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (none where nothing needs them);
     `heldout` row numbers and the risk of the serving model on them (none where none serves).
     """
 
     fits: dict[str, RewardFit]
     rates: NoiseRates
     noise: NoiseEstimate | None
+    ranking: Tensor | None
     proxy: Tensor | None
     imputation: Tensor | None
     heldout: Tensor
@@ -70,19 +75,24 @@ def fit_reward_models(
     clean_labels: Tensor | None = None,
     serving: nn.Module | None = None,
     heldout: Tensor | None = None,
+    states: Tensor | None = None,
+    strata: Tensor | None = None,
     shard: Shard = SINGLE,
     seed: int = 0,
-    single: bool = False,
     on_epoch: Callable[[str, Epoch], None] | None = None,
 ) -> RewardFits:
     """Fit one module per name in `methods` on the observed feedback.
 
-    `make_module` returns a fresh scorer; `propensity` [N] in (0, 1] is calibrated and clipped; `loss` is a
-    key of LOSSES (methods that subtract losses use a bounded "bce"); `rates` skips their estimation. "oracle" among the methods
-    is fitted on `clean_labels` [N], which nothing else reads. No fit trains on the rows numbered in `heldout` (none: a fifth of
-    all at random); they decide when to stop and whether to promote. `on_epoch(method, epoch)` follows the progress;
-    `single` asks every method for a scorer that can be saved as one model.
-    The same seed and shard give the same modules.
+    Without methods, only the rates are estimated. `make_module` returns a fresh scorer; `propensity` [N] in (0, 1] is
+    calibrated and clipped; `loss` is a key of LOSSES (methods that subtract losses use a bounded "bce"); `rates` skips their
+    estimation. "oracle" among the methods is fitted on `clean_labels` [N], which nothing else reads. The rows numbered in
+    `heldout` (none: a fifth of all at random) decide when to stop and whether to promote; no module of tokens trains on them,
+    and of an ensemble on features every member leaves out a part, by which these rows are judged. `on_epoch(method, epoch)`
+    follows the progress.
+    `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
+    distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
+    from 0 the observed traits that selection may hang on. The same seed and shard give the same modules.
+    The first method's view of who speaks up is what held-out risks are weighted by, its own and the others'.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
     _check(inputs, observations, propensity, methods, loss, clean_labels)
@@ -92,62 +102,133 @@ def fit_reward_models(
     train = rows[~torch.isin(rows, heldout)]
     check_both_classes("r of the training rows with feedback", observations.r[train][observations.o[train] == 1])
     check_both_classes("r of the held-out rows with feedback", observations.r[heldout][observations.o[heldout] == 1])
-    settings = replace(settings, seed=seed)
+    problem = Problem(
+        make_module,
+        inputs,
+        observations,
+        Nuisances(propensity, rates),
+        train,
+        heldout,
+        replace(settings, seed=seed),
+        LOSSES[loss],
+        shard,
+        strata,
+    )
     needs = frozenset[str]().union(*(METHODS[name].needs for name in methods if name != ORACLE))
-    noise = proxy = imputation = None
+    noise = ranking = proxy = imputation = None
+    unknown = False
     if rates is None or "imputation" in needs:
-        raw = _out_of_fold(make_module, inputs, observations, propensity, train, heldout, settings, shard)
-        proxy = cross_calibrate(raw, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
+        seen = int(observations.o[train].sum())
+        ranking = _out_of_fold(problem if states is None else with_settings(on_states(problem, states), seen))
+        proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
         if rates is None:
-            noise = estimate_noise_rates(raw, observations, seed=seed)
-            rates = noise.rates
+            finds = bool(methods) and methods[0] != ORACLE and "states" in METHODS[methods[0]].needs
+            noise = _estimate_rates(ranking, observations, seed, required="rates" in needs or not finds)
+            unknown = noise is None
+            rates = NOISE_FREE if noise is None else noise.rates
     if proxy is not None and "imputation" in needs:
         imputation = denoise(proxy, rates)
     nuisances = Nuisances(propensity, rates, imputation)
-    risk = heldout_objective(observations, nuisances, LOSSES[loss], heldout)
-    fits = {}
+    fitted = {}
     for name in methods:
-        needs = METHODS[name].needs if name != ORACLE else frozenset()
-        problem = Problem(
-            make_module,
-            inputs,
-            observations,
-            # A method that takes feedback as true imputes feedback.
-            nuisances if "rates" in needs else replace(nuisances, imputation=proxy),
-            train,
-            heldout,
-            settings,
-            LOSSES[loss],
-            shard,
-            single=single,
-            on_epoch=None if on_epoch is None else partial(on_epoch, name),
-        )
-        fitted = fit_oracle(problem, clean_labels) if clean_labels is not None and name == ORACLE else METHODS[name].fit(problem)
-        fits[name] = RewardFit(fitted.scorer, fitted.report, mean_risk(fitted.scorer, inputs, risk, shard=shard), fitted.figures)
+        follow = None if on_epoch is None else partial(on_epoch, name)
+        given = replace(problem, nuisances=nuisances, on_epoch=follow)
+        fitted[name] = _fit_method(name, given, states, proxy, clean_labels, serving)
+    weights = next((one.weights for one in fitted.values()), None)
+    if unknown:  # the order of the rows does not tell the rates: those that the first method found along, then
+        rates = NoiseRates(*(next(iter(fitted.values())).figures[name] for name in ("rho_01", "rho_10")))
+        nuisances = replace(nuisances, rates=rates)
+    risk = heldout_objective(observations, nuisances, LOSSES[loss], heldout, weights)
+    fits = {
+        name: RewardFit(one.scorer, one.report, _gate_risk(one, problem, risk), one.figures, one.opinion)
+        for name, one in fitted.items()
+    }
     serving_risk = None if serving is None else mean_risk(serving, inputs, risk, shard=shard)
-    return RewardFits(fits, rates, noise, proxy, imputation, heldout, serving_risk)
+    return RewardFits(fits, rates, noise, ranking, proxy, imputation, heldout, serving_risk)
 
 
-def heldout_objective(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
-    """The risk that a promotion gate compares: noise-corrected, self-normalised IPS over the rows with feedback among `rows`."""
-    method = REWEIGHTING["causalrm_snips"]
-    return method.build(observations, nuisances, method.pointwise(loss), rows)
+def _fit_method(
+    name: str,
+    problem: Problem,
+    states: Tensor | None,
+    proxy: Tensor | None,
+    clean: Tensor | None,
+    serving: nn.Module | None,
+) -> Fitted:
+    if clean is not None and name == ORACLE:
+        return fit_oracle(problem, clean)
+    method = METHODS[name]
+    if "rates" not in method.needs:  # a method that takes feedback as true imputes feedback
+        problem = replace(problem, nuisances=replace(problem.nuisances, imputation=proxy))
+    if "states" not in method.needs:
+        return method.fit(problem)
+    if isinstance(problem.inputs, FeatureRows):
+        return method.fit(on_states(problem, problem.inputs.features))
+    if states is None:
+        raise ValueError(f"{name} is fitted on states [N, D] of a frozen backbone, got none")
+    return distil(problem, method.fit(replace(on_states(problem, states), spare_heldout=True)), states, start=serving)
 
 
-def _out_of_fold(
-    make_module: Callable[[], nn.Module],
-    inputs: Inputs,
+def _estimate_rates(ranking: Tensor, observations: Observations, seed: int, required: bool) -> NoiseEstimate | None:
+    """The rates of the noise; none where the log does not tell them, unless they are required: then InputError."""
+    try:
+        return estimate_noise_rates(ranking, observations, seed=seed)
+    except InputError:
+        if required:
+            raise
+        return None
+
+
+def _gate_risk(fitted: Fitted, problem: Problem, objective: Objective) -> float:
+    """Mean of `objective` over held-out rows, each judged by what did not learn from it."""
+    if fitted.opinion is None or not isinstance(problem.inputs, FeatureRows):
+        return mean_risk(fitted.scorer, problem.inputs, objective, shard=problem.shard)
+    return float(objective.risk(fitted.opinion[objective.rows], objective.rows).double().mean())
+
+
+def heldout_objective(
     observations: Observations,
-    propensity: Tensor,
-    train: Tensor,
-    heldout: Tensor,
-    settings: FitSettings,
-    shard: Shard,
-) -> Tensor:
+    nuisances: Nuisances,
+    loss: Loss,
+    rows: Tensor,
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> Objective:
+    """The risk that a promotion gate compares, over the rows with feedback among `rows`.
+
+        sum of v_1 l(s, 1) + v_0 l(s, 0)  /  sum of v_1 + v_0
+
+    `weights` (v_1, v_0) [N] are those of a method that found how selection works; with none it is the noise-corrected,
+    self-normalised IPS, which is the same with one propensity for both opinions.
+    """
+    method = REWEIGHTING["causalrm_snips"]
+    if weights is None:
+        return method.build(observations, nuisances, method.pointwise(loss), rows)
+    v1, v0 = weights
+    pointwise = method.pointwise(loss)
+    seen = rows[observations.o[rows] == 1]
+    scale = (v1 + v0)[rows].mean().clamp_min(0.5) * len(rows) / len(seen)  # its mean is 1 where the weights are right
+
+    def risk(logit: Tensor, index: Tensor) -> Tensor:
+        one, zero = torch.ones_like(logit), torch.zeros_like(logit)
+        return (v1[index] * pointwise(logit, one) + v0[index] * pointwise(logit, zero)) / scale
+
+    return Objective(seen, risk)
+
+
+def _out_of_fold(problem: Problem) -> Tensor:
     """P(r = 1 | x) [N], of each row by modules that did not train on it; none trained on a held-out row."""
-    objective = partial(REWEIGHTING["snips"].build, observations, Nuisances(propensity), bce)
-    seen = train[observations.o[train] == 1]
-    logit, _ = cross_fit_logits(make_module, inputs, objective, seen, heldout, settings, PROXY_FOLDS, settings.seed, shard)
+    seen = problem.train[problem.observations.o[problem.train] == 1]
+    logit, _ = cross_fit_logits(
+        problem.make_scorer,
+        problem.inputs,
+        partial(REWEIGHTING["snips"].build, problem.observations, problem.nuisances, bce),
+        seen,
+        problem.heldout,
+        problem.settings,
+        PROXY_FOLDS,
+        problem.settings.seed,
+        problem.shard,
+    )
     return torch.sigmoid(logit)
 
 

@@ -18,7 +18,7 @@ from causalrm_ray.losses.pointwise import Loss
 from causalrm_ray.types import NoiseRates
 
 NOISE_FREE = NoiseRates(0.0, 0.0)
-Need = Literal["propensity", "rates", "imputation"]
+Need = Literal["propensity", "rates", "imputation", "states"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +66,9 @@ class Problem:
     """One fit of one estimator.
 
     `make_scorer` returns a fresh scorer: a module whose forward gives a logit [B], and that can be given further heads
-    (models.heads.WithHeads). Only the rows numbered in `train` are trained on; those in `heldout` decide when to stop.
-    `strata` [N] numbers from 0 the observed traits within which selection may work in its own way (none: all alike); `single`
-    asks for a scorer that can be saved as one model.
+    (models.heads.WithHeads). Only the rows numbered in `train` are trained on; those in `heldout` decide when to stop. An
+    ensemble that cross-fits trains on held-out rows as well, unless `spare_heldout`, and gives back their out-of-fold logits.
+    `strata` [N] numbers from 0 the observed traits within which selection may work in its own way (none: all alike).
     """
 
     make_scorer: Callable[[], nn.Module]
@@ -81,7 +81,7 @@ class Problem:
     loss: Loss
     shard: Shard = SINGLE
     strata: Tensor | None = None
-    single: bool = False
+    spare_heldout: bool = False
     on_epoch: Callable[[Epoch], None] | None = None
 
     def scorer(self, seed_offset: int = 0) -> nn.Module:
@@ -95,8 +95,15 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A scorer whose logit is that of P(r* = 1 | x), how its training went, and what else was learned (JSON figures)."""
+    """A scorer whose logit is that of P(r* = 1 | x), how its training went, and what else was learned (JSON figures).
+
+    `opinion` [N] are logits of all rows by those members of an ensemble that did not learn from them (none: no ensemble; the
+    scorer learned from no held-out row, and what it says of these is honest). `weights` (v_1, v_0) [N] are what a row's feedback
+    says for and against r* = 1 under the selection that was found (losses.selection.class_weights; none: propensities say it).
+    """
 
     scorer: nn.Module
     report: FitReport
     figures: Mapping[str, float] = field(default_factory=dict)
+    opinion: Tensor | None = None
+    weights: tuple[Tensor, Tensor] | None = None

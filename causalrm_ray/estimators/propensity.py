@@ -5,7 +5,7 @@ cross_fit (raw, out of fold) -> calibrate (isotonic, out of fold; clipped below)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,19 +63,21 @@ def cross_fit_logits(
     folds: int = 2,
     seed: int = 0,
     shard: Shard = SINGLE,
+    fold_of_rows: Tensor | None = None,
+    starts: Sequence[Callable[[], nn.Module]] = (),
 ) -> tuple[Tensor, list[nn.Module]]:
     """Logits [N], none by a module that trained on its row, and the `folds` modules.
 
     `objective(rows)` is the risk over some rows. Each of `rows` lies in one fold and gets the logit of the module that was
-    trained on the other folds. All rows else are seen by no module and get the modules' mean logit; of these, `held_out` decide
-    when each module stops.
+    trained on the other folds: `fold_of_rows` [M], or at random. Module k begins as `starts[k]()`, or fresh. All rows else are
+    seen by no module and get the modules' mean logit; of these, `held_out` decide when each module stops.
     """
     fold = torch.full((len(inputs),), -1)
-    fold[rows] = fold_of(len(rows), folds, seed)
+    fold[rows] = fold_of(len(rows), folds, seed) if fold_of_rows is None else fold_of_rows
     logit = torch.zeros(len(inputs))
     modules = []
     for number in range(folds):
-        module = seeded(make_module, seed)
+        module = seeded(starts[number] if starts else make_module, seed)
         fit(module, inputs, objective(rows[fold[rows] != number]), objective(held_out), settings, shard)
         unseen = ((fold == number) | (fold == -1)).nonzero()[:, 0]
         logit[unseen] += predict(module, inputs, unseen, shard=shard).float()
@@ -92,15 +94,22 @@ def cross_fit(
     folds: int = 2,
     seed: int = 0,
     shard: Shard = SINGLE,
+    fold: Tensor | None = None,
+    starts: Sequence[Callable[[], nn.Module]] = (),
 ) -> tuple[Tensor, list[nn.Module]]:
     """Raw probabilities of feedback [N], none by a model that trained on its row, and the `folds` >= 2 models.
 
     Fitted by cross-entropy on `o` [N] in {0, 1} over all impressions. A new row's raw probability is the models' mean.
+    `fold` [N] in -1..folds-1 says which model leaves out which row, -1 which rows only decide when to stop (none: at random,
+    a tenth to stop). Only where `fold` keeps a row in its place may `starts`, one for each model, be models of an earlier fit.
     Raises ValueError if `o` holds one class only: without a row of each kind there is nothing to learn a propensity from.
     """
     check_both_classes("o", o)
     target = o.to(torch.float32)
-    rows, held_out = split_rows(torch.arange(len(o)), 0.1, seed)
+    if fold is None:
+        rows, held_out = split_rows(torch.arange(len(o)), 0.1, seed)
+    else:
+        rows, held_out = (fold >= 0).nonzero()[:, 0], (fold < 0).nonzero()[:, 0]
     logit, modules = cross_fit_logits(
         make_module,
         inputs,
@@ -111,6 +120,8 @@ def cross_fit(
         folds,
         seed,
         shard,
+        None if fold is None else fold[rows],
+        starts,
     )
     return torch.sigmoid(logit), modules
 
@@ -174,12 +185,24 @@ def split_rows(rows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor
 
 def _warnings(ess_fraction: float, clipped_share: float, error: float, certain_share: float) -> tuple[str, ...]:
     faults = (
-        (ess_fraction < 0.3, f"few rows carry most weight: effective sample is {ess_fraction:.0%} of the rows with feedback"),
+        (
+            ess_fraction < 0.3,
+            f"Few rows carry most weight: the effective sample is {ess_fraction:.0%} of the rows with feedback. "
+            "Raise propensity.clip, or collect feedback on more kinds of answers.",
+        ),
         (
             clipped_share > 0.2,
-            f"poor overlap: {clipped_share:.0%} of the propensities lie below the clip, where weights are too small",
+            f"Poor overlap: {clipped_share:.0%} of the propensities lie below the clip, where weights are too small. "
+            "Ask some users at random for feedback; a lower propensity.clip trades this bias for variance.",
         ),
-        (error > 0.05, f"propensities are off by {error:.3f} on average: the model of feedback does not fit"),
-        (certain_share > 0.2, f"feedback is almost certain on {certain_share:.0%} of the rows"),
+        (
+            error > 0.05,
+            f"Propensities are off by {error:.3f} on average: the model of feedback does not fit. Raise propensity.epochs, "
+            "or check that the log holds all impressions, those without feedback too.",
+        ),
+        (
+            certain_share > 0.2,
+            f"Feedback is almost certain on {certain_share:.0%} of the rows: were impressions without feedback logged?",
+        ),
     )
     return tuple(text for fault, text in faults if fault)

@@ -65,6 +65,8 @@ def _weighted(weights: Callable[[Tensor, Tensor], Tensor], needs: frozenset[Need
 def _doubly_robust(needs: frozenset[Need]) -> Build:
     def build(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
         propensity, rates, imputation = _read(nuisances, needs, len(observations))
+        if "propensity" not in needs:  # everyone is as likely to speak up
+            propensity = observations.o[rows].mean().expand(len(observations))
 
         def risk(logit: Tensor, index: Tensor) -> Tensor:
             observed = surrogate(loss, logit, observations.r[index], rates)
@@ -105,7 +107,11 @@ REWEIGHTING: dict[str, Reweighting] = {
     "causalrm_ips": _weighted_method(reweighted.ips_weights, _CAUSALRM, "propensity", "rates"),
     "causalrm_snips": _weighted_method(reweighted.snips_weights, _CAUSALRM + ", self-normalised", "propensity", "rates"),
     "causalrm_dr": _doubly_robust_method(_CAUSALRM, "propensity", "rates", "imputation"),
+    "causalrm_ips_surrogate": _weighted_method(lambda o, _: reweighted.naive_weights(o), _CAUSALRM + ", no propensity", "rates"),
+    "causalrm_dr_surrogate": _doubly_robust_method(_CAUSALRM + ", no propensity", "rates", "imputation"),
 }
+# full method -> (only its reweighting: the paper's dagger, only its surrogate: the paper's double dagger)
+ABLATIONS = {"causalrm_ips": ("ips", "causalrm_ips_surrogate"), "causalrm_dr": ("dr", "causalrm_dr_surrogate")}
 
 
 def oracle_objective(clean: Tensor, loss: Loss, rows: Tensor) -> Objective:

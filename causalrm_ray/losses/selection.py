@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from causalrm_ray.checks import check_same_length
+from causalrm_ray.checks import check_propensity, check_same_length, check_unit_interval
+from causalrm_ray.types import NoiseRates
 
 MISSING, DISLIKED, LIKED = 0, 1, 2
 GRADE = 1.0  # units of the logistic noise of a user's utility; beyond it an opinion is strong
@@ -46,3 +47,36 @@ def observed_outcomes(on1: Tensor, on0: Tensor, rho_01: Tensor, rho_10: Tensor) 
     disliked = on1 * rho_01 + on0 * (1 - rho_10)
     liked = on1 * (1 - rho_01) + on0 * rho_10
     return torch.stack([1 - on1 - on0, disliked, liked], dim=-1).clamp_min(FLOOR).log()
+
+
+def class_weights(o: Tensor, r: Tensor, p1: Tensor, p0: Tensor, rates: NoiseRates) -> tuple[Tensor, Tensor]:
+    """Weights (v_1, v_0) [N] of a row as one that is liked and as one that is not, with a propensity for each opinion.
+
+        v_1 = o [(1 - rho_10) r - rho_10 (1 - r)] / (1 - rho_01 - rho_10) / p_1       E[v_1 | x] = P(r* = 1 | x)
+        v_0 = o [(1 - rho_01) (1 - r) - rho_01 r] / (1 - rho_01 - rho_10) / p_0       E[v_0 | x] = P(r* = 0 | x)
+
+    where p_k = P(o = 1 | x, r* = k) and the rates are right. `o`, `r` [N] in {0, 1}, `r` read only where `o` is 1; `p1`, `p0` [N]
+    in (0, 1]. With p_1 = p_0 these are the weights of CausalRM-IPS (arXiv 2603.18736), l~ / p = v_1 l(s, 1) + v_0 l(s, 0). Ours.
+    """
+    check_same_length(o=o, r=r, p1=p1, p0=p0)
+    check_propensity("p1", p1)
+    check_propensity("p0", p0)
+    scale = 1 - rates.rho_01 - rates.rho_10
+    liked, disliked = o * torch.where(o == 1, r, 0.0), o * torch.where(o == 1, 1 - r, 0.0)
+    v1 = ((1 - rates.rho_10) * liked - rates.rho_10 * disliked) / scale / p1
+    v0 = ((1 - rates.rho_01) * disliked - rates.rho_01 * liked) / scale / p0
+    return v1, v0
+
+
+def class_wise_dr_label(m: Tensor, v1: Tensor, v0: Tensor) -> Tensor:
+    """Doubly robust pseudo-label [N] from `class_weights`.
+
+        y = m + [v_1 (1 - m) - v_0 m] / mean(v_1 + v_0)
+
+    E[y | x] = P(r* = 1 | x) where p_k and the rates are right, whatever `m` [N] in [0, 1] is; or where m and the rates are right
+    and both p_k are wrong by one factor. With p_1 = p_0, least squares on y is CausalRM-DR (arXiv 2603.18736) with squared error,
+    self-normalised. The mean is 1 in expectation; below 0.5 it is taken as 0.5.
+    """
+    check_same_length(m=m, v1=v1, v0=v0)
+    check_unit_interval("m", m)
+    return m + (v1 * (1 - m) - v0 * m) / (v1 + v0).mean().clamp_min(0.5)

@@ -47,6 +47,13 @@ class FeatureScorer(nn.Module):
         return self.head(self.states(features)).squeeze(-1)
 
 
+def as_scorer(scorer: nn.Module) -> Scorer:
+    """A module known to be a scorer. Raises ValueError for one without states and head."""
+    if not (hasattr(scorer, "states") and isinstance(getattr(scorer, "head", None), nn.Linear)):
+        raise ValueError(f"a scorer must have states and a linear head, got {type(scorer).__name__}")
+    return cast(Scorer, scorer)
+
+
 class WithHeads(nn.Module):
     """A scorer with `extra` more linear heads on its states: outputs [B, 1 + extra], the scorer's logit first.
 
@@ -55,10 +62,8 @@ class WithHeads(nn.Module):
 
     def __init__(self, scorer: nn.Module, extra: int) -> None:
         super().__init__()
-        if not (hasattr(scorer, "states") and isinstance(getattr(scorer, "head", None), nn.Linear)):
-            raise ValueError(f"a scorer with further heads must have states and a linear head, got {type(scorer).__name__}")
         self.scorer = scorer
-        self.heads = nn.Linear(cast(Scorer, scorer).head.in_features, extra)
+        self.heads = nn.Linear(as_scorer(scorer).head.in_features, extra)
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 
@@ -75,7 +80,8 @@ class EnsembleScorer(nn.Module):
         f_k(x) = b_k + w_k . x + v_k . leaky_relu(W_k x + u_k)
 
     w and v start at 0, so that a fit moves away from the base rate only as far as the data say. `x` is standardised by the mean
-    [D] and the one scale of `features` [N, D], so that leading principal components stay the larger ones.
+    [D] and the one scale of `features` [N, D], so that leading principal components stay the larger ones. The first axis of every
+    parameter is the member's, so that members can be kept and stopped one by one.
     """
 
     def __init__(self, features: Tensor, members: int = 5, hidden: int = 32, dropout: float = 0.3) -> None:
@@ -86,9 +92,9 @@ class EnsembleScorer(nn.Module):
         self.register_buffer("scale", scale)
         width = features.shape[1]
         self.dropout = dropout
-        self.linear = nn.Parameter(torch.zeros(width, members))
-        self.inner = nn.Parameter(torch.randn(width, members * hidden) / width**0.5)
-        self.inner_bias = nn.Parameter(torch.zeros(members * hidden))
+        self.linear = nn.Parameter(torch.zeros(members, width))
+        self.inner = nn.Parameter(torch.randn(members, hidden, width) / width**0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(members, hidden))
         self.outer = nn.Parameter(torch.zeros(members, hidden))
         self.bias = nn.Parameter(torch.zeros(members))
 
@@ -100,9 +106,9 @@ class EnsembleScorer(nn.Module):
     def members(self, features: Tensor) -> Tensor:
         """Logits [B, K] of `features` [B, D], one of each member."""
         x = nn.functional.dropout((features.float() - self.mean) / self.scale, 0.4 * self.dropout, self.training)
-        hidden = nn.functional.leaky_relu(x @ self.inner + self.inner_bias).unflatten(1, self.outer.shape)
-        hidden = nn.functional.dropout(hidden, self.dropout, self.training)
-        return self.bias + x @ self.linear + (hidden * self.outer).sum(-1)
+        inner = nn.functional.linear(x, self.inner.flatten(0, 1), self.inner_bias.flatten()).unflatten(1, self.outer.shape)
+        hidden = nn.functional.dropout(nn.functional.leaky_relu(inner), self.dropout, self.training)
+        return self.bias + x @ self.linear.T + (hidden * self.outer).sum(-1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logit [B] of the members' mean probability."""
@@ -122,6 +128,25 @@ class Mixture(nn.Module):
         return mean_logit(torch.stack([scorer(**batch) for scorer in self.scorers], dim=1), self.weights)
 
 
+class Corrected(nn.Module):
+    """A `base` scorer, which stays as it is, plus the logits that an ensemble `residual` adds; its members' mean probability."""
+
+    def __init__(self, base: nn.Module, residual: EnsembleScorer) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.residual = residual
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Logit [B]."""
+        logits = self.base(**batch).unsqueeze(1) + self.residual.members(**batch)
+        return mean_logit(logits, torch.full_like(self.residual.bias, 1 / len(self.residual.bias)))
+
+
 def mean_logit(logits: Tensor, weights: Tensor) -> Tensor:
     """Logit [B] of the weighted mean of the probabilities of `logits` [B, K]; `weights` [K] sum to 1."""
-    return torch.logit((torch.sigmoid(logits) * weights).sum(1).clamp(1e-5, 1 - 1e-5))
+    return to_logit((torch.sigmoid(logits) * weights).sum(1))
+
+
+def to_logit(probability: Tensor) -> Tensor:
+    """Logit [B] of a `probability` [B], which is kept 1e-5 from the ends."""
+    return torch.logit(probability.clamp(1e-5, 1 - 1e-5))

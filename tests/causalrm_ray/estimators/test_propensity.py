@@ -132,3 +132,32 @@ def test_no_overlap_and_bad_numbers_are_named() -> None:
         cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, folds=1)
     with pytest.raises(ValueError, match="rows must match"):
         calibrate(torch.full((3,), 0.5), o, 0.1)
+
+
+def test_given_folds_and_starts_keep_a_row_from_the_model_that_saw_it() -> None:
+    inputs, _, o = feedback(200)
+    fold = torch.arange(200) % 3 - 1
+    settings = FitSettings(epochs=1, lr=1e-9, batch_size=50)  # the models stay as they start
+
+    def start(bias: float) -> FeatureScorer:
+        scorer = FeatureScorer(2, ())
+        torch.nn.init.zeros_(scorer.head.weight)
+        torch.nn.init.constant_(scorer.head.bias, bias)
+        return scorer
+
+    starts = [lambda: start(-1.0), lambda: start(2.0)]
+    raw, _ = cross_fit(lambda: start(0.0), inputs, o, settings, fold=fold, starts=starts)
+    expected = torch.where(
+        fold == 0, -1.0, torch.where(fold == 1, 2.0, 0.5)
+    ).sigmoid()  # model k tells of fold k, both of the rest
+    torch.testing.assert_close(raw, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_labels_of_a_given_fold_do_not_move_what_is_said_of_it(number: int) -> None:
+    inputs, _, o = feedback(200)
+    fold = torch.arange(200) % 3 - 1
+    raw, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, fold=fold)
+    flipped, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, torch.where(fold == number, 1 - o, o), SETTINGS, fold=fold)
+    assert torch.equal(raw[fold == number], flipped[fold == number])
+    assert not torch.equal(raw[fold == 1 - number], flipped[fold == 1 - number])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from causalrm_ray.estimators.fit import Objective
 from causalrm_ray.estimators.problem import Nuisances, Observations
-from causalrm_ray.estimators.reweighting import REWEIGHTING, oracle_objective
+from causalrm_ray.estimators.reweighting import ABLATIONS, REWEIGHTING, oracle_objective
 from causalrm_ray.losses import reweighted
 from causalrm_ray.losses.noise import surrogate
 from causalrm_ray.losses.pointwise import bce, bounded_bce, mse
@@ -41,6 +41,8 @@ def expected(name: str) -> Tensor:
         "causalrm_ips": reweighted.ips(corrected, o, p),
         "causalrm_snips": reweighted.snips(corrected, o, p),
         "causalrm_dr": reweighted.dr(corrected, o, p, bce(s, m)),
+        "causalrm_ips_surrogate": reweighted.naive(corrected, o),
+        "causalrm_dr_surrogate": reweighted.dr(corrected, o, torch.full_like(p, 3 / 5), bce(s, m)),
     }[name].mean()
 
 
@@ -85,8 +87,15 @@ def test_causalrm_methods_reduce_to_their_bases_if_noise_free() -> None:
 
 def test_only_methods_that_subtract_losses_bound_them() -> None:
     bounded = {name for name, method in REWEIGHTING.items() if method.pointwise(bce) is bounded_bce}
-    assert bounded == {"dr", "causalrm_ips", "causalrm_snips", "causalrm_dr"}
+    assert bounded == {name for name in REWEIGHTING if name.startswith("causalrm_")} | {"dr"}
     assert all(method.pointwise(mse) is mse for method in REWEIGHTING.values())
+
+
+def test_ablations_read_one_half_of_what_the_full_method_reads() -> None:
+    assert ABLATIONS.keys() == {"causalrm_ips", "causalrm_dr"}
+    for full, (reweighting, only_surrogate) in ABLATIONS.items():
+        assert REWEIGHTING[reweighting].needs == REWEIGHTING[full].needs - {"rates"}
+        assert REWEIGHTING[only_surrogate].needs == REWEIGHTING[full].needs - {"propensity"}
 
 
 def test_oracle_objective_is_the_ideal_risk() -> None:

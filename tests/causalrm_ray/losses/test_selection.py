@@ -1,4 +1,4 @@
-"""Likelihoods of outcomes against sums over grades, opinions and slips."""
+"""Likelihoods of outcomes against sums over grades, opinions and slips; the pseudo-label against exact enumeration."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from causalrm_ray.losses.selection import DISLIKED, LIKED, MISSING, graded_outcomes, outcomes
+from causalrm_ray.losses.selection import (
+    DISLIKED,
+    LIKED,
+    MISSING,
+    class_weights,
+    class_wise_dr_label,
+    graded_outcomes,
+    outcomes,
+)
 from causalrm_ray.types import NoiseRates
 
 RATES = NoiseRates(0.2, 0.1)
@@ -56,3 +65,62 @@ def test_feedback_that_was_not_given_is_never_read() -> None:
     for hidden in (0.0, 1.0, math.nan):
         r = torch.tensor([1.0, 0.0, hidden, hidden])
         assert outcomes(o, r).tolist() == [LIKED, DISLIKED, MISSING, MISSING]
+
+
+def population(e: float, p1: float, p0: float, rows: int = 10_000) -> tuple[Tensor, Tensor]:
+    """(o, r) of `rows` rows, in which every combination of opinion, speaking and slip is exactly as frequent as it is likely."""
+    o, r = [], []
+    for clean, speaks, slips in itertools.product((1, 0), (1, 0), (1, 0)):
+        speaking, slip = (p1, RATES.rho_01) if clean else (p0, RATES.rho_10)
+        chance = (e if clean else 1 - e) * (speaking if speaks else 1 - speaking) * (slip if slips else 1 - slip)
+        count = round(chance * rows)
+        assert count == pytest.approx(chance * rows)
+        o += [float(speaks)] * count
+        r += [float(clean != slips) if speaks else math.nan] * count
+    return torch.tensor(o, dtype=torch.float64), torch.tensor(r, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("e", "p1", "p0"), [(0.3, 0.6, 0.2), (0.8, 0.1, 0.5)])
+def test_class_weights_average_to_the_shares_of_opinions(e: float, p1: float, p0: float) -> None:
+    o, r = population(e, p1, p0)
+    ones = torch.ones_like(o)
+    v1, v0 = class_weights(o, r, p1 * ones, p0 * ones, RATES)
+    assert float(v1.mean()) == pytest.approx(e)
+    assert float(v0.mean()) == pytest.approx(1 - e)
+
+
+@pytest.mark.parametrize("m", [0.0, 0.35, 1.0])
+@pytest.mark.parametrize(("e", "p1", "p0"), [(0.3, 0.6, 0.2), (0.8, 0.1, 0.5)])
+def test_label_is_unbiased_whatever_is_imputed(e: float, p1: float, p0: float, m: float) -> None:
+    o, r = population(e, p1, p0)
+    ones = torch.ones_like(o)
+    label = class_wise_dr_label(m * ones, *class_weights(o, r, p1 * ones, p0 * ones, RATES))
+    assert float(label.mean()) == pytest.approx(e)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_label_is_unbiased_with_the_right_imputation_where_both_propensities_are_off_by_one_factor(factor: float) -> None:
+    e, p1, p0 = 0.3, 0.6, 0.2
+    o, r = population(e, p1, p0)
+    ones = torch.ones_like(o)
+    off = class_weights(o, r, factor * p1 * ones, factor * p0 * ones, RATES)
+    assert float(class_wise_dr_label(e * ones, *off).mean()) == pytest.approx(e)
+    assert abs(float(class_wise_dr_label(e * ones, *class_weights(o, r, factor * p1 * ones, p0 * ones, RATES)).mean()) - e) > 0.02
+
+
+def test_label_reduces_to_causalrm_dr_where_propensities_agree() -> None:
+    generator = torch.Generator().manual_seed(1)
+    o = (torch.rand(4000, generator=generator) < 0.4).double()
+    r = o * (torch.rand(4000, generator=generator) < 0.6).double()
+    p, m = torch.full((4000,), 0.4, dtype=torch.float64), torch.rand(4000, generator=generator).double()
+    corrected = (r - RATES.rho_10) / (1 - RATES.rho_01 - RATES.rho_10)
+    expected = m + o / p * (corrected - m) / (o / p).mean()
+    torch.testing.assert_close(class_wise_dr_label(m, *class_weights(o, r, p, p, RATES)), expected)
+
+
+def test_propensities_of_zero_and_imputations_outside_are_named() -> None:
+    row = [torch.tensor([value]) for value in (1.0, 1.0, 0.0, 0.5)]
+    with pytest.raises(ValueError, match=r"p1 must be in \(0, 1\]"):
+        class_weights(*row, RATES)
+    with pytest.raises(ValueError, match=r"m must be in \[0, 1\]"):
+        class_wise_dr_label(torch.tensor([1.5]), row[0], row[0])
