@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from causalrm_ray.config import ClusterConfig, RunFolder, Section
+from causalrm_ray.data.simulate import SCENARIOS
+from causalrm_ray.types import NoiseRates
 
 
 class BenchmarkCluster(ClusterConfig):
@@ -41,13 +44,14 @@ class HeadConfig(Section):
 
 
 class BenchmarkConfig(Section):
-    """Methods on one graded data set: a cell for each alpha, scenario, selection and seed."""
+    """Methods on one graded data set: a cell for each alpha, scenario or rho, selection and seed."""
 
     train: Path = Field(description="graded embeddings to simulate a log from: embeddings, labels")
     test: Path = Field(description="graded embeddings of the clean test split")
     alpha: tuple[float, ...] = Field((0.5,), min_length=1, description="selection strengths; 1 is none, smaller is stronger")
-    scenarios: tuple[Literal[1, 2], ...] = Field(
-        (1, 2), min_length=1, description="slips (rho_01, rho_10): 1 is (0.2, 0.1), 2 is (0.1, 0.2)"
+    scenarios: tuple[Literal[1, 2], ...] = Field((1, 2), description="slips (rho_01, rho_10): 1 is (0.2, 0.1), 2 is (0.1, 0.2)")
+    rho: tuple[tuple[float, float], ...] = Field(
+        (), description="further slips as pairs [rho_01,rho_10], for the sensitivity to them: [[0.05,0.05],[0.1,0.1]]"
     )
     selection: tuple[Literal["label", "features"], ...] = Field(
         ("label", "features"), min_length=1, description="what drives feedback: the label (missing not at random), or features"
@@ -68,6 +72,13 @@ class BenchmarkConfig(Section):
             raise ValueError("must be in (0, 1]")
         return alpha
 
+    @field_validator("rho")
+    @classmethod
+    def _rates_leave_information(cls, rho: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        for pair in rho:
+            NoiseRates(*pair)
+        return rho
+
     @field_validator("seeds")
     @classmethod
     def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -77,10 +88,14 @@ class BenchmarkConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> BenchmarkConfig:
-        for name in ("alpha", "scenarios", "selection", "methods", "seeds"):
+        for name in ("alpha", "scenarios", "rho", "selection", "methods", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: must not hold a value twice, got {list(values)}")
+        if told := [pair for pair in self.rho if pair in [astuple(SCENARIOS[number]) for number in self.scenarios]]:
+            raise ValueError(f"rho: must not repeat a scenario, got {told[0]}")
+        if not self.scenarios and not self.rho:
+            raise ValueError("scenarios: must hold one where rho holds none, got []")
         if self.bias_draws == 1:
             raise ValueError("bias_draws: must be 0 or at least 2, got 1")
         return self

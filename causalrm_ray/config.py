@@ -19,7 +19,7 @@ MethodName = Literal[  # keys of METHODS
     "naive", "ips", "snips", "dr", "causalrm_ips", "causalrm_snips", "causalrm_dr",
     "mt_ips", "mt_dr", "sdr", "cvib",
     "f_correction", "co_teaching", "codis", "labelwave", "eps_softmax", "robust_dividemix", "selectmix", "ilde",
-    "latent", "two_stage", "auto",
+    "latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable", "causalrm_ips_surrogate", "causalrm_dr_surrogate",
 ]
 # fmt: on
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
@@ -139,7 +139,7 @@ class PropensityConfig(Section):
 class RewardConfig(Section):
     """The reward model and how it is fitted (METHOD of the paper: arXiv 2603.18736)."""
 
-    method: MethodName = Field("causalrm_dr", description="estimator whose model rewards the policy")
+    method: MethodName = Field("auto", description="estimator whose model rewards the policy")
     compare: tuple[MethodName | Literal["oracle"], ...] = Field(
         ("naive", "oracle"), description="further estimators fitted once, for the report only; oracle: on true preferences"
     )
@@ -150,9 +150,7 @@ class RewardConfig(Section):
     lr: float = Field(1e-3, gt=0, description="learning rate")
     batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all workers")
     workers: int = Field(2, ge=1, description="Ray Train workers")
-    rho: tuple[float, float] | None = Field(
-        None, description="known (rho_01, rho_10); none estimates them from the log by anchors"
-    )
+    rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
     refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
     gate_tolerance: float = Field(
         0.01, ge=0, description="a refit serves if its held-out observed risk is at most this above the serving model's"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from causalrm_ray.pictures import BLUE, GREY, ORANGE, picture
+from causalrm_ray.report_fit import fit_section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
+MISMATCH = "engine / learner mismatch"
+STEPS = (  # title, unit, metrics
+    ("reward of a step's answers", "", ("reward", "oracle_mean")),
+    ("KL to the starting policy", "nats per answer", ("kl",)),
+    ("entropy", "nats per token", ("entropy",)),
+    (MISMATCH, "|log-probability difference|", ("logprob_mismatch_mean_abs", "logprob_mismatch_max_abs")),
+)
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1a202c;max-width:1080px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}img{max-width:100%}
@@ -26,14 +34,16 @@ def write_report(folder: Path, metrics: Sequence[Mapping[str, float]], summary: 
     """Write `folder`/report.html from a run's metrics (one mapping a step; none for a fit alone) and its summary."""
     parts = [f"<h1>{html.escape(folder.name)}</h1>", _headline(summary)]
     if metrics:
-        parts += ["<h2>The policy, step by step</h2>", _picture(lambda axes: _draw_steps(axes, metrics), columns=4)]
-    parts += ["<h2>The feedback and what was made of it</h2>", _picture(lambda axes: _draw_fit(axes, summary), columns=3)]
-    parts += [f"<p>{html.escape(warning)}</p>" for warning in summary["propensity"]["warnings"]]
+        steps = [partial(_draw_steps, metrics=metrics, of=of) for of in STEPS]
+        parts += ["<h2>The policy, step by step</h2>", picture(steps, "reward, KL, entropy and mismatch by step")]
+    parts += fit_section(summary)
     if "answers" in summary:
         pairs = [(html.escape(row["prompt"]), html.escape(row["response"])) for row in summary["answers"]]
         rows = "".join(f"<tr><td>{asked}</td><td>{answered}</td></tr>" for asked, answered in pairs)
         parts += [f"<h2>Answers on held-out topics, after</h2><table><tr><th>asked</th><th>answered</th></tr>{rows}</table>"]
-    parts += [f"<h2>All figures</h2><pre>{html.escape(json.dumps(summary, indent=2, sort_keys=True))}</pre>"]
+    rest = {key: value for key, value in summary.items() if key != "diagnostics"}
+    figures = html.escape(json.dumps(rest, indent=2, sort_keys=True))
+    parts += [f"<h2>All figures</h2><p>What the pictures of the fit show is in diagnostics.json.</p><pre>{figures}</pre>"]
     page = f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title><style>{STYLE}</style>{''.join(parts)}"
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -56,84 +66,20 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
-def _picture(draw: Any, columns: int) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6 * columns, 3.2), layout="constrained")
-    draw(figure.subplots(1, columns))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-
-
-def _draw_steps(axes: Sequence[Axes], metrics: Sequence[Mapping[str, float]]) -> None:
-    panels = (
-        ("reward of a step's answers", "", ("reward", "oracle_mean")),
-        ("KL to the starting policy", "nats per answer", ("kl",)),
-        ("entropy", "nats per token", ("entropy",)),
-        ("engine / learner mismatch", "|log-probability difference|", ("logprob_mismatch_mean_abs", "logprob_mismatch_max_abs")),
-    )
-    for panel, (title, unit, names) in zip(axes, panels, strict=True):
-        for name, colour in zip(names, (BLUE, ORANGE), strict=False):
-            known = [(row["step"], row[name]) for row in metrics if name in row]
-            if known:
-                panel.plot(*zip(*known, strict=True), color=colour, label=name.replace("_", " "))
-        panel.set(title=title, xlabel="step", ylabel=unit)
-        panel.legend(frameon=False, fontsize=8)
-    for row in metrics:
-        if row.get("refit_promoted") is not None:
-            axes[0].axvline(row["step"], color=GREY, linestyle=":" if row["refit_promoted"] else "-", linewidth=1)
-    axes[3].set_yscale("log")
-
-
-def _draw_fit(axes: Sequence[Axes], summary: Mapping[str, Any]) -> None:
-    _draw_rates(axes[0], summary["noise_rates"])
-    _draw_calibration(axes[1], summary["propensity"])
-    _draw_models(axes[2], summary)
-
-
-def _draw_rates(panel: Axes, rates: Mapping[str, Mapping[str, float]]) -> None:
-    for place, (_, rate) in enumerate(sorted(rates.items())):
-        low, high = rate["low"], rate["high"]
-        if low is not None:
-            panel.plot(
-                [place, place], [low, high], color=BLUE, linewidth=6, alpha=0.35, label="95 % interval" if place == 0 else None
-            )
-        panel.plot(place, rate["estimate"], "o", color=BLUE, label="estimate" if place == 0 else None)
-        if rate["truth"] is not None:
-            panel.plot(
-                place, rate["truth"], "_", color=ORANGE, markersize=24, markeredgewidth=2, label="truth" if place == 0 else None
-            )
-    panel.set(
-        title="how often feedback slips", xticks=range(len(rates)), xticklabels=sorted(rates), xlim=(-0.6, len(rates) - 0.4)
-    )
-    panel.set_ylim(bottom=0)
+def _draw_steps(panel: Axes, metrics: Sequence[Mapping[str, float]], of: tuple[str, str, Sequence[str]]) -> None:
+    title, unit, names = of
+    for name, colour in zip(names, (BLUE, ORANGE), strict=False):
+        known = [(row["step"], row[name]) for row in metrics if name in row]
+        if known:
+            panel.plot(*zip(*known, strict=True), color=colour, label=name.replace("_", " "))
+    panel.set(title=title, xlabel="step", ylabel=unit)
     panel.legend(frameon=False, fontsize=8)
-
-
-def _draw_calibration(panel: Axes, propensity: Mapping[str, Any]) -> None:
-    points = [(point["predicted"], point["actual"]) for point in propensity["curve"]]
-    top = max(max(point) for point in points) * 1.05
-    panel.plot([0, top], [0, top], color=GREY, linewidth=1)
-    panel.plot(*zip(*points, strict=True), "o-", color=BLUE)
-    title = f"propensity: ECE {propensity['ece']:.3f}, ESS {propensity['ess_fraction']:.0%}"
-    panel.set(title=title, xlabel="predicted share with feedback", ylabel="actual share")
-
-
-def _draw_models(panel: Axes, summary: Mapping[str, Any]) -> None:
-    if "reward_model" in summary:
-        model = summary["reward_model"]
-        bars = {model["method"]: model["r2"] or 0.0} | {
-            key.removesuffix("_r2"): value or 0.0 for key, value in model.items() if key.endswith("_r2")
-        }
-        panel.set(title="reward models on fresh answers", ylabel="R² against true preference")
-    else:
-        bars = summary["reward_fit"]["heldout_risk"]
-        panel.set(title="reward models", ylabel="held-out observed risk")
-    names = list(bars)
-    panel.bar(names, [bars[name] for name in names], color=[BLUE if place == 0 else GREY for place in range(len(names))])
-    panel.axhline(0, color=GREY, linewidth=1)
-    panel.tick_params(axis="x", rotation=15)
+    if "reward" in names:
+        for row in metrics:
+            if row.get("refit_promoted") is not None:
+                panel.axvline(row["step"], color=GREY, linestyle=":" if row["refit_promoted"] else "-", linewidth=1)
+    if title == MISMATCH:
+        panel.set_yscale("log")
 
 
 def draw_comparison(table: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -1,7 +1,9 @@
 """Every method on one graded data set whose feedback is simulated: how near each comes to the truth, setting by setting.
 
-alpha x scenario x selection x seed --> cells, one Ray task each --> cells/*.json --> results.csv --> table.md, figures
-alpha x scenario x selection        --> biases of the estimators --> bias/*.json  --> bias.csv    --> bias.md
+alpha x slips x selection x seed --> cells, one Ray task each --> cells/*.json --> results.csv --> table.md, figures
+alpha x slips x selection        --> biases of the estimators --> bias/*.json  --> bias.csv    --> bias.md
+
+Slips are scenarios, and pairs of rates besides.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -31,12 +33,14 @@ from causalrm_ray.data.simulate import preferences, threshold
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.estimators.pipeline import ORACLE
 from causalrm_ray.estimators.semisynthetic import Bias
-from causalrm_ray.figures import draw_bars, draw_sensitivity
+from causalrm_ray.figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
+from causalrm_ray.types import NoiseRates
 from jobs.progress import Progress
 
 SETTING = ("alpha", "scenario", "selection")
 FIGURES = (*METRICS, "rho_01_hat", "rho_10_hat", "fit_s")
-FIELDS = ("dataset", *SETTING, "method", "seed", *FIGURES)
+RATES = ("rho_01", "rho_10")  # the true ones
+FIELDS = ("dataset", *SETTING, "method", "seed", *FIGURES, *RATES)
 BIAS_FIELDS = ("dataset", *SETTING, *(field.name for field in fields(Bias)))
 
 
@@ -87,10 +91,7 @@ def _conclude(config: BenchmarkConfig, methods: Sequence[str], folder: Path) -> 
     write_rows(folder / "results.csv", FIELDS, rows)
     table = tabulate(rows)
     write_table(table, folder / "table.md")
-    for alpha in config.alpha:
-        draw_bars([line for line in table if line["alpha"] == alpha], folder / f"bars-alpha-{alpha!r}.png")
-    if len(config.alpha) > 1:
-        draw_sensitivity(table, folder / "sensitivity.png")
+    _draw(config, table, folder)
     if config.bias_draws:
         biases = read_biases(config)
         write_rows(folder / "bias.csv", BIAS_FIELDS, biases)
@@ -98,9 +99,24 @@ def _conclude(config: BenchmarkConfig, methods: Sequence[str], folder: Path) -> 
     Console().print(f"see {folder}", markup=False, highlight=False)
 
 
+def _draw(config: BenchmarkConfig, table: Sequence[Row], folder: Path) -> None:
+    """The pictures that the table can fill; those of scenarios leave the other slips to a picture of their own."""
+    scenarios = [line for line in table if line["scenario"] in config.scenarios] or table
+    ablation = ablation_lines(scenarios)
+    for alpha in config.alpha:
+        draw_bars([line for line in scenarios if line["alpha"] == alpha], folder / f"bars-alpha-{alpha!r}.png")
+        if ablation:
+            draw_bars([line for line in ablation if line["alpha"] == alpha], folder / f"ablation-alpha-{alpha!r}.png")
+    if len(config.alpha) > 1:
+        draw_sensitivity(scenarios, folder / "sensitivity.png")
+    if config.rho:
+        draw_rho_sensitivity(table, folder / "sensitivity-rho.png")
+
+
 def settings(config: BenchmarkConfig) -> list[Setting]:
     """All settings, in the order of the tables."""
-    return [Setting(*values) for values in itertools.product(config.alpha, config.scenarios, config.selection)]
+    slips = [*config.scenarios, *(NoiseRates(*pair) for pair in config.rho)]
+    return [Setting(*values) for values in itertools.product(config.alpha, slips, config.selection)]
 
 
 def read_cells(config: BenchmarkConfig, methods: Sequence[str]) -> list[Row]:
@@ -146,7 +162,7 @@ def tabulate(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         groups.setdefault((*_setting(row), row["method"]), []).append(row)
     for group in groups.values():
-        line: Row = {name: group[0][name] for name in ("dataset", *SETTING, "method")}
+        line: Row = {name: group[0][name] for name in ("dataset", *SETTING, *RATES, "method")}
         line |= {"seeds": len(group), "fitted": sum(row["r2"] is not None for row in group)}
         for name in FIGURES:
             values = [row[name] for row in group if row[name] is not None]
@@ -245,7 +261,7 @@ def _file(folder: Path, kind: str, name: str) -> Path:
 
 
 def _labels(config: BenchmarkConfig, setting: Setting) -> Row:
-    return {"dataset": config.train.stem.removesuffix("_train"), **asdict(setting)}
+    return {"dataset": config.train.stem.removesuffix("_train"), **setting.labels}
 
 
 def _setting(row: Mapping) -> tuple:

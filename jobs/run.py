@@ -56,8 +56,10 @@ class Run:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json."""
+        """Write summary.json, and the diagnostics of a fit, if there was one, as diagnostics.json, too."""
         write_json(self.path / "summary.json", dict(summary))
+        if "diagnostics" in summary:
+            write_json(self.path / "diagnostics.json", summary["diagnostics"])
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.roles import Roles
+from causalrm_ray.advice import advise, verdict
 from causalrm_ray.config import Config, WorldConfig
 from causalrm_ray.data.store import FeedbackLog
 from causalrm_ray.types import Completion
@@ -25,6 +26,7 @@ def fit_summary(fit: Mapping[str, Any], world: WorldConfig | None = None) -> dic
     return {
         "noise_rates": rates,
         "propensity": propensity,
+        "diagnostics": _diagnostics(reward, propensity, rates),
         "reward_fit": {
             "heldout_risk": {name: figures["heldout_risk"] for name, figures in reward["methods"].items()},
             "best_epoch": {name: figures["best_epoch"] for name, figures in reward["methods"].items()},
@@ -33,6 +35,26 @@ def fit_summary(fit: Mapping[str, Any], world: WorldConfig | None = None) -> dic
             "folders": reward["folders"],
         },
     }
+
+
+def _diagnostics(reward: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a user may want to check before trusting a fit, and what it means in words."""
+    found = reward["diagnostics"]
+    return {
+        **found,
+        "propensity": {"clip": propensity["clip"], "clipped_share": propensity["clipped_share"], "curve": propensity["curve"]},
+        "rates": rates,
+        "verdict": verdict(found),
+        "warnings": [*advise(found, propensity, rates), *_doubts(reward)],
+    }
+
+
+def _doubts(reward: Mapping[str, Any]) -> list[str]:
+    """What the estimates of the noise rates say against themselves."""
+    if reward["rates_by"] is None:
+        return list(reward["noise"]["warnings"]) if reward["noise"] else []
+    rates = ", ".join(f"{name} {value:.2f}" for name, value in reward["rates"].items())
+    return [f"No rows are surely liked and surely disliked: rates are those that {reward['rates_by']} found along, {rates}."]
 
 
 def _rate(reward: Mapping[str, Any], name: str) -> dict[str, float | None]:

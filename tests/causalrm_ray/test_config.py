@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from causalrm_ray.config import Config, ConfigError, dump_config, load_config, options
+from causalrm_ray.config import Config, ConfigError, MethodName, dump_config, load_config, options
+from causalrm_ray.estimators.methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -105,3 +107,7 @@ def test_simulated_users_need_their_signals() -> None:
     with pytest.raises(ConfigError, match=r"feedback\.signals must label what simulated users send, got none for copy"):
         load_config(None, ["feedback.signals.copy=null"])
     load_config(None, ["feedback.signals.copy=null", "world.users=none"])
+
+
+def test_every_estimator_can_be_named() -> None:
+    assert set(get_args(MethodName)) == set(METHODS)
