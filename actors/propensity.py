@@ -8,9 +8,11 @@ out of fold, one per row of the snapshot, in its order)   manifest.json
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +69,16 @@ class PropensityActor:
     def fit(self, snapshot: Path, folder: Path) -> dict[str, Any]:
         """Cross-fit on all impressions of `snapshot`, write everything to `folder`, serve it, and return its diagnostics.
 
-        Every fit starts from the backbone: a start from earlier fold models, which saw rows that are now held out, would make the
-        propensities look surer than they are. Raises InputError for a log that cannot be fitted (see `load_rows`).
+        A refit starts from the models that serve: a row stays in its fold in every snapshot, so none of them has seen the rows
+        that it tells the propensity of. Raises InputError for a log that cannot be fitted (see `load_rows`).
         """
         log = load_rows(snapshot, self._tokenizer, self._max_length)
         o = log.observations.o
         settings = FitSettings(self._config.epochs, self._config.lr, BATCH_SIZE, seed=self._seed)
-        raw, models = cross_fit(self._fresh, TokenRows(log.token_rows, 0), o, settings, FOLDS, self._seed)
+        starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving else ()
+        raw, models = cross_fit(
+            self._fresh, TokenRows(log.token_rows, 0), o, settings, FOLDS, self._seed, fold=log.fold, starts=starts
+        )
         propensity = calibrate(raw, o, self._config.clip, seed=self._seed)
         version = self.version + 1
         report = {"version": version, **asdict(propensity.report)}

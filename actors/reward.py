@@ -110,8 +110,8 @@ class RewardActor:
         `propensity` [N] is out of fold and clipped; `clean_labels` [N] are for the method "oracle" only. Fits begin from the
         states of the model in `start` (none: the backbone) under a blank head. The propensity model is a good start: it has
         learned from all impressions what moves users, the labels only from a few. The serving model is none: its states have
-        seen the labels, so that a proxy started there would not be out of fold, and the noise rates come out too small.
-        The serving model's risk is measured on the same held-out rows.
+        seen the labels. Only methods that fit heads on the backbone's own states and then teach a model go on from the one that
+        serves, which learns from those heads alone. The serving model's risk is measured on the same held-out rows.
         Raises InputError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
         """
         check_log(read_snapshot(snapshot))

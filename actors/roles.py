@@ -156,7 +156,8 @@ class Roles:
         """Fit propensity, noise rates and reward models on the log as of a time; promote the configured method's behind its gate.
 
         `name` names the snapshot and the candidate; `clean_labels` gives r* [N] of a snapshot to the method "oracle". A refit
-        starts from the serving model. Returns the reports of both fits and of the gate, as JSON; folders are told from the run's.
+        starts from models that serve where these hand on no label (see the roles). Returns the reports of both fits and of the
+        gate, as JSON; folders are told from the run's.
         """
         position = self._wait(self.log.position.remote(), "snapshot the log")
         snapshot = self._folder / "snapshots" / f"{name}.parquet"

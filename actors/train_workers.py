@@ -14,13 +14,15 @@ from typing import Any, cast
 import ray.train
 import ray.train.torch
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from actors.fit_order import REPORT, FitOrder
-from actors.snapshot_rows import load_rows
+from actors.snapshot_rows import SnapshotRows, load_rows
 from causalrm_ray.checkpoint import write_json
 from causalrm_ray.data.collate import TokenRows
-from causalrm_ray.estimators.fit import FitSettings, Shard
+from causalrm_ray.estimators.diagnostics import diagnose_fit
+from causalrm_ray.estimators.fit import FitSettings, Inputs, Shard, predict
+from causalrm_ray.estimators.frozen import frozen_states
+from causalrm_ray.estimators.groups import diagnose_groups, diagnose_signals
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
@@ -32,20 +34,31 @@ def work(order: FitOrder) -> None:
     torch.set_num_threads(1)  # sums in one order, and no workers fighting for a core
     started = time.perf_counter()
     tokenizer = load_tokenizer(order.backbone)
-    fits = _fit(order, tokenizer)
+    log = load_rows(order.snapshot, tokenizer, order.max_length)
+    inputs = TokenRows(log.token_rows, tokenizer.pad_token_id)
+    fits = _fit(order, inputs, log)
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report({})
         return
     with tempfile.TemporaryDirectory() as folder:
         for method, fitted in fits.fits.items():
             cast(SequenceScorer, fitted.module).save_pretrained(Path(folder) / method, tokenizer)
-        write_json(Path(folder) / REPORT, describe(fits, order))
+        write_json(Path(folder) / REPORT, describe(fits, order, inputs, log))
         figures = {"train_seconds": time.perf_counter() - started}
         ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def describe(fits: RewardFits, order: FitOrder) -> dict[str, Any]:
-    """Figures of a fit as JSON; the same fit gives the same figures."""
+def describe(fits: RewardFits, order: FitOrder, inputs: Inputs, log: SnapshotRows) -> dict[str, Any]:
+    """Figures of a fit as JSON, with the diagnostics of the model that may serve; the same fit gives the same figures."""
+    config, observations = order.config, log.observations
+    logit = predict(fits.fits[config.method].module, inputs, fits.heldout)
+    diagnostics = diagnose_fit(fits, config.method, observations, torch.tensor(order.propensity), logit, config.loss, order.seed)
+    opinion = fits.fits[config.method].opinion
+    groups = {
+        name: asdict(diagnose_groups(fits.ranking, opinion, observations, fits.rates, groups, order.seed))
+        for name, groups in (("traits", log.traits), ("lengths", log.lengths))
+    }
+    signals = diagnose_signals(fits.ranking, log.signals, order.seed)
     methods = {
         name: {
             "heldout_risk": fitted.heldout_risk,
@@ -57,7 +70,13 @@ def describe(fits: RewardFits, order: FitOrder) -> dict[str, Any]:
     }
     return {
         "methods": methods,
+        "diagnostics": {
+            **asdict(diagnostics),
+            "groups": groups,
+            "signals": None if signals is None else {name: asdict(rate) for name, rate in signals.items()},
+        },
         "rates": asdict(fits.rates),
+        "rates_by": config.method if fits.noise is None and config.rho is None else None,
         "noise": None if fits.noise is None else asdict(fits.noise),
         "heldout_rows": len(fits.heldout),
         "serving_risk": fits.serving_risk,
@@ -65,13 +84,16 @@ def describe(fits: RewardFits, order: FitOrder) -> dict[str, Any]:
     }
 
 
-def _fit(order: FitOrder, tokenizer: PreTrainedTokenizerBase) -> RewardFits:
+def _fit(order: FitOrder, inputs: Inputs, log: SnapshotRows) -> RewardFits:
     context = ray.train.get_context()
-    log = load_rows(order.snapshot, tokenizer, order.max_length)
     config = order.config
+    device = ray.train.torch.get_device()
+    shard = Shard(context.get_world_rank(), context.get_world_size(), ray.train.torch.prepare_model)
+    # States of the backbone as it came: those of the propensity model have seen whose feedback is to be explained.
+    states = frozen_states(SequenceScorer.from_pretrained(order.backbone).to(device), inputs, shard)
     return fit_reward_models(
         lambda: _start(order),
-        TokenRows(log.token_rows, tokenizer.pad_token_id),
+        inputs,
         log.observations,
         torch.tensor(order.propensity),
         order.methods,
@@ -79,11 +101,12 @@ def _fit(order: FitOrder, tokenizer: PreTrainedTokenizerBase) -> RewardFits:
         loss=config.loss,
         rates=None if config.rho is None else NoiseRates(*config.rho),
         clean_labels=None if order.clean_labels is None else torch.tensor(order.clean_labels),
-        serving=None if order.serving is None else SequenceScorer.from_pretrained(order.serving).to(ray.train.torch.get_device()),
+        serving=None if order.serving is None else SequenceScorer.from_pretrained(order.serving).to(device),
         heldout=log.heldout,
-        shard=Shard(context.get_world_rank(), context.get_world_size(), ray.train.torch.prepare_model),
+        states=states,
+        strata=log.traits.number,
+        shard=shard,
         seed=order.seed,
-        single=True,
     )
 
 

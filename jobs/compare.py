@@ -30,7 +30,7 @@ from jobs.task import Models, Task, find_models
 from jobs.train_policy import policy_step
 from jobs.truth import Truth
 
-METHODS = ("naive", "causalrm_ips", "causalrm_dr", "oracle")
+METHODS = ("naive", "causalrm_dr", "auto", "oracle")
 USERS = ("protocol", "strong_feelings")
 SEEDS = 3
 Row = Mapping[str, Any]

@@ -91,3 +91,21 @@ def test_row_that_is_too_long_is_named(backbone: str, make_snapshot: Callable[..
     snapshot = make_snapshot(40, tail=" stone" * 70)
     with pytest.raises(ValueError, match=r"impression 'impression-39' must have at most 64 tokens .*, got \d+"):
         make_actor(backbone).fit(snapshot, tmp_path / "p")
+
+
+def test_a_refit_goes_on_from_the_models_that_serve(backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path):
+    grown = make_snapshot(600)
+    fresh = PropensityActor(backbone, PropensityConfig(epochs=1, lr=1e-9), max_length=64, seed=0)
+    fresh.fit(grown, tmp_path / "fresh")
+    warm = PropensityActor(backbone, PropensityConfig(epochs=1, lr=1e-9), max_length=64, seed=0)
+    warm.load(tmp_path / "fresh")
+    trained = PropensityActor(backbone, CONFIG, max_length=64, seed=0)
+    trained.fit(grown, tmp_path / "trained")
+    warm.load(tmp_path / "trained")
+    assert warm.fit(grown, tmp_path / "warm")["version"] == 2
+    rows = [
+        encode_pair(load_tokenizer(backbone), "tell me about the lamp", f"stone lamp {word}") for word in ("certainly", "never")
+    ]
+    starts, told, untold = (actor.predict(rows) for actor in (trained, warm, fresh))
+    np.testing.assert_allclose(told, starts, atol=1e-3)  # at a step of 1e-9 it has not moved from there
+    assert abs(untold - starts).max() > 0.05

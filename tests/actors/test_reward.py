@@ -18,7 +18,7 @@ from causalrm_ray.metrics import auroc
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import encode_pair, load_tokenizer
 
-CONFIG = RewardConfig(epochs=8, lr=1e-2, batch_size=32, workers=2, rho=(0.1, 0.1))
+CONFIG = RewardConfig(method="causalrm_dr", epochs=8, lr=1e-2, batch_size=32, workers=2, rho=(0.1, 0.1))
 FILLER = ("garden", "stone", "winter", "lamp")
 PROPENSITY = np.tile(np.array([0.6, 0.2], dtype=np.float32), 200)
 
@@ -57,13 +57,15 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
 ):
     actor = make_actor(backbone, tmp_path / "reward")
     rows, liked = fresh_pairs(backbone)
-    report = actor.fit(make_snapshot(), PROPENSITY, ["causalrm_dr", "naive"], candidate="first")
-    assert set(report.figures["methods"]) == {"causalrm_dr", "naive"}
+    report = actor.fit(make_snapshot(), PROPENSITY, ["causalrm_dr", "naive", "auto"], candidate="first")
+    assert set(report.figures["methods"]) == {"causalrm_dr", "naive", "auto"}
     assert report.figures["rates"] == {"rho_01": 0.1, "rho_10": 0.1}
     assert actor.promote("first").version == 1
     logits, version = actor.score(rows)
     assert version == 1
     assert auroc(torch.from_numpy(logits), liked) > 0.95
+    learned = torch.from_numpy(actor.score_with(str(report.folder / "auto"), rows))  # by two ranks, from heads on frozen states
+    assert auroc(learned, liked) > 0.95
 
     stock = AutoModelForSequenceClassification.from_pretrained(report.folder / "causalrm_dr")
     padded = AutoTokenizer.from_pretrained(report.folder / "causalrm_dr").pad(
@@ -75,6 +77,13 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
     again = actor.fit(tmp_path / "snapshot.parquet", PROPENSITY, ["causalrm_dr"], candidate="again")
     first_risk = report.figures["methods"]["causalrm_dr"]["heldout_risk"]
     assert again.figures["methods"]["causalrm_dr"]["heldout_risk"] == first_risk
+    found = again.figures["diagnostics"]
+    assert found["method"] == "causalrm_dr"
+    assert found["weights"]["rows"] == sum(found["overlap"]["with_feedback"])
+    assert sum(found["overlap"]["with_feedback"] + found["overlap"]["without_feedback"]) == 400
+    assert found["rho"]["estimate"]["risk"] == pytest.approx(first_risk, abs=1e-6)
+    assert found["ranking"]["contrast"] > 3 * found["ranking"]["stderr"]
+    assert found == report.figures["diagnostics"]
     assert again.figures["serving_risk"] == pytest.approx(first_risk, abs=1e-6)
     weights = [load_file(folder / "causalrm_dr" / "model.safetensors") for folder in (report.folder, again.folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -42,7 +42,7 @@ def test_table_and_picture_are_written(tmp_path: Path, capsys: pytest.CaptureFix
     write_table(table, tmp_path / "table.md")
     draw_comparison(table, tmp_path / "comparison.png")
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert lines[4] == "| protocol | causalrm_dr | 2.100 ± 0.058 | 0.500 ± 0.000 | 0.900 ± 0.000 | 1.000 ± 0.000 |"
+    assert lines[4] == "| protocol | auto | 2.100 ± 0.058 | 0.500 ± 0.000 | 0.900 ± 0.000 | 1.000 ± 0.000 |"
     assert "causalrm_dr" in capsys.readouterr().out
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 

@@ -96,5 +96,5 @@ def test_the_summary_tells_the_whole_story(runs: Path) -> None:
 def test_policy_and_reward_model_load_with_stock_transformers(runs: Path) -> None:
     run = runs / "whole" / "run"
     AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-6" / "policy")
-    reward = json.loads((run / "summary.json").read_text(encoding="utf-8"))["reward_fit"]["folders"]["causalrm_dr"]
+    reward = json.loads((run / "summary.json").read_text(encoding="utf-8"))["reward_fit"]["folders"]["auto"]
     assert AutoModelForSequenceClassification.from_pretrained(run / reward).config.num_labels == 1
