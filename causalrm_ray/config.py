@@ -137,7 +137,7 @@ class PropensityConfig(Section):
 
 
 class RewardConfig(Section):
-    """The reward model and how it is fitted (METHOD of the paper: arXiv 2603.18736)."""
+    """The reward model and how it is fitted (arXiv 2603.18736)."""
 
     method: MethodName = Field("auto", description="estimator whose model rewards the policy")
     compare: tuple[MethodName | Literal["oracle"], ...] = Field(

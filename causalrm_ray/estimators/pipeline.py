@@ -1,4 +1,4 @@
-"""One fit of reward models from a log, as METHOD of arXiv 2603.18736 has it.
+"""One fit of reward models from a log, as arXiv 2603.18736 has it.
 
 split rows -> proxy of P(r = 1 | x) on O, out of fold -> rho_01, rho_10 -> imputation -> a module per method -> held-out risk
                                                                                                 (the serving model's too)
@@ -20,7 +20,7 @@ from causalrm_ray.estimators.fit import SINGLE, Epoch, FitReport, FitSettings, I
 from causalrm_ray.estimators.frozen import distil, on_states, with_settings
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.estimators.noise_rates import NoiseEstimate, estimate_noise_rates
-from causalrm_ray.estimators.problem import NOISE_FREE, Fitted, Nuisances, Observations, Problem
+from causalrm_ray.estimators.problem import Fitted, Nuisances, Observations, Problem
 from causalrm_ray.estimators.propensity import cross_fit_logits, split_rows
 from causalrm_ray.estimators.reweighting import REWEIGHTING, fit_oracle
 from causalrm_ray.losses.noise import denoise
@@ -114,37 +114,55 @@ def fit_reward_models(
         shard,
         strata,
     )
-    needs = frozenset[str]().union(*(METHODS[name].needs for name in methods if name != ORACLE))
-    noise = ranking = proxy = imputation = None
-    unknown = False
-    if rates is None or "imputation" in needs:
-        seen = int(observations.o[train].sum())
-        ranking = _out_of_fold(problem if states is None else with_settings(on_states(problem, states), seen))
-        proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
-        if rates is None:
-            finds = bool(methods) and methods[0] != ORACLE and "states" in METHODS[methods[0]].needs
-            noise = _estimate_rates(ranking, observations, seed, required="rates" in needs or not finds)
-            unknown = noise is None
-            rates = NOISE_FREE if noise is None else noise.rates
-    if proxy is not None and "imputation" in needs:
-        imputation = denoise(proxy, rates)
-    nuisances = Nuisances(propensity, rates, imputation)
+    found = _find_nuisances(problem, methods, states)
     fitted = {}
     for name in methods:
         follow = None if on_epoch is None else partial(on_epoch, name)
-        given = replace(problem, nuisances=nuisances, on_epoch=follow)
-        fitted[name] = _fit_method(name, given, states, proxy, clean_labels, serving)
+        given = replace(problem, nuisances=found.nuisances, on_epoch=follow)
+        fitted[name] = _fit_method(name, given, states, found.proxy, clean_labels, serving)
+    return _judge(problem, found, fitted, serving)
+
+
+def _judge(problem: Problem, found: _Found, fitted: Mapping[str, Fitted], serving: nn.Module | None) -> RewardFits:
+    """Held-out risks of all that was fitted, and of the serving model."""
     weights = next((one.weights for one in fitted.values()), None)
-    if unknown:  # the order of the rows does not tell the rates: those that the first method found along, then
+    rates = found.nuisances.rates
+    if rates is None:  # the order of the rows does not tell them: those that the first method found along, then
         rates = NoiseRates(*(next(iter(fitted.values())).figures[name] for name in ("rho_01", "rho_10")))
-        nuisances = replace(nuisances, rates=rates)
-    risk = heldout_objective(observations, nuisances, LOSSES[loss], heldout, weights)
+    nuisances = replace(found.nuisances, rates=rates)
+    risk = heldout_objective(problem.observations, nuisances, problem.loss, problem.heldout, weights)
     fits = {
         name: RewardFit(one.scorer, one.report, _gate_risk(one, problem, risk), one.figures, one.opinion)
         for name, one in fitted.items()
     }
-    serving_risk = None if serving is None else mean_risk(serving, inputs, risk, shard=shard)
-    return RewardFits(fits, rates, noise, ranking, proxy, imputation, heldout, serving_risk)
+    serving_risk = None if serving is None else mean_risk(serving, problem.inputs, risk, shard=problem.shard)
+    return RewardFits(fits, rates, found.noise, found.ranking, found.proxy, nuisances.imputation, problem.heldout, serving_risk)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    nuisances: Nuisances
+    noise: NoiseEstimate | None = None
+    ranking: Tensor | None = None
+    proxy: Tensor | None = None
+
+
+def _find_nuisances(problem: Problem, methods: Sequence[str], states: Tensor | None) -> _Found:
+    """The nuisances that `methods` need besides those given; no rates where the log tells none and none are required."""
+    needs = frozenset[str]().union(*(METHODS[name].needs for name in methods if name != ORACLE))
+    given, observations, seed = problem.nuisances, problem.observations, problem.settings.seed
+    if given.propensity is None or (given.rates is not None and "imputation" not in needs):
+        return _Found(given)
+    seen = int(observations.o[problem.train].sum())
+    ranking = _out_of_fold(problem if states is None else with_settings(on_states(problem, states), seen))
+    proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / given.propensity)
+    noise, rates = None, given.rates
+    if rates is None:
+        finds = bool(methods) and methods[0] != ORACLE and "states" in METHODS[methods[0]].needs
+        noise = _estimate_rates(ranking, observations, seed, required="rates" in needs or not finds)
+        rates = None if noise is None else noise.rates
+    imputation = denoise(proxy, rates) if rates is not None and "imputation" in needs else None
+    return _Found(replace(given, rates=rates, imputation=imputation), noise, ranking, proxy)
 
 
 def _fit_method(

@@ -66,7 +66,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 
 
 class SimulatedUsers:
-    """Users of one kind (arXiv 2603.18736, "Experimental protocol"; METHOD).
+    """Users of one kind (arXiv 2603.18736, "Experimental protocol").
 
     protocol          r* = 1[score > median level];   P(o=1 | x) = min(1, k alpha^(max score - score))
     strong_feelings   r* ~ Bernoulli(1 / (1 + e^-(score - 2)));   P(o=1 | x, r*) = min(1, k w), w = 5 where a flashy answer is
