@@ -157,7 +157,7 @@ def _draw_strata(panel: Axes, strata: Json) -> None:
             panel.plot([low, high], [place + shift] * 2, color=colour, linewidth=4, alpha=0.35)
             panel.plot(group[name], place + shift, "o", color=colour, label=f"{name} answers" if place == 0 else None)
     panel.set_yticks(range(len(strata)), list(strata), fontsize=SMALL)
-    panel.set(title="who gives feedback, by observed trait", xlabel="probability of feedback", ylim=(-0.6, len(strata) + 0.3))
+    panel.set(title="who gives feedback, by trait", xlabel="probability of feedback", ylim=(-0.6, len(strata) + 0.3))
     panel.set_xlim(left=0)
     panel.legend(frameon=False, fontsize=SMALL, loc="upper right")
 

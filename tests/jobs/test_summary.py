@@ -147,7 +147,7 @@ def test_every_panel_shows_something_and_names_its_axes(summary: dict[str, Any])
     assert {panel.get_title() for panel in panels if not panel.get_xlabel()} == named
     assert [panel.get_title() for panel in panels if not panel.get_ylabel()] == [
         "what decides who gives feedback",
-        "who gives feedback, by observed trait",
+        "who gives feedback, by trait",
     ]
 
 
