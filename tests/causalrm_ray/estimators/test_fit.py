@@ -51,6 +51,7 @@ def fit_on_rank(rank: int, world_size: int, folder: str) -> None:
     report = fit(module, inputs, *objectives(label), SETTINGS, shard=shard)
     logit = predict(module, inputs, shard=shard)
     torch.save({"weights": weights(module), "logit": logit, "risk": report.best.validation_risk}, f"{folder}/{rank}.pt")
+    dist.barrier()  # no rank may close its sockets while the other still reads
     dist.destroy_process_group()
 
 
