@@ -20,8 +20,9 @@ from actors.placement import ray_cluster
 from causalrm_ray.checkpoint import write_json
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import ClusterConfig, dump_config
-from causalrm_ray.data.graded import Quarantine, read_graded
+from causalrm_ray.data.graded import read_graded
 from causalrm_ray.data.shards import RowShards, conclude, write_rows
+from causalrm_ray.data.sources import Quarantine
 from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.models.identity import check_length, model_digest
 from causalrm_ray.models.text import load_tokenizer

@@ -16,13 +16,23 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetNotFoundError
 
-from causalrm_ray.data.sources import RawRow, RowError, SourceError, data_files, prompt_text, read_rows, row_fields
+from causalrm_ray.data.sources import (
+    Quarantine,
+    RawRow,
+    RowError,
+    SourceError,
+    data_files,
+    prompt_text,
+    read_rows,
+    row_fields,
+    turn_text,
+)
 
 Split = Literal["train", "test"]
 Answer = tuple[str, str, float]  # prompt, response, level
@@ -43,21 +53,6 @@ class GradedRow:
     level: float
     where: str
     number: int
-
-
-class Quarantine:
-    """A JSONL file of the rows that broke a rule: {source, row, reason, raw}."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.count = 0
-        self.first_fault = ""
-        self._file = file
-
-    def refuse(self, where: str, number: int, reason: str, raw: str) -> None:
-        """Write down one row; `number` counts from 1 within `where`."""
-        self.count += 1
-        self.first_fault = self.first_fault or f"{where} row {number}: {reason}"
-        self._file.write(json.dumps({"source": where, "row": number, "reason": reason, "raw": raw}) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +138,7 @@ def find_format(source: str, parts: Sequence[tuple[str, str]]) -> str:
 def _helpsteer(row: RawRow) -> list[Answer]:
     """HelpSteer (arXiv 2311.09528): `helpfulness` 0..4."""
     fields = row_fields(row)
-    return [(prompt_text(row), _response(fields, "response"), _number(fields, "helpfulness", 0, 4))]
+    return [(prompt_text(row), turn_text(fields, "response", "assistant"), _number(fields, "helpfulness", 0, 4))]
 
 
 def _ultrafeedback(row: RawRow) -> list[Answer]:
@@ -154,7 +149,7 @@ def _ultrafeedback(row: RawRow) -> list[Answer]:
     fields = row_fields(row)
     prompt = prompt_text(row)
     pairs = (("chosen", "score_chosen"), ("rejected", "score_rejected"))
-    return [(prompt, _response(fields, answer), _number(fields, score, 1, 10)) for answer, score in pairs]
+    return [(prompt, turn_text(fields, answer, "assistant"), _number(fields, score, 1, 10)) for answer, score in pairs]
 
 
 def _safe_rlhf(row: RawRow) -> list[Answer]:
@@ -162,7 +157,7 @@ def _safe_rlhf(row: RawRow) -> list[Answer]:
     fields = row_fields(row)
     prompt = prompt_text(row)
     return [
-        (prompt, _response(fields, f"response_{side}"), 3 - _number(fields, f"response_{side}_severity_level", 0, 3))
+        (prompt, turn_text(fields, f"response_{side}", "assistant"), 3 - _number(fields, f"response_{side}_severity_level", 0, 3))
         for side in (0, 1)
     ]
 
@@ -170,7 +165,7 @@ def _safe_rlhf(row: RawRow) -> list[Answer]:
 def _generic(row: RawRow) -> list[Answer]:
     """Any finite `score`."""
     fields = row_fields(row)
-    return [(prompt_text(row), _response(fields, "response"), _number(fields, "score", -_LARGEST, _LARGEST))]
+    return [(prompt_text(row), turn_text(fields, "response", "assistant"), _number(fields, "score", -_LARGEST, _LARGEST))]
 
 
 FORMATS = {  # those with the most telling columns first
@@ -185,19 +180,6 @@ FORMATS = {  # those with the most telling columns first
 
 def _first(found: Mapping[str, list[tuple[str, str]]], names: Sequence[str]) -> list[tuple[str, str]]:
     return next((found[name] for name in names if name in found), [])
-
-
-def _response(fields: Mapping[str, Any], column: str) -> str:
-    """An answer: a text, or the last assistant turn of a list of chat messages."""
-    answer = fields.get(column)
-    if isinstance(answer, list):
-        turns = [turn for turn in answer if isinstance(turn, Mapping) and turn.get("role") == "assistant"]
-        if not turns:
-            raise RowError(f"{column} must hold an assistant's turn, got {answer!r:.80}")
-        answer = turns[-1].get("content")
-    if not isinstance(answer, str) or not answer.strip():
-        raise RowError(f"{column} must be a text that is not empty, got {answer!r:.80}")
-    return answer
 
 
 def _number(fields: Mapping[str, Any], column: str, low: float, high: float) -> float:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from causalrm_ray.data.schema import LABEL_SIGNALS, RecordError, event_row, impression_row
-from causalrm_ray.data.sources import RawRow, RowError, SourceError, prompt_text, read_rows, row_fields
+from causalrm_ray.data.sources import Quarantine, RawRow, RowError, SourceError, prompt_text, read_rows, row_fields
 from causalrm_ray.data.store import ConflictError, FeedbackLog
 from causalrm_ray.types import FeedbackEvent, Impression
 
@@ -25,7 +25,7 @@ COLUMNS = frozenset(
     ["id", "impression_id", "prompt", "response", "user", "context", "time", "policy_version"]
     + ["signal", "label", "feedback", "value", "event_id"]
 )
-_COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback", "quarantined")
+_COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
 _ROWS_PER_TRANSACTION = 1_000
 _BARE_LABELS = {label: signal for signal, label in LABEL_SIGNALS.items()}
 
@@ -85,7 +85,8 @@ def import_log(
         raise SourceError(f"quarantine_path must lie outside the source {source}, got {quarantine}")
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     with quarantine.open("w", encoding="utf-8") as file:
-        run = _Import(log, file, limit, default_time)
+        refused = Quarantine(file)
+        run = _Import(log, refused, limit, default_time)
         for row in read_rows(source, split):
             run.take(row)
         run.flush()
@@ -95,7 +96,7 @@ def import_log(
     if report.quarantined == report.rows:
         raise SourceError(
             f"{source} must hold at least one good row, got {report.rows} bad rows of {report.rows}, listed in {quarantine};"
-            f" the first: {run.first_fault}"
+            f" the first: {refused.first_fault}"
         )
     return report
 
@@ -103,8 +104,7 @@ def import_log(
 class _Import:
     """One import under way: rows that wait for their transaction, and the count of all that went before."""
 
-    def __init__(self, log: FeedbackLog, quarantine: TextIO, limit: LengthLimit | None, default_time: float) -> None:
-        self.first_fault = ""
+    def __init__(self, log: FeedbackLog, quarantine: Quarantine, limit: LengthLimit | None, default_time: float) -> None:
         self._log = log
         self._quarantine = quarantine
         self._limit = limit
@@ -140,7 +140,8 @@ class _Import:
 
     def report(self) -> ImportReport:
         ignored = tuple(sorted(self._columns - COLUMNS))
-        return ImportReport(ignored_columns=ignored, **{name: self._counts[name] for name in _COUNTED})
+        counts = {name: self._counts[name] for name in _COUNTED}
+        return ImportReport(ignored_columns=ignored, quarantined=self._quarantine.count, **counts)
 
     def _append(self, items: list[tuple[RawRow, Impression, FeedbackEvent | None]]) -> None:
         shown = [impression for _, impression, _ in items]
@@ -153,10 +154,7 @@ class _Import:
         self._counts["without_feedback"] += len(shown) - len(done)
 
     def _refuse(self, row: RawRow, error: Exception) -> None:
-        self._counts["quarantined"] += 1
-        self.first_fault = self.first_fault or f"{row.where} row {row.number}: {error}"
-        line = {"source": row.where, "row": row.number, "reason": str(error), "raw": row.text}
-        self._quarantine.write(json.dumps(line) + "\n")
+        self._quarantine.refuse(row.where, row.number, str(error), row.text)
 
     def _parse(self, row: RawRow) -> tuple[Impression, FeedbackEvent | None]:
         """The records of a row; raises RowError or RecordError."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from safetensors.numpy import save_file
 
 from causalrm_ray.checks import InputError
 from causalrm_ray.data.embeddings import EMBEDDINGS, LABELS
-from causalrm_ray.data.graded import GradedRow, Quarantine, Split
+from causalrm_ray.data.files import write_whole
+from causalrm_ray.data.graded import GradedRow, Split
+from causalrm_ray.data.sources import Quarantine
 
 ROW_SCHEMA = pa.schema(
     [
@@ -87,8 +88,7 @@ def write_states(path: Path, states: np.ndarray, faults: Sequence[str]) -> None:
     """Write a shard's states [N, D] and the fault of each row, "" for none: whole or not at all."""
     values = pa.FixedSizeListArray.from_arrays(pa.array(states.reshape(-1)), states.shape[1])
     table = pa.table({"embedding": values, "fault": pa.array(faults, pa.string())})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _whole(path, lambda aside: pq.write_table(table, aside))
+    write_whole(path, lambda aside: pq.write_table(table, aside))
 
 
 def read_states(path: Path) -> tuple[np.ndarray, list[str]]:
@@ -116,7 +116,7 @@ def conclude(shards: RowShards, states: Path, folder: Path, quarantine: Quaranti
             _require_levels(split, set(np.unique(levels).tolist()), len(levels), quarantine.first_fault)
             tensors = {EMBEDDINGS: np.concatenate([state for state, _ in found]), LABELS: levels}
             del found
-            _whole(folder / f"{split}.safetensors", lambda aside, tensors=tensors: save_file(tensors, aside))
+            write_whole(folder / f"{split}.safetensors", lambda aside, tensors=tensors: save_file(tensors, aside))
     (folder / ".rows.parquet").replace(folder / "rows.parquet")
     return kept
 
@@ -158,9 +158,3 @@ def _require_levels(split: Split, levels: set[float], rows: int, fault: str = ""
     if len(levels) < 2:
         told = f"; the first row that was quarantined: {fault}" if fault else ""
         raise InputError(f"the {split} split must hold at least two levels, got {sorted(levels)} in {rows} rows{told}")
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(aside)
-    aside.replace(path)

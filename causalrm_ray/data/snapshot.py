@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from causalrm_ray.checks import InputError
+from causalrm_ray.data.files import write_whole
 
 SNAPSHOT_SCHEMA = pa.schema(
     [
@@ -48,16 +48,7 @@ def write_snapshot(dataset: Dataset, path: str | Path) -> None:
     """Write a snapshot as Parquet: readers see the old file or the whole new one. Raises SnapshotError as read_snapshot does."""
     path = Path(path)
     table = _checked(_arrow(dataset), "the snapshot")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, lambda unfinished: pq.write_table(table, unfinished))
 
 
 def read_snapshot(path: str | Path) -> Dataset:

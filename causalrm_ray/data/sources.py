@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +39,21 @@ class RawRow:
     text: str
     fields: Mapping[str, Any] | None
     fault: str = ""
+
+
+class Quarantine:
+    """A JSONL file of the rows that broke a rule: {source, row, reason, raw}."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.count = 0
+        self.first_fault = ""
+        self._file = file
+
+    def refuse(self, where: str, number: int, reason: str, raw: str) -> None:
+        """Write down one row; `number` counts from 1 within `where`."""
+        self.count += 1
+        self.first_fault = self.first_fault or f"{where} row {number}: {reason}"
+        self._file.write(json.dumps({"source": where, "row": number, "reason": reason, "raw": raw}) + "\n")
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
@@ -85,15 +100,20 @@ def prompt_text(row: RawRow) -> str:
 
     Only the last user turn is kept because a prompt is one user turn throughout (models/text.py formats it as such).
     """
-    prompt = row_fields(row).get("prompt")
-    if isinstance(prompt, list):
-        turns = [turn for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
+    return turn_text(row_fields(row), "prompt", "user")
+
+
+def turn_text(fields: Mapping[str, Any], column: str, role: Literal["user", "assistant"]) -> str:
+    """A text, or the last turn of `role` in a list of chat messages. Raises RowError."""
+    text = fields.get(column)
+    if isinstance(text, list):
+        turns = [turn for turn in text if isinstance(turn, Mapping) and turn.get("role") == role]
         if not turns:
-            raise RowError(f"prompt must hold a user's turn, got {prompt!r:.80}")
-        prompt = turns[-1].get("content")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise RowError(f"prompt must be a text that is not empty, got {prompt!r:.80}")
-    return prompt
+            raise RowError(f"{column} must hold {'a user' if role == 'user' else 'an assistant'}'s turn, got {text!r:.80}")
+        text = turns[-1].get("content")
+    if not isinstance(text, str) or not text.strip():
+        raise RowError(f"{column} must be a text that is not empty, got {text!r:.80}")
+    return text
 
 
 def row_fields(row: RawRow) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from causalrm_ray.estimators.fit import Risk
 from causalrm_ray.estimators.frozen import with_settings
-from causalrm_ray.estimators.mechanisms import spread
+from causalrm_ray.estimators.mechanisms import spread, to_logits
 from causalrm_ray.estimators.members import Folds, Members, cross_fit_members
 from causalrm_ray.estimators.problem import Fitted, Need, Problem
 from causalrm_ray.estimators.selection import Averaged, fit_mechanisms
@@ -61,7 +61,7 @@ def _fit_weighted(problem: Problem, found: Averaged) -> Fitted:
     weights = found.class_weights(problem.observations)
     fitted = cross_fit_members(problem, Members(scorer), weighted_risk(*weights), folds, everyone)
     opinion = folds.out_of_fold(torch.sigmoid(fitted.output), fitted.rows)
-    return Fitted(scorer, fitted.report, _rates(found), _logits(opinion, fitted.rows, len(everyone)), weights)
+    return Fitted(scorer, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(everyone)), weights)
 
 
 def _fit_residual(problem: Problem, found: Averaged) -> Fitted:
@@ -79,11 +79,7 @@ def _fit_residual(problem: Problem, found: Averaged) -> Fitted:
     fitted = cross_fit_members(problem, Members(residual), risk, folds, torch.arange(len(start)))
     opinion = folds.out_of_fold(torch.sigmoid(start[fitted.rows].unsqueeze(1) + fitted.output), fitted.rows)
     corrected = Corrected(found.scorer(), residual)
-    return Fitted(corrected, fitted.report, _rates(found), _logits(opinion, fitted.rows, len(start)), weights)
-
-
-def _logits(opinion: Tensor, rows: Tensor, number: int) -> Tensor:
-    return to_logit(spread(opinion, rows, number, 0.5))
+    return Fitted(corrected, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(start)), weights)
 
 
 def _rates(found: Averaged) -> dict[str, float]:

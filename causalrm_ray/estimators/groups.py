@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from causalrm_ray.checks import InputError
@@ -64,12 +62,4 @@ def diagnose_signals(ranking: Tensor | None, signals: Signals, seed: int = 0) ->
     """P(signal | r*, o = 1) of each signal; none without a ranking [N]."""
     if ranking is None:
         return None
-    used = [place for place in range(len(signals.names)) if bool((signals.place == place).any())]
-    order = torch.full((len(signals.names) + 1,), -1)
-    order[used] = torch.arange(len(used))
-    names, labels = (_pick(values, used) for values in (signals.names, signals.labels))
-    return signal_rates(ranking, order[signals.place], names, labels, seed=seed)
-
-
-def _pick(values: Sequence, places: Sequence[int]) -> list:
-    return [values[place] for place in places]
+    return signal_rates(ranking, signals.place, signals.names, signals.labels, seed=seed)

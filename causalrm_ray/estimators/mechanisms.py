@@ -22,7 +22,7 @@ from causalrm_ray.estimators.members import Folds, cross_fit_members
 from causalrm_ray.estimators.problem import Observations, Problem
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.losses.selection import class_weights, graded_outcomes, outcomes
-from causalrm_ray.models.heads import EnsembleScorer
+from causalrm_ray.models.heads import EnsembleScorer, to_logit
 from causalrm_ray.types import NoiseRates
 
 CENTRE, STRENGTH = 0.15, 5.0  # prior of the rates of slips: a Gaussian on logit(2 rho), worth a few rows
@@ -170,6 +170,11 @@ def spread(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor
     everyone = torch.full((number, *value.shape[1:]), elsewhere)
     everyone[rows] = value
     return everyone
+
+
+def to_logits(opinion: Tensor, rows: Tensor, number: int) -> Tensor:
+    """Logits of the probabilities `opinion` [M] of the `rows` [M] among `number` rows; 0 for the others."""
+    return to_logit(spread(opinion, rows, number, 0.5))
 
 
 def fit_label(problem: Problem) -> Mechanism:

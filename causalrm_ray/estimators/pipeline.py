@@ -114,7 +114,7 @@ def fit_reward_models(
         shard,
         strata,
     )
-    found = _find_nuisances(problem, methods, states)
+    found = _find_nuisances(problem, propensity, methods, states)
     fitted = {}
     for name in methods:
         follow = None if on_epoch is None else partial(on_epoch, name)
@@ -147,15 +147,15 @@ class _Found:
     proxy: Tensor | None = None
 
 
-def _find_nuisances(problem: Problem, methods: Sequence[str], states: Tensor | None) -> _Found:
+def _find_nuisances(problem: Problem, propensity: Tensor, methods: Sequence[str], states: Tensor | None) -> _Found:
     """The nuisances that `methods` need besides those given; no rates where the log tells none and none are required."""
     needs = frozenset[str]().union(*(METHODS[name].needs for name in methods if name != ORACLE))
     given, observations, seed = problem.nuisances, problem.observations, problem.settings.seed
-    if given.propensity is None or (given.rates is not None and "imputation" not in needs):
+    if given.rates is not None and "imputation" not in needs:
         return _Found(given)
     seen = int(observations.o[problem.train].sum())
     ranking = _out_of_fold(problem if states is None else with_settings(on_states(problem, states), seen))
-    proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / given.propensity)
+    proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
     noise, rates = None, given.rates
     if rates is None:
         finds = bool(methods) and methods[0] != ORACLE and "states" in METHODS[methods[0]].needs

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.mechanisms import Mechanism, fit_features, fit_label, spread
+from causalrm_ray.estimators.mechanisms import Mechanism, fit_features, fit_label, to_logits
 from causalrm_ray.estimators.problem import Fitted, Need, Observations, Problem
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import Mixture, to_logit
+from causalrm_ray.models.heads import Mixture
 from causalrm_ray.types import NoiseRates
 
 MIN_SIGNAL = 2.0  # standard errors by which P(o | x) must beat a constant, for a likelihood of o to tell mechanisms apart
@@ -127,13 +127,13 @@ class SelectionMethod:
 def _fit_one(mechanism: Callable[[Problem], Mechanism], problem: Problem) -> Fitted:
     found = mechanism(problem)
     figures = {"rho_01": found.rho_01, "rho_10": found.rho_10, "heldout": float(found.heldout.mean())}
-    return Fitted(found.scorer, found.report, figures, to_logit(spread(found.opinion, found.rows, len(problem.inputs), 0.5)))
+    return Fitted(found.scorer, found.report, figures, to_logits(found.opinion, found.rows, len(problem.inputs)))
 
 
 def fit_auto(problem: Problem) -> Fitted:
     """Both mechanisms averaged."""
     found = fit_mechanisms(problem)
-    opinion = to_logit(spread(found.opinion, found.rows, len(problem.inputs), 0.5))
+    opinion = to_logits(found.opinion, found.rows, len(problem.inputs))
     return Fitted(found.scorer(), found.best.report, found.figures(), opinion, found.class_weights(problem.observations))
 
 

@@ -35,4 +35,9 @@ def denoise(prob: Tensor, rates: NoiseRates) -> Tensor:
 
     `prob` [N] in [0, 1]. Returns [N] in [0, 1].
     """
-    return ((prob - rates.rho_10) / (1 - rates.rho_01 - rates.rho_10)).clamp(0, 1)
+    return invert(prob, rates).clamp(0, 1)
+
+
+def invert(value: Tensor, rates: NoiseRates) -> Tensor:
+    """The noise channel inverted, (value - rho_10) / (1 - rho_01 - rho_10), of probabilities or labels; may leave [0, 1]."""
+    return (value - rates.rho_10) / (1 - rates.rho_01 - rates.rho_10)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from causalrm_ray.checks import check_binary, check_finite, check_propensity, check_same_length
+from causalrm_ray.losses.noise import invert
 from causalrm_ray.types import NoiseRates
 
 
@@ -21,7 +22,7 @@ def corrected_label(r: Tensor, rates: NoiseRates) -> Tensor:
     contradicts the rates. Natarajan et al. 2013 (lemma 1, for the loss l(s, r) = r).
     """
     check_binary("r", r)
-    return (r.double() - rates.rho_10) / (1 - rates.rho_01 - rates.rho_10)
+    return invert(r.double(), rates)
 
 
 def hidden_selection_weights(propensity: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from actors.embed import Backbone, Embedder, Shard
 from causalrm_ray.config import load_tree
 from causalrm_ray.data.embeddings import load_pair
-from causalrm_ray.data.graded import GradedRow, Quarantine, read_graded
+from causalrm_ray.data.graded import GradedRow, read_graded
 from causalrm_ray.data.shards import read_states, write_rows
+from causalrm_ray.data.sources import Quarantine
 from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.models.identity import model_digest
 from causalrm_ray.models.text import encode_pair, load_tokenizer

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from causalrm_ray.data.graded import FORMATS, Quarantine, read_graded, split_of
-from causalrm_ray.data.sources import SourceError
+from causalrm_ray.data.graded import FORMATS, read_graded, split_of
+from causalrm_ray.data.sources import Quarantine, SourceError
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
