@@ -115,7 +115,7 @@ def run_cell(order: CellOrder, data: tuple[GradedEmbeddings, GradedEmbeddings]) 
     log = cell.setting.log(train.levels, train.features, cell.seed)
     inputs, observations = FeatureRows(features), Observations(log.o, log.r)
     make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
-    settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, cell.seed)
+    settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, cell.seed, head.bf16)
     raw, _ = cross_fit(make_scorer, inputs, log.o, settings, seed=cell.seed)
     propensity = calibrate(raw, log.o, head.clip, seed=cell.seed).prob
     fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, seed=cell.seed)

@@ -33,6 +33,7 @@ class HeadConfig(Section):
     batch_size: int = Field(512, ge=1, description="rows per optimizer step")
     epochs: int = Field(60, ge=1, description="most passes over the rows")
     patience: int = Field(10, ge=1, description="epochs without a lower held-out risk before a fit stops")
+    bf16: bool = Field(False, description="compute outputs in bfloat16, twice as fast on processors that have it")
     clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity used in a weight")
 
     @field_validator("hidden")

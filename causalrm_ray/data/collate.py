@@ -27,7 +27,7 @@ class FeatureRows:
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """{"features": [B, D]} of the rows `index` [B]."""
-        return {"features": self.features[index]}
+        return {"features": self.features.index_select(0, index)}
 
 
 class TokenRows:

@@ -44,7 +44,8 @@ class FitSettings:
     """How to train.
 
     `epochs` >= 1 passes at most; `lr` > 0; `batch_size` >= 1 rows per step over all ranks; stop after `patience` >= 1 epochs
-    without a lower validation risk.
+    without a lower validation risk. `bf16` computes outputs in bfloat16 (half the time where the processor has it); weights,
+    their moments and risks stay in float32.
     """
 
     epochs: int
@@ -53,6 +54,7 @@ class FitSettings:
     patience: int = 2
     weight_decay: float = 0.01
     seed: int = 0
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
@@ -132,7 +134,7 @@ def fit(
             raise ValueError(f"{name} must hold at least one row, got none")
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     wrapped = shard.wrap(module)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
     first = min(validation.since, settings.epochs)
     epochs: list[Epoch] = []
@@ -143,7 +145,7 @@ def fit(
             if train.begin is not None:
                 train.begin(number)
             train_risk = _train_epoch(wrapped, inputs, train, settings, optimizer, order, shard)
-            epoch = Epoch(number, train_risk, mean_risk(module, inputs, validation, shard=shard))
+            epoch = Epoch(number, train_risk, mean_risk(module, inputs, validation, shard=shard, bf16=settings.bf16))
             if not torch.isfinite(torch.tensor([epoch.train_risk, epoch.validation_risk])).all():
                 raise FloatingPointError(f"risk must be finite, got {epoch}")
             epochs.append(epoch)
@@ -176,7 +178,7 @@ def _train_epoch(
         index, share = shard.take(batch), shard.world_size / len(batch)
         if len(index) == 0:  # the last batch is shorter than the ranks are many; DDP still needs this one's backward
             index, share = batch[:1], 0.0
-        risk = objective.risk(_forward(module, inputs, index), index).sum()
+        risk = objective.risk(_forward(module, inputs, index, settings.bf16), index).sum()
         optimizer.zero_grad(set_to_none=True)
         (share * risk).backward()
         optimizer.step()
@@ -184,15 +186,22 @@ def _train_epoch(
     return float(shard.sum(total)) / len(rows)
 
 
-def mean_risk(module: nn.Module, inputs: Inputs, objective: Objective, batch_size: int = 512, shard: Shard = SINGLE) -> float:
+def mean_risk(
+    module: nn.Module, inputs: Inputs, objective: Objective, batch_size: int = 512, shard: Shard = SINGLE, bf16: bool = False
+) -> float:
     """Mean of `objective` over its rows, in evaluation mode; each rank computes its slice and all get the whole."""
     rows = shard.take(objective.rows)
-    logit = predict(module, inputs, rows, batch_size)
+    logit = predict(module, inputs, rows, batch_size, bf16=bf16)
     return float(shard.sum(objective.risk(logit, rows).double().sum())) / len(objective.rows)
 
 
 def predict(
-    module: nn.Module, inputs: Inputs, index: Tensor | None = None, batch_size: int = 512, shard: Shard = SINGLE
+    module: nn.Module,
+    inputs: Inputs,
+    index: Tensor | None = None,
+    batch_size: int = 512,
+    shard: Shard = SINGLE,
+    bf16: bool = False,
 ) -> Tensor:
     """Outputs [M, ...] of the rows `index` [M] (all rows where none are given), in evaluation mode and without gradients.
 
@@ -204,7 +213,8 @@ def predict(
     with torch.no_grad():
         rows = shard.take(index)
         # A rank without rows computes one all the same: it must know the shape of an output.
-        parts = [_forward(module, inputs, part) for part in (rows if len(rows) else index[:1]).split(batch_size) if len(part)]
+        own_rows = rows if len(rows) else index[:1]
+        parts = [_forward(module, inputs, part, bf16) for part in own_rows.split(batch_size) if len(part)]
     module.train(was_training)
     own = torch.cat(parts)[: len(rows)] if parts else torch.zeros(0)
     if shard.world_size == 1:
@@ -214,9 +224,10 @@ def predict(
     return shard.sum(logit)
 
 
-def _forward(module: nn.Module, inputs: Inputs, index: Tensor) -> Tensor:
+def _forward(module: nn.Module, inputs: Inputs, index: Tensor, bf16: bool) -> Tensor:
     device = next(module.parameters()).device
-    logit = module(**{name: value.to(device) for name, value in inputs.batch(index).items()})
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logit = module(**{name: value.to(device) for name, value in inputs.batch(index).items()})
     if logit.shape[:1] != index.shape:
         raise ValueError(f"a module must return one output per row, got shape {tuple(logit.shape)} for {len(index)} rows")
     return logit.to("cpu", torch.promote_types(logit.dtype, torch.float32))

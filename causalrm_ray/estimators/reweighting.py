@@ -19,7 +19,8 @@ from causalrm_ray.estimators.fit import Objective
 from causalrm_ray.estimators.problem import NOISE_FREE, Fitted, Need, Nuisances, Observations, Problem
 from causalrm_ray.losses import reweighted
 from causalrm_ray.losses.noise import surrogate
-from causalrm_ray.losses.pointwise import Loss, bce, bounded_bce
+from causalrm_ray.losses.pointwise import LINEAR, Loss, bce, bounded_bce
+from causalrm_ray.losses.sensitivity import corrected_label
 from causalrm_ray.types import NoiseRates
 
 Build = Callable[[Observations, Nuisances, Loss, Tensor], Objective]
@@ -67,6 +68,11 @@ def _doubly_robust(needs: frozenset[Need]) -> Build:
         propensity, rates, imputation = _read(nuisances, needs, len(observations))
         if "propensity" not in needs:  # everyone is as likely to speak up
             propensity = observations.o[rows].mean().expand(len(observations))
+        if loss in LINEAR:  # sums of losses are then the loss of the same sum of labels: one loss a step instead of three
+            corrected = corrected_label(observations.r[rows], rates)
+            label = imputation.double().clone()
+            label[rows] = reweighted.dr(corrected, observations.o[rows].double(), propensity[rows].double(), label[rows])
+            return Objective(rows, lambda logit, index: LINEAR[loss](logit, label[index]))
 
         def risk(logit: Tensor, index: Tensor) -> Tensor:
             observed = surrogate(loss, logit, observations.r[index], rates)

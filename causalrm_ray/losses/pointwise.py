@@ -23,7 +23,7 @@ def bce(logit: Tensor, y: Tensor) -> Tensor:
     """
     check_same_length(logit=logit, y=y)
     check_unit_interval("y", y)
-    return functional.binary_cross_entropy_with_logits(logit, y.to(logit.dtype), reduction="none")
+    return _cross_entropy(logit, y)
 
 
 def mse(logit: Tensor, y: Tensor) -> Tensor:
@@ -47,7 +47,17 @@ def bounded_bce(logit: Tensor, y: Tensor) -> Tensor:
     made of it can fall without end, which `bce`'s does wherever the assumed noise is stronger than the true one.
     `logit` [N]; `y` [N] in [0, 1]. Returns [N] in [0, MAX_LOGIT + 0.02].
     """
-    return bce(MAX_LOGIT * torch.tanh(logit / MAX_LOGIT), y)
+    return bce(_bound(logit), y)
 
 
+def _cross_entropy(logit: Tensor, y: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logit, y.to(logit.dtype), reduction="none")
+
+
+def _bound(logit: Tensor) -> Tensor:
+    return MAX_LOGIT * torch.tanh(logit / MAX_LOGIT)
+
+
+# losses linear in the label -> the same for any real label, as corrections for noise and selection make of them
+LINEAR: dict[Loss, Loss] = {bce: _cross_entropy, bounded_bce: lambda logit, y: _cross_entropy(_bound(logit), y)}
 LOSSES: dict[str, Loss] = {"bce": bce, "mse": mse}

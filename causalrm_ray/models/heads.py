@@ -11,6 +11,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from causalrm_ray.models.dropout import Dropout, dropout
+
 
 class Scorer(Protocol):
     """What a module must have to be given further heads."""
@@ -33,7 +35,7 @@ class FeatureScorer(nn.Module):
         layers: list[nn.Module] = []
         width = in_features
         for out in hidden:
-            layers += [nn.Linear(width, out), nn.LeakyReLU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(width, out), nn.LeakyReLU(), Dropout(dropout)]
             width = out
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, 1)
@@ -84,7 +86,7 @@ class EnsembleScorer(nn.Module):
     parameter is the member's, so that members can be kept and stopped one by one.
     """
 
-    def __init__(self, features: Tensor, members: int = 5, hidden: int = 32, dropout: float = 0.3) -> None:
+    def __init__(self, features: Tensor, members: int = 5, hidden: int = 32, dropout: float = 0.45) -> None:
         super().__init__()
         mean = features.float().mean(0)
         scale = (features.float() - mean).square().mean().sqrt().clamp_min(1e-6)
@@ -98,16 +100,16 @@ class EnsembleScorer(nn.Module):
         self.outer = nn.Parameter(torch.zeros(members, hidden))
         self.bias = nn.Parameter(torch.zeros(members))
 
-    def start_at(self, logit: float) -> None:
-        """Let every member begin with this logit for all rows."""
+    def start_at(self, logit: float | Tensor) -> None:
+        """Let every member begin with this logit, or each with its own [K], for all rows."""
         with torch.no_grad():
-            self.bias.fill_(logit)
+            self.bias.copy_(torch.as_tensor(logit))
 
     def members(self, features: Tensor) -> Tensor:
         """Logits [B, K] of `features` [B, D], one of each member."""
-        x = nn.functional.dropout((features.float() - self.mean) / self.scale, 0.4 * self.dropout, self.training)
+        x = dropout((features.float() - self.mean) / self.scale, 0.4 * self.dropout, self.training)
         inner = nn.functional.linear(x, self.inner.flatten(0, 1), self.inner_bias.flatten()).unflatten(1, self.outer.shape)
-        hidden = nn.functional.dropout(nn.functional.leaky_relu(inner), self.dropout, self.training)
+        hidden = dropout(nn.functional.leaky_relu(inner), self.dropout, self.training)
         return self.bias + x @ self.linear.T + (hidden * self.outer).sum(-1)
 
     def forward(self, features: Tensor) -> Tensor:

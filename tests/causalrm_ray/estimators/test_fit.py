@@ -174,3 +174,17 @@ def test_token_rows_pad_on_the_right() -> None:
     assert rows.batch(torch.tensor([0]))["input_ids"].tolist() == [[5]]
     with pytest.raises(ValueError, match="at least one token, got none in row 1"):
         TokenRows([[5], []], pad_id=0)
+
+
+def test_bfloat16_moves_a_fit_by_its_rounding_only() -> None:
+    inputs, label = problem(400)
+    inputs = FeatureRows(inputs.features.float())
+    train, validation = objectives(label.float())
+    modules = [head().float() for _ in range(2)]
+    for module, bf16 in zip(modules, (False, True), strict=True):
+        report = fit(module, inputs, train, validation, replace(SETTINGS, bf16=bf16))
+        assert len(report.epochs) == 3
+    exact, rounded = (predict(module, inputs) for module in modules)
+    assert {value.dtype for value in modules[1].state_dict().values()} == {torch.float32}
+    assert not torch.equal(exact, rounded)
+    assert float((exact - rounded).abs().max()) < 0.02 * float(exact.abs().max())  # bfloat16 keeps 8 bits: 0.4 % a rounding

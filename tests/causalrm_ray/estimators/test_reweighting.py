@@ -13,7 +13,7 @@ from causalrm_ray.estimators.problem import Nuisances, Observations
 from causalrm_ray.estimators.reweighting import ABLATIONS, REWEIGHTING, oracle_objective
 from causalrm_ray.losses import reweighted
 from causalrm_ray.losses.noise import surrogate
-from causalrm_ray.losses.pointwise import bce, bounded_bce, mse
+from causalrm_ray.losses.pointwise import Loss, bce, bounded_bce, mse
 from causalrm_ray.types import NoiseRates
 
 O = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])  # noqa: E741 the symbol of the paper
@@ -30,25 +30,27 @@ def value(objective: Objective) -> Tensor:
     return objective.risk(LOGIT[objective.rows], objective.rows).mean()
 
 
-def expected(name: str) -> Tensor:
+def expected(name: str, loss: Loss) -> Tensor:
     o, r, p, m, s = O[ROWS], R[ROWS], P[ROWS], M[ROWS], LOGIT[ROWS]
-    clean, corrected = bce(s, r), surrogate(bce, s, r, RATES)
+    clean, corrected = loss(s, r), surrogate(loss, s, r, RATES)
     return {
         "naive": reweighted.naive(clean, o),
         "ips": reweighted.ips(clean, o, p),
         "snips": reweighted.snips(clean, o, p),
-        "dr": reweighted.dr(clean, o, p, bce(s, m)),
+        "dr": reweighted.dr(clean, o, p, loss(s, m)),
         "causalrm_ips": reweighted.ips(corrected, o, p),
         "causalrm_snips": reweighted.snips(corrected, o, p),
-        "causalrm_dr": reweighted.dr(corrected, o, p, bce(s, m)),
+        "causalrm_dr": reweighted.dr(corrected, o, p, loss(s, m)),
         "causalrm_ips_surrogate": reweighted.naive(corrected, o),
-        "causalrm_dr_surrogate": reweighted.dr(corrected, o, torch.full_like(p, 3 / 5), bce(s, m)),
+        "causalrm_dr_surrogate": reweighted.dr(corrected, o, torch.full_like(p, 3 / 5), loss(s, m)),
     }[name].mean()
 
 
+@pytest.mark.parametrize("loss", [bce, bounded_bce, mse], ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("name", REWEIGHTING)
-def test_mean_of_an_objective_is_the_estimator(name: str) -> None:
-    torch.testing.assert_close(value(REWEIGHTING[name].build(Observations(O, R), NUISANCES, bce, ROWS)), expected(name))
+def test_mean_of_an_objective_is_the_estimator(name: str, loss: Loss) -> None:
+    objective = REWEIGHTING[name].build(Observations(O, R), NUISANCES, loss, ROWS)
+    torch.testing.assert_close(value(objective), expected(name, loss))
 
 
 @pytest.mark.parametrize("name", REWEIGHTING)
@@ -64,7 +66,7 @@ def test_a_method_reads_only_the_nuisances_it_needs(name: str) -> None:
     others = {"propensity": torch.full((6,), 0.01), "rates": NoiseRates(0.4, 0.4), "imputation": torch.zeros(6)}
     mine = {need: getattr(NUISANCES, need) for need in method.needs}
     torch.testing.assert_close(
-        value(method.build(Observations(O, R), Nuisances(**{**others, **mine}), bce, ROWS)), expected(name)
+        value(method.build(Observations(O, R), Nuisances(**{**others, **mine}), bce, ROWS)), expected(name, bce)
     )
     for need in method.needs:
         with pytest.raises(ValueError, match=f"needs .*got no {need}"):
@@ -75,7 +77,13 @@ def test_a_method_reads_only_the_nuisances_it_needs(name: str) -> None:
 def test_feedback_that_was_not_given_is_never_read(name: str) -> None:
     for hidden in (1.0, math.nan):
         observations = Observations(O, torch.where(O == 1, R, torch.full_like(R, hidden)))
-        torch.testing.assert_close(value(REWEIGHTING[name].build(observations, NUISANCES, bce, ROWS)), expected(name))
+        torch.testing.assert_close(value(REWEIGHTING[name].build(observations, NUISANCES, bce, ROWS)), expected(name, bce))
+
+
+def test_nuisances_are_left_as_they_were() -> None:
+    kept = Nuisances(P.double(), RATES, M.double())
+    REWEIGHTING["causalrm_dr"].build(Observations(O.double(), R.double()), kept, bce, ROWS)
+    assert torch.equal(kept.imputation, M.double())
 
 
 def test_causalrm_methods_reduce_to_their_bases_if_noise_free() -> None:

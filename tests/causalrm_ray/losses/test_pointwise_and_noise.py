@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrm_ray.losses.noise import denoise, surrogate
-from causalrm_ray.losses.pointwise import LOSSES, MAX_LOGIT, bce, bounded_bce, mse
+from causalrm_ray.losses.pointwise import LINEAR, LOSSES, MAX_LOGIT, bce, bounded_bce, mse
 from causalrm_ray.types import NoiseRates
 
 ALL = {**LOSSES, "bounded_bce": bounded_bce}
@@ -46,6 +46,13 @@ def test_noise_corrected_loss_equals_clean_loss_in_expectation(logit: float, rat
     given_0 = (1 - rates.rho_10) * at_0 + rates.rho_10 * at_1
     torch.testing.assert_close(given_1, ALL[name](s, double(1.0)), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(given_0, ALL[name](s, double(0.0)), rtol=1e-8, atol=1e-8)
+
+
+@given(logit=st.floats(-20, 20), y=st.floats(-9, 9), name=st.sampled_from(["bce", "bounded_bce"]))
+def test_a_linear_loss_goes_on_beyond_the_labels(logit: float, y: float, name: str) -> None:
+    loss, s = ALL[name], double(logit)
+    expected = y * loss(s, double(1.0)) + (1 - y) * loss(s, double(0.0))
+    torch.testing.assert_close(LINEAR[loss](s, double(y)), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_surrogate_is_the_loss_if_noise_free() -> None:

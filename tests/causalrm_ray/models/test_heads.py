@@ -37,6 +37,8 @@ def test_a_fresh_ensemble_says_the_same_of_every_row() -> None:
     scorer = EnsembleScorer(X).eval()
     scorer.start_at(-0.7)
     torch.testing.assert_close(scorer(X), torch.full((7,), -0.7))
+    scorer.start_at(torch.arange(5.0))
+    torch.testing.assert_close(scorer.members(X), torch.arange(5.0).expand(7, 5))
 
 
 def test_mixtures_average_probabilities_and_corrections_add_logits() -> None:
