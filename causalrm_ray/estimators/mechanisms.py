@@ -28,6 +28,8 @@ from causalrm_ray.types import NoiseRates
 CENTRE, STRENGTH = 0.15, 5.0  # prior of the rates of slips: a Gaussian on logit(2 rho), worth a few rows
 CLIP = 0.05  # lowest propensity of an opinion used in a weight
 START_GRADE = 0.1  # log-odds by which a strong opinion is assumed to matter at first
+START_ODDS = 2.0  # log-odds by which members assume at first that the pleased speak up more than others do, to either side of 0
+FEW_LABELS = 250  # beyond these they assume FEW_LABELS / labels of it
 SPEED = 10.0  # how much faster the few scalars learn than the weights
 
 
@@ -70,12 +72,11 @@ class LabelSelection(nn.Module):
     """Outcomes where the opinion drives selection: log-probabilities [B, K, 3] of K members (see losses.selection)."""
 
     def __init__(self, scorer: EnsembleScorer, start: Tensor) -> None:
-        """`start` [S, 3] are (a, c, d) of each stratum at first."""
+        """`start` [K, S, 3] are each member's (a, c, d) of each stratum at first."""
         super().__init__()
         self.scorer = scorer
-        members = len(scorer.bias)
-        self.selection = Scalars(start.repeat(members, 1, 1))
-        self.slips = Slips(members)
+        self.selection = Scalars(start)
+        self.slips = Slips(len(start))
 
     def forward(self, stratum: Tensor, **batch: Tensor) -> Tensor:
         """Per row and member [B, K, 6]: the three log-probabilities, P(r*=1 | x), and P(o=1, r*=k | x), k = 1, 0.
@@ -183,7 +184,10 @@ def fit_label(problem: Problem) -> Mechanism:
     outcome = outcomes(problem.observations.o, problem.observations.r)
     scorer, liked = _scorer(problem)
     folds = Folds(problem, len(scorer.bias))
-    module = LabelSelection(scorer, _selection_start(problem, strata, folds.learn, liked))
+    assumed = _logit(liked) - _start_odds(float(problem.observations.o[folds.learn].sum()), folds.members)
+    scorer.start_at(assumed)
+    starts = [_selection_start(problem, strata, folds.learn, float(share)) for share in torch.sigmoid(assumed)]
+    module = LabelSelection(scorer, torch.stack(starts))
     problem = with_settings(replace(problem, inputs=WithStrata(problem.inputs, strata)), len(folds.learn))
 
     def nll(output: Tensor, index: Tensor) -> Tensor:
@@ -195,6 +199,15 @@ def fit_label(problem: Problem) -> Mechanism:
     fitted = cross_fit_members(problem, module, nll, folds, torch.arange(len(outcome)), prior)
     said = folds.out_of_fold(fitted.output, fitted.rows)
     return Mechanism(scorer, *module.slips.means(), fitted.rows, fitted.risk, said[:, 3], said[:, 4:], fitted.report)
+
+
+def _start_odds(labels: float, members: int) -> Tensor:
+    """log-odds(speak | r* = 1) - log-odds(speak | r* = 0) that each of K members assumes at first, [K].
+
+    A few labels hardly tell how much rarer an opinion is than the feedback that voices it, so members begin all over the range
+    and their mean allows for it; many labels do tell, and then a far start would only cost steps.
+    """
+    return torch.linspace(-1, 1, members) * START_ODDS * min(1, FEW_LABELS / labels)
 
 
 def _selection_start(problem: Problem, strata: Tensor, rows: Tensor, liked: float) -> Tensor:

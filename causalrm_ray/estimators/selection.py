@@ -29,7 +29,7 @@ MIN_SIGNAL = 2.0  # standard errors by which P(o | x) must beat a constant, for 
 def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
     """Weights [2] of `features` and `label` from their negative log-likelihoods [M] of the same held-out rows.
 
-        w_features = 1 - exp(-z^2 / 2),   z = mean(label - features) over its standard error, at least 0
+        w_features = Phi(z - 2),   z = mean(label - features) over its standard error
 
     A test of a restricted model against a saturated one: two free stages can mimic any outcomes, selection by the opinion among
     them, while one function of x that explains both who speaks and what is said can be as likely only if it is so. The restricted
@@ -37,8 +37,8 @@ def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
     it stands is no proof of it.
     """
     gap = label - features
-    z = (gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp_min(1e-12)).clamp_min(0)
-    free = 1 - torch.exp(-z.square() / 2)
+    z = gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp_min(1e-12)
+    free = torch.special.ndtr(z - 2)
     return torch.stack([free, 1 - free])
 
 

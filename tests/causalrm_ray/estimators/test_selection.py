@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.class_wise import CLASS_WISE, weighted_risk
 from causalrm_ray.estimators.fit import FitSettings, predict
-from causalrm_ray.estimators.mechanisms import fit_label
+from causalrm_ray.estimators.mechanisms import _selection_start, _start_odds, fit_label
 from causalrm_ray.estimators.problem import Nuisances, Observations, Problem
 from causalrm_ray.estimators.selection import SELECTION, Averaged, fit_mechanisms, mechanism_weights, propensity_signal
 from causalrm_ray.losses.pointwise import bce
@@ -149,9 +149,27 @@ def test_hidden_feedback_changes_nothing_and_seeds_repeat() -> None:
 
 def test_selection_by_features_must_win_by_more_than_the_noise() -> None:
     noise = torch.tensor([1.0, -1.0]).repeat(200)  # a mean gap of sd / 20 is one standard error of 400 rows
-    for errors, expected in ((-3.0, 0.0), (0.0, 0.0), (1.0, 1 - math.exp(-0.5)), (3.0, 1 - math.exp(-4.5))):
+    for errors, expected in (
+        (-3.0, 0.0000003),
+        (0.0, 0.0227501),
+        (1.0, 0.1586553),
+        (2.0, 0.5),
+        (4.0, 0.9772499),
+    ):  # a table's Phi
         weights = mechanism_weights(torch.zeros(400), noise + noise.std() * errors / 20)
-        torch.testing.assert_close(weights, torch.tensor([expected, 1 - expected]))
+        torch.testing.assert_close(weights, torch.tensor([expected, 1 - expected]), rtol=1e-4, atol=1e-6)
+
+
+def test_members_start_about_equal_odds_and_nearer_to_it_the_more_labels_there_are() -> None:
+    torch.testing.assert_close(_start_odds(100.0, 5), torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
+    torch.testing.assert_close(_start_odds(1000.0, 3), torch.tensor([-0.5, 0.0, 0.5]))
+    given = problem("label")
+    start = _selection_start(given, torch.zeros(ROWS, dtype=torch.long), TRAIN, 0.5)[0]
+    o, r = given.observations.o[TRAIN], given.observations.r[TRAIN]
+    share, pleased = float(o.mean()), (float(r[o == 1].mean()) - 0.15) / 0.7
+    on1, on0 = share * pleased / 0.5, share * (1 - pleased) / 0.5
+    expected = [math.log(on0 / (1 - on0)), math.log(on1 / (1 - on1)) - math.log(on0 / (1 - on0)), 0.1]
+    torch.testing.assert_close(start, torch.tensor(expected))
 
 
 def test_signal_counts_standard_errors_over_a_constant() -> None:
