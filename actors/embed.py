@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import ray.data
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
-from actors.placement import RoleDiedError
+from actors.placement import RoleDiedError, RoleTimeoutError, ray_resources
 from causalrm_ray.data.shards import write_states
 from causalrm_ray.models.reward_model import SequenceScorer, row_states
 from causalrm_ray.models.text import encode_pair, load_tokenizer
@@ -89,12 +89,14 @@ class Embedder:
         return len(token_rows)
 
 
-def embed_shards(shards: Sequence[Shard], backbone: Backbone, actors: int) -> Iterator[tuple[str, int]]:
+def embed_shards(shards: Sequence[Shard], backbone: Backbone, actors: int, timeout_s: int) -> Iterator[tuple[str, int]]:
     """(name, rows) of each shard as its states are written; Ray must be up.
 
-    What an actor raises is raised here; RoleDiedError where one cannot start.
+    What an actor raises is raised here; RoleDiedError where one cannot start, RoleTimeoutError where they do not in `timeout_s`.
     """
+    actors = min(actors, len(shards))
     context = ray.data.DataContext.get_current()
+    context.wait_for_min_actors_s = timeout_s
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come here as exceptions
     items = [{"rows": str(shard.rows), "states": str(shard.states)} for shard in shards]
@@ -102,12 +104,17 @@ def embed_shards(shards: Sequence[Shard], backbone: Backbone, actors: int) -> It
         Embedder,
         fn_constructor_args=(backbone,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=backbone.gpus,
     )
     try:
         for row in dataset.iter_rows():
             yield row["name"], int(row["count"])
+    except GetTimeoutError as error:
+        raise RoleTimeoutError(
+            f"embedding: {actors} actors of 1 CPU and {backbone.gpus:g} GPU did not start within cluster.timeout_s={timeout_s} s"
+            f" on a cluster of {ray_resources()}"
+        ) from error
     except RayActorError as error:
         raise RoleDiedError(f"embedding: an actor's process died: {error}") from error

@@ -47,7 +47,7 @@ class RunFolder(Section):
     name: str = Field(
         "run",
         min_length=1,
-        pattern=r"^[A-Za-z0-9._-]+$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="name of the run, its folder under `dir`; the job's name if not given",
     )
     dir: Path = Field(Path("runs"), description="folder that holds all runs")

@@ -15,6 +15,7 @@ class EmbedCluster(Section):
     address: str | None = Field(
         None, description="address of a running Ray cluster ('auto' finds it); none starts one on this machine"
     )
+    timeout_s: int = Field(600, ge=1, description="longest wait for all actors to start, seconds")
 
 
 class EmbedConfig(Section):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
@@ -18,11 +21,12 @@ from causalrm_ray.embed_config import EmbedConfig
 
 
 class Job(NamedTuple):
-    """A job: the module whose `run(config)` does it, what it is for, and the tree of its options."""
+    """A job: the module whose `run(config)` does it, what it is for, the tree of its options, and whether it writes a run."""
 
     module: str
     meaning: str
     tree: type[Config] | type[BenchmarkConfig] | type[EmbedConfig] = Config
+    writes: bool = True
 
 
 JOBS = {
@@ -35,7 +39,7 @@ JOBS = {
         "jobs.benchmark", "methods on a graded data set whose feedback is simulated, over settings", BenchmarkConfig
     ),
     "embed": Job("jobs.embed", "a graded data set through a frozen backbone: embeddings for the benchmark", EmbedConfig),
-    "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install"),
+    "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
 }
 
 
@@ -54,10 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not file.exists():
                 raise InputError(f"resume=true, but {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
-        return importlib.import_module(job.module).run(config)
+        with _alone(config.run.path) if job.writes else contextlib.nullcontext():
+            return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False)
         return 2
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder while the block lasts; the lock of a process that was killed is gone with it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"run.name: another process works in {folder}: wait for its end, or choose another name") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def print_help(job: str) -> None:

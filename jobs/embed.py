@@ -73,7 +73,7 @@ def _embed(config: EmbedConfig, model: str, file: TextIO, progress: Progress) ->
         with ray_cluster(ClusterConfig(address=config.cluster.address), config.run.cache):
             progress.tasks("shards", len(missing))
             done = 0
-            for count, (name, embedded) in enumerate(embed_shards(missing, backbone, config.actors), 1):
+            for count, (name, embedded) in enumerate(embed_shards(missing, backbone, config.actors, config.cluster.timeout_s), 1):
                 done += embedded
                 progress.task(count, f"{name}, {done / (time.perf_counter() - began):.0f} answers/s")
     seconds = time.perf_counter() - began

@@ -24,6 +24,7 @@ from causalrm_ray.estimators.methods import METHODS
         ("rollout.temperature=.nan", ["rollout.temperature", "nan"]),
         ("feedback.signals.share=2", ["feedback.signals.share", "0 or 1", "2"]),
         ("run.name=../elsewhere", ["run.name", "pattern", "../elsewhere"]),
+        ("run.name=..", ["run.name", "pattern", ".."]),
         ("steps", ["key=value", "'steps'"]),
         ("coefficients=1", ["coefficients: unknown key"]),
         ("lr=1", ["lr", "propensity.lr", "reward.lr", "learner.lr"]),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from causalrm_ray.config import load_config, options
 from causalrm_ray.types import Completion, Prompt
@@ -60,6 +61,13 @@ def test_a_log_that_a_stopped_run_left_is_never_mixed_with_another(tmp_path: Pat
     (tmp_path / "mine" / "feedback.db").touch()
     told = refusal(capsys, "simulate-feedback", f"run.dir={tmp_path}", "run.name=mine")
     assert "holds a run already: remove it, or choose another run.name" in told
+
+
+def test_two_processes_never_write_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = ("simulate-feedback", f"run.dir={tmp_path}", "run.name=mine", "world.users=none")
+    with FileLock(tmp_path / ".mine.lock"):
+        assert f"another process works in {tmp_path / 'mine'}" in refusal(capsys, *job)
+    assert "world.users" in refusal(capsys, *job)
 
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:///:memory:", "oracle://user:secret@nowhere/db"])

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.embed import Backbone, Embedder, Shard
+from actors.embed import Backbone, Embedder, Shard, embed_shards
+from actors.placement import RoleTimeoutError
 from causalrm_ray.config import load_tree
 from causalrm_ray.data.embeddings import load_pair
 from causalrm_ray.data.graded import GradedRow, read_graded
@@ -154,6 +155,14 @@ def test_what_cannot_be_embedded_is_refused_before_ray_starts(
     override = override.replace("none.jsonl", str(tmp_path / "none.jsonl"))
     assert main(arguments(model, source, tmp_path, override)) == 2
     assert part in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_actors_that_find_no_room_are_named(model: str, tmp_path: Path) -> None:
+    backbone = Backbone(model, "float32", POSITIONS, 4, "float32", gpus=1)
+    shards = [Shard(tmp_path / "rows.parquet", tmp_path / "states.parquet")]
+    with pytest.raises(RoleTimeoutError, match=r"1 actors of 1 CPU and 1 GPU did not start within cluster.timeout_s=1 s"):
+        list(embed_shards(shards, backbone, actors=3, timeout_s=1))
 
 
 def test_a_model_is_known_by_its_files(model: str, tmp_path: Path) -> None:
