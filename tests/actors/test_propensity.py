@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from actors.propensity import PropensityActor, read_propensities
@@ -103,9 +104,7 @@ def test_a_refit_goes_on_from_the_models_that_serve(backbone: str, make_snapshot
     trained.fit(grown, tmp_path / "trained")
     warm.load(tmp_path / "trained")
     assert warm.fit(grown, tmp_path / "warm")["version"] == 2
-    rows = [
-        encode_pair(load_tokenizer(backbone), "tell me about the lamp", f"stone lamp {word}") for word in ("certainly", "never")
-    ]
-    starts, told, untold = (actor.predict(rows) for actor in (trained, warm, fresh))
-    np.testing.assert_allclose(told, starts, atol=1e-3)  # at a step of 1e-9 it has not moved from there
-    assert abs(untold - starts).max() > 0.05
+    starts, told, untold = (load_file(tmp_path / name / "fold-0" / "model.safetensors") for name in ("trained", "warm", "fresh"))
+    for name, start in starts.items():  # a few steps of 1e-9 each
+        np.testing.assert_allclose(told[name], start, rtol=0, atol=1e-7)
+    assert max(abs(untold[name] - start).max() for name, start in starts.items()) > 1e-3
