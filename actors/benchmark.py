@@ -2,6 +2,7 @@
 
 run_cell   levels -> log -> propensity (cross-fitted, calibrated) -> rates -> a scorer per method -> metrics on the test split
 run_bias   levels -> logs -> every estimator's value for fixed predictions, with the true nuisances, against L_ideal
+run_noise  simulated logs -> estimated noise rates and intervals, against the true ones
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from causalrm_ray.checks import InputError
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.data.embeddings import GradedEmbeddings
 from causalrm_ray.data.simulate import SCENARIOS, Selection, SimulatedLog, preferences, rescale, simulate, threshold
+from causalrm_ray.estimators import noise_study
 from causalrm_ray.estimators.fit import FitSettings, predict
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_models
@@ -142,6 +144,27 @@ def run_bias(order: BiasOrder, data: tuple[GradedEmbeddings, GradedEmbeddings]) 
     truth = logs[0]
     table = bias_table(rescale(train.levels), truth.preference, truth.propensity, truth.rates, observations)
     return [asdict(bias) for bias in table]
+
+
+@dataclass(frozen=True)
+class NoiseOrder:
+    """Whose noise rates to estimate how often: a world of estimators.noise_study."""
+
+    setting: noise_study.Setting
+    rows: int
+    rates: NoiseRates
+
+    @property
+    def name(self) -> str:
+        """Its name, also of its file."""
+        return f"{self.setting}_{self.rows}_{self.rates.rho_01!r}_{self.rates.rho_10!r}"
+
+
+def run_noise(order: NoiseOrder, told: tuple[int, int]) -> Row:
+    """The fields of a StudyResult; `told` are the numbers of simulations and of bootstrap draws."""
+    torch.set_num_threads(1)
+    simulations, draws = told
+    return asdict(noise_study.study(order.setting, order.rows, order.rates, simulations, draws))
 
 
 def _fit_method(

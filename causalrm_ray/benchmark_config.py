@@ -1,4 +1,4 @@
-"""What the benchmark can be told: a tree of its own, read like the main one. Every default lives here and only here."""
+"""What the benchmarks can be told: trees of their own, read like the main one. Every default lives here and only here."""
 
 from __future__ import annotations
 
@@ -100,3 +100,35 @@ class BenchmarkConfig(Section):
         if self.bias_draws == 1:
             raise ValueError("bias_draws: must be 0 or at least 2, got 1")
         return self
+
+
+class NoiseStudyConfig(Section):
+    """Estimated noise rates against known ones, over simulated logs."""
+
+    settings: tuple[Literal["features", "label", "clusters", "ramp", "weak"], ...] = Field(
+        ("features", "clusters", "ramp", "label", "weak"),
+        min_length=1,
+        description="worlds: selection by features or label; opinions far apart, or a ramp; weak: no row is sure",
+    )
+    rows: tuple[int, ...] = Field((4_000, 20_000), min_length=1, description="impressions per log; a fifth bear feedback")
+    rho: tuple[tuple[float, float], ...] = Field(
+        ((0.2, 0.1), (0.1, 0.2)), min_length=1, description="true rates of slips as pairs [rho_01,rho_10]"
+    )
+    simulations: int = Field(200, ge=2, description="logs of each kind")
+    draws: int = Field(200, ge=20, description="bootstrap draws under an interval")
+    run: RunFolder = RunFolder()
+    cluster: BenchmarkCluster = BenchmarkCluster()
+
+    @field_validator("rows")
+    @classmethod
+    def _enough(cls, rows: tuple[int, ...]) -> tuple[int, ...]:
+        if min(rows) < 500:
+            raise ValueError(f"must be at least 500, got {min(rows)}")
+        return rows
+
+    @field_validator("rho")
+    @classmethod
+    def _rates(cls, rho: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        for pair in rho:
+            NoiseRates(*pair)
+        return rho

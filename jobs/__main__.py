@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from causalrm_ray.benchmark_config import BenchmarkConfig
+from causalrm_ray.benchmark_config import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError, find_run, load_tree, options
+from causalrm_ray.config import Config, ConfigError, RunFolder, find_run, load_tree, options
 from causalrm_ray.embed_config import EmbedConfig
 
 
@@ -25,7 +26,7 @@ class Job(NamedTuple):
 
     module: str
     meaning: str
-    tree: type[Config] | type[BenchmarkConfig] | type[EmbedConfig] = Config
+    tree: type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] = Config
     writes: bool = True
 
 
@@ -37,6 +38,9 @@ JOBS = {
     "compare": Job("jobs.compare", "tune policies on several reward models, for both kinds of users, over seeds"),
     "benchmark": Job(
         "jobs.benchmark", "methods on a graded data set whose feedback is simulated, over settings", BenchmarkConfig
+    ),
+    "noise-study": Job(
+        "jobs.noise_study", "estimated rates of slips and their intervals on simulated logs, against the truth", NoiseStudyConfig
     ),
     "embed": Job("jobs.embed", "a graded data set through a frozen backbone: embeddings for the benchmark", EmbedConfig),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not file.exists():
                 raise InputError(f"resume=true, but {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
-        with _alone(config.run.path) if job.writes else contextlib.nullcontext():
+        with _alone(config.run) if job.writes else contextlib.nullcontext():
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False)
@@ -66,18 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder while the block lasts; the lock of a process that was killed is gone with it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+def _alone(run: RunFolder) -> Iterator[None]:
+    """Keep this machine's other processes out of a run's folder while the block lasts; a killed process holds no lock."""
+    lock = lock_of(run)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"run.name: another process works in {folder}: wait for its end, or choose another name") from None
+        raise InputError(f"run.name: another process works in {run.path}: wait for its end, or choose another name") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def lock_of(run: RunFolder) -> FileLock:
+    """The lock of a run's folder; it lies in the cache."""
+    name = hashlib.sha256(str(run.path).encode()).hexdigest()[:16]
+    return FileLock(run.cache.expanduser() / "locks" / f"{name}.lock")
 
 
 def print_help(job: str) -> None:

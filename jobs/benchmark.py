@@ -179,7 +179,7 @@ def write_table(table: Sequence[Row], path: Path) -> None:
     for row in table:
         texts = [str(row[name]) for name in (*SETTING, "method")] + [_text(row, name) for name in FIGURES]
         lines.append([*texts, f"{row['fitted']} of {row['seeds']}"])
-    _write_markdown("mean ± standard deviation over seeds", columns, lines, path)
+    write_markdown("mean ± standard deviation over seeds", columns, lines, path)
     printed = (*SETTING, "method", "r2", "auroc")
     shown = Table(*printed, box=None)
     for line in lines:
@@ -196,10 +196,11 @@ def write_bias_table(biases: Sequence[Row], path: Path) -> None:
         group[row["prediction"]] = f"{row['relative']:+.1%} ± {row['stderr']:.1%}"
     lines = [[*labels, *(group[kind] for kind in kinds)] for labels, group in groups.items()]
     title = "(estimate - L_ideal) / L_ideal ± standard error over draws, with true nuisances"
-    _write_markdown(title, (*SETTING, "estimator", *kinds), lines, path)
+    write_markdown(title, (*SETTING, "estimator", *kinds), lines, path)
 
 
-def _write_markdown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], path: Path) -> None:
+def write_markdown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], path: Path) -> None:
+    """Write a titled table of Markdown."""
     marked = ["| " + " | ".join(line) + " |" for line in (columns, *lines)]
     path.write_text("\n".join([title, "", marked[0], "|" + "---|" * len(columns), *marked[1:]]) + "\n", encoding="utf-8")
 

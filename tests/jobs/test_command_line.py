@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-from causalrm_ray.config import load_config, options
+from causalrm_ray.config import RunFolder, load_config, options
 from causalrm_ray.types import Completion, Prompt
-from jobs.__main__ import JOBS, main
+from jobs.__main__ import JOBS, lock_of, main
 from jobs.run import Run
 from jobs.task import Task, find_models
 
@@ -64,8 +63,10 @@ def test_a_log_that_a_stopped_run_left_is_never_mixed_with_another(tmp_path: Pat
 
 
 def test_two_processes_never_write_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = ("simulate-feedback", f"run.dir={tmp_path}", "run.name=mine", "world.users=none")
-    with FileLock(tmp_path / ".mine.lock"):
+    job = ("simulate-feedback", f"run.dir={tmp_path}", "run.name=mine", "world.users=none", f"run.cache={tmp_path / 'cache'}")
+    lock = lock_of(RunFolder(name="mine", dir=tmp_path, cache=tmp_path / "cache"))
+    (tmp_path / "cache" / "locks").mkdir(parents=True)
+    with lock:
         assert f"another process works in {tmp_path / 'mine'}" in refusal(capsys, *job)
     assert "world.users" in refusal(capsys, *job)
 
