@@ -156,7 +156,7 @@ def test_selection_by_features_must_win_by_more_than_the_noise() -> None:
         1.576: 0.1586553,
         2.576: 0.5,
         4.576: 0.9772499,
-    }  # a table's, from -2.576 on
+    }  # a table
     for errors, expected in phi.items():
         weights = mechanism_weights(torch.zeros(400), noise + noise.std() * errors / 20)
         torch.testing.assert_close(weights, torch.tensor([expected, 1 - expected]), rtol=1e-3, atol=1e-6)
