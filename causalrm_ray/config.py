@@ -296,8 +296,8 @@ class Config(Section):
         cuts = ", ".join(f"rollout.{name}={value}" for name, value in self.rollout.cuts.items())
         if cuts and self.learner.importance_cap is not None:
             raise ValueError(
-                f"{cuts} needs learner.importance_cap=null: the engine's probabilities are of what was not cut and the learner's of "
-                "the whole, so their ratio is the mass kept, not an importance weight; rollout.evaluation.* cuts evaluations only"
+                f"{cuts} needs learner.importance_cap=null: the engine's probabilities are of what was not cut, the learner's of "
+                "all, and their ratio is the mass kept, not an importance weight; rollout.evaluation.* cuts evaluations only"
             )
         return self
 
