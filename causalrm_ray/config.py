@@ -22,11 +22,9 @@ MethodName = Literal[  # keys of METHODS
     "latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable", "causalrm_ips_surrogate", "causalrm_dr_surrogate",
 ]
 # fmt: on
+LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
-
-
 SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
-
 
 SIMULATED_SIGNALS = (("downvote", "regenerate"), ("upvote", "copy"))  # what simulated users send of a bad and of a good label
 
@@ -167,7 +165,7 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     """How answers are sampled. What cuts the distribution needs learner.importance_cap=null in training, not in evaluations."""
 
-    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0, in evaluations only, takes the likeliest token")
+    temperature: float = Field(1.0, ge=0, le=2, description="sampling temperature; 0, for evaluations only: the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="cut: only the likeliest tokens that hold this mass")
     top_k: int = Field(0, ge=0, description="cut: only the likeliest k tokens; 0 all")
     min_p: float = Field(
@@ -200,8 +198,9 @@ class RolloutConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _engine_can(self) -> RolloutConfig:
-        if self.temperature == 0:
-            raise ValueError("rollout.temperature must be above 0, got 0; rollout.evaluation.temperature may be 0")
+        if self.temperature < LOWEST_TEMPERATURE:
+            least = f"{LOWEST_TEMPERATURE} (rollout.evaluation's may be 0)"
+            raise ValueError(f"rollout.temperature must be at least {least}, got {self.temperature:g}")
         if any(end == "" or (isinstance(end, int) and end < 0) for end in self.stop):
             raise ValueError(f"rollout.stop must hold texts of at least 1 character and token ids >= 0, got {list(self.stop)}")
         if self.engine == "hf" and self.tensor_parallel > 1:
