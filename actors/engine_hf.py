@@ -55,10 +55,11 @@ class _Row:
 
     id: str
     prompt_ids: Sequence[int]
-    uniforms: Sequence[float]  # one per token that may come
+    seed: int
     stream: Any  # turns tokens into text where texts may stop the answer
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    uniforms: Sequence[float] = ()  # one per token that may come, drawn when it begins to run
     text: str = ""
 
 
@@ -181,6 +182,8 @@ class _Batch:
         admitted: list[_Row] = []
         if len(self._running) <= ROWS // 2:
             admitted = [self._waiting.popleft() for _ in range(min(ROWS - len(self._running), len(self._waiting)))]
+        for row in admitted:
+            row.uniforms = _uniforms(row.seed, self._sampling.max_new_tokens)
         for rows in _prefills([[*row.prompt_ids, *row.token_ids] for row in [*unread, *admitted]]):
             part = _Context(model, rows)
             if context:
@@ -228,7 +231,7 @@ class _HfCore:
     def add(self, requests: Mapping[str, Request], sampling: Sampling) -> None:
         texts = any(isinstance(end, str) for end in sampling.stop)
         rows = [
-            _Row(name, request.prompt.token_ids, _uniforms(request.seed, sampling), _text_stream(request) if texts else None)
+            _Row(name, request.prompt.token_ids, request.seed, _text_stream(request) if texts else None)
             for name, request in requests.items()
         ]
         stop_ids = frozenset(self._ends | {end for end in sampling.stop if isinstance(end, int)})
@@ -296,10 +299,10 @@ class _HfCore:
             batch.forget_context()
 
 
-def _uniforms(seed: int, sampling: Sampling) -> list[float]:
+def _uniforms(seed: int, count: int) -> list[float]:
     """The numbers in [0, 1) that one request draws with, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
+    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
 
 
 def _text_stream(request: Request) -> DecodeStream:

@@ -183,7 +183,7 @@ class SamplingConfig(Section):
 class RolloutConfig(SamplingConfig):
     """Generation."""
 
-    engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine: vLLM, or transformers alone, slower")
+    engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine: vLLM, or transformers alone")
     tensor_parallel: int = Field(1, ge=1, description="GPUs that one generator spreads the model over; vllm only")
     generators: int = Field(2, ge=1, description="number of generator actors")
     prompts_per_step: int = Field(64, ge=1, description="prompts per policy step, over all generators")
