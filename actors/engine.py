@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from actors.weight_sync import SyncReport, Weights
@@ -11,6 +13,26 @@ from causalrm_ray.types import Completion, Request, Sampling
 
 class EngineDeadError(RuntimeError):
     """The engine failed earlier and serves no more; `__cause__` holds what killed it where it happened in this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an engine is started with.
+
+    `model` is a local Hugging Face folder or a hub id, and `version` that of its weights; `max_length` the longest prompt plus
+    answer, tokens; `dtype` "float32" or "bfloat16"; `cache` the folder for what an engine works out once; `timeout_s` the
+    longest wait for any one phase; `buffer` the number of unread answers that holds generation back; `tensor_parallel` the
+    number of GPUs that one copy of the model is spread over.
+    """
+
+    model: str
+    max_length: int
+    dtype: str
+    cache: str | Path
+    timeout_s: float
+    buffer: int
+    version: int = 0
+    tensor_parallel: int = 1
 
 
 class CompletionStream(Iterator[Completion], Protocol):

@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from actors.engine import Engine
-from actors.engine_vllm import VllmEngine
+from actors.engine import Engine, EngineSettings
+from actors.engine_hf import HfEngine, hf_env
+from actors.engine_vllm import VllmEngine, vllm_env
 from actors.weight_sync import SyncReport, Weights
 from causalrm_ray.types import Completion, Request, Sampling
 
+ENGINES: dict[str, Callable[[EngineSettings], Engine]] = {"vllm": VllmEngine, "hf": HfEngine}
+
+
+def engine_env(engine: str, model: str, cache: str | Path, gpu: bool = False) -> dict[str, str]:
+    """Environment variables that the process of an `engine` (a key of ENGINES) must start with."""
+    return hf_env(model, gpu) if engine == "hf" else vllm_env(model, cache, gpu)
+
 
 class Generator:
-    """Generates under one sampling setting. Several threads may call it: `take_weights` works while `generate` streams.
+    """Generates on an `engine`, a key of ENGINES, with `sampling` unless told otherwise.
 
-    `model` is a local Hugging Face folder or a hub id; `max_length` the longest prompt plus answer, tokens; `dtype`
-    "float32" or "bfloat16"; `cache` the folder for what vLLM works out once; `timeout_s` the longest wait for any one phase;
-    `buffer` the number of unread answers that holds generation back; `version` that of the weights in `model`.
+    Several threads may call it: `take_weights` works while `generate` streams.
     """
 
-    def __init__(
-        self,
-        model: str,
-        sampling: Sampling,
-        max_length: int,
-        dtype: str,
-        cache: str | Path,
-        timeout_s: float,
-        buffer: int,
-        version: int = 0,
-    ) -> None:
+    def __init__(self, engine: str, settings: EngineSettings, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._max_length = max_length
-        self._engine: Engine = VllmEngine(
-            model, max_length=max_length, dtype=dtype, cache=cache, timeout_s=timeout_s, buffer=buffer, version=version
-        )
+        self._max_length = settings.max_length
+        self._engine = ENGINES[engine](settings)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling | None = None) -> Iterator[Completion]:
         """Submit all requests at once and yield each answer as it finishes (a generator function, as Ray's streaming demands).
 
         Raises ValueError, before anything is submitted, for an empty prompt or one that leaves no room for the answer.
         """
+        sampling = sampling or self._sampling
         for request in requests:
-            self._check_fits(request)
-        stream = self._engine.submit(requests, self._sampling)
+            self._check_fits(request, sampling.max_new_tokens)
+        stream = self._engine.submit(requests, sampling)
         try:
             yield from (completion for completion in stream)  # a generator throughout: Ray sends into what it streams from
         finally:
@@ -61,8 +56,8 @@ class Generator:
         """Free the engine."""
         self._engine.close()
 
-    def _check_fits(self, request: Request) -> None:
-        prompt, answer = request.prompt, self._sampling.max_new_tokens
+    def _check_fits(self, request: Request, answer: int) -> None:
+        prompt = request.prompt
         if not prompt.token_ids:
             raise ValueError(f"prompt {prompt.id} must hold at least 1 token, got 0")
         if len(prompt.token_ids) + answer > self._max_length:

@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.engine_vllm import engine_env
+from actors.engine import EngineSettings
 from actors.feedback import FeedbackRole
-from actors.generator import Generator
+from actors.generator import Generator, engine_env
 from actors.learner import LearnerRank
 from actors.placement import driver_address, place, ray_resources, resolve, stream
 from actors.propensity import PropensityActor, read_propensities
 from actors.reward import RewardActor
 from actors.users import UsersRole
-from causalrm_ray.config import Config
+from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.types import Completion, Impression, Request, Sampling, Scored
 
 ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
@@ -53,7 +53,7 @@ class Roles:
         self._propensity_folder: Path | None = None
         self._fitted_position = 0  # of the log, when it was last fitted
         common = {"max_length": config.model.max_length, "seed": config.run.seed}
-        gpus = _gpu_share(config)
+        generator_gpus, learner_gpus = gpu_shares(config, ray_resources().get("GPU", 0.0))
         if "log" in parts:
             self.log = place(FeedbackRole, config.log_url, dict(config.feedback.signals), beside_driver=True)
         if "users" in parts:
@@ -71,10 +71,10 @@ class Roles:
             )
         if "generators" in parts:
             self.generators = {
-                f"generator-{number}": self._generator(policy, gpus) for number in range(config.rollout.generators)
+                f"generator-{number}": self._generator(policy, generator_gpus) for number in range(config.rollout.generators)
             }
         if "learner" in parts:
-            self.learners = self._learner_ranks(policy, gpus)
+            self.learners = self._learner_ranks(policy, learner_gpus)
         self.engines = self._start(parts)
 
     def _start(self, parts: Collection[str]) -> dict[str, Any]:
@@ -90,8 +90,9 @@ class Roles:
         return engines
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answers to `requests`, in their order."""
-        done = [completion for chunk in self._micro_batches(requests) for completion in chunk]
+        """Answers to `requests`, in their order, sampled as evaluations are."""
+        sampling = self._config.rollout.sampling(evaluation=True)
+        done = [completion for chunk in self._micro_batches(requests, sampling) for completion in chunk]
         return sorted(done, key=lambda completion: completion.prompt.id)
 
     def rollout(self, requests: Sequence[Request], show: Show) -> list[Scored]:
@@ -212,11 +213,13 @@ class Roles:
             return self._wait(self.reward.score.remote(rows), "score")[0]
         return self._wait(self.reward.score_with.remote(str(model), rows), "score")
 
-    def _micro_batches(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+    def _micro_batches(self, requests: Sequence[Request], sampling: Sampling | None = None) -> Iterator[list[Completion]]:
         size = self._config.rollout.micro_batch
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": self._config.rollout.buffer}
         shares = zip(self.generators.items(), _even_shares(requests, len(self.generators)), strict=True)
-        calls = {name: generator.generate.options(**options).remote(share) for (name, generator), share in shares if share}
+        calls = {
+            name: generator.generate.options(**options).remote(share, sampling) for (name, generator), share in shares if share
+        }
         waiting: dict[str, list[Completion]] = {name: [] for name in calls}
         for name, completion in stream(calls, "generate", self._timeout_s):
             waiting[name].append(completion)
@@ -231,21 +234,18 @@ class Roles:
         return [Scored(done, float(logit), version) for done, logit in zip(chunk, logits, strict=True)]
 
     def _generator(self, policy: str, gpus: float) -> Any:
-        rollout, model = self._config.rollout, self._config.model
-        cache = self._config.run.cache
-        return place(
-            Generator,
-            policy,
-            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p),
-            model.max_length,
-            model.dtype,
-            cache,
-            self._timeout_s,
-            rollout.buffer,
-            env=engine_env(policy, cache, gpu=gpus > 0),
-            gpus=gpus,
-            concurrency=2,
+        rollout, model, cache = self._config.rollout, self._config.model, self._config.run.cache
+        settings = EngineSettings(
+            model=policy,
+            max_length=model.max_length,
+            dtype=model.dtype,
+            cache=cache,
+            timeout_s=self._timeout_s,
+            buffer=rollout.buffer,
+            tensor_parallel=rollout.tensor_parallel,
         )
+        env = engine_env(rollout.engine, policy, cache, gpu=gpus > 0)
+        return place(Generator, rollout.engine, settings, rollout.sampling(), env=env, gpus=gpus, concurrency=2)
 
     def _learner_ranks(self, policy: str, gpus: float) -> list[Any]:
         size = self._config.learner.ranks
@@ -281,9 +281,22 @@ def _even_shares(requests: Sequence[Request], parts: int) -> list[Sequence[Reque
     return [requests[first:last] for first, last in itertools.pairwise(bounds)]
 
 
-def _gpu_share(config: Config) -> float:
-    """GPUs per generator and learner rank: an equal share of what the cluster has; 0 on a CPU cluster."""
-    return ray_resources().get("GPU", 0.0) / (config.rollout.generators + config.learner.ranks)
+def gpu_shares(config: Config, gpus: float) -> tuple[float, float]:
+    """GPUs of a cluster's `gpus` for (each generator, each learner rank): equal shares; 0 on a CPU cluster.
+
+    With rollout.tensor_parallel above 1 each generator gets that many whole ones, and the ranks share the rest. Raises
+    ConfigError if too few are left.
+    """
+    generators, ranks, spread = config.rollout.generators, config.learner.ranks, config.rollout.tensor_parallel
+    if spread == 1:
+        return (min(1.0, gpus / (generators + ranks)),) * 2
+    rest = gpus - generators * spread
+    if rest <= 0:
+        raise ConfigError(
+            f"rollout.tensor_parallel={spread} with rollout.generators={generators} needs more than {generators * spread} GPUs "
+            f"(the learner takes the rest), the cluster has {gpus:g}"
+        )
+    return float(spread), min(1.0, rest / ranks)
 
 
 def _free_port() -> int:

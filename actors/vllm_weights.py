@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm import LLMEngine
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.weight_sync import DTYPES, Weights, checksum, unpack
@@ -47,7 +50,12 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
     update_info_cls = ObjectUpdateInfo
 
     def init_transfer_engine(self, init_info: ObjectInitInfo) -> None:
-        """Nothing to connect to."""
+        """Nothing to connect to. Raises ValueError for a model that keeps key-value heads twice, which no sum could tell."""
+        for layer in self.model.modules():
+            if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
+                raise ValueError(
+                    f"rollout.tensor_parallel must be at most the model's {layer.total_num_kv_heads} key-value heads"
+                )
 
     def start_weight_update(self) -> None:
         """Put the layers back into the form they are loaded in, and watch what each of them gets."""
@@ -84,7 +92,7 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
             if self.device.type == "cpu" and isinstance(layer, ParallelLMHead):
                 # a head tied to the embedding is not loaded by itself, so its packed copy would stay the old one
                 method.process_weights_after_loading(layer)
-        found = (sum(self._received.values()) + checksum(self._unpacked_parameters())) % (1 << 64)
+        found = _sum_over_ranks(sum(self._received.values()) + checksum(self._unpacked_parameters()))
         self._received = {}
         if found != self._expected:
             raise ValueError(f"vLLM's parameters must sum to the sender's {self._expected:#018x}, got {found:#018x}")
@@ -103,7 +111,7 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
         pack_layer = method.process_weights_after_loading
 
         def sum_and_pack(layer: nn.Module) -> None:
-            self._received[layer] = checksum(layer.parameters(recurse=False))
+            self._received[layer] = checksum(_own_parameters(layer))
             pack_layer(layer)
 
         vars(method)["process_weights_after_loading"] = sum_and_pack
@@ -111,10 +119,32 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
     def _unpacked_parameters(self) -> Iterator[torch.Tensor]:
         seen = {id(parameter) for layer in self._received for parameter in layer.parameters(recurse=False)}
         for layer in self.model.modules():
-            for parameter in layer.parameters(recurse=False):
+            for parameter in _own_parameters(layer):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield parameter
+
+
+def _own_parameters(layer: nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters of a layer that this rank counts: its shards, and on rank 0 what every rank holds whole."""
+    first = get_tensor_model_parallel_rank() == 0
+    sharded = isinstance(layer, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+    for name, parameter in layer.named_parameters(recurse=False):
+        if first or (sharded and not (name == "bias" and isinstance(layer, RowParallelLinear))):
+            yield parameter
+
+
+def _sum_over_ranks(own: int) -> int:
+    """The sum of all tensor-parallel ranks' checksums, modulo 2^64."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return own % (1 << 64)
+    total = torch.tensor(np.uint64(own % (1 << 64)).view(np.int64))  # signed addition wraps the same way
+    torch.distributed.all_reduce(total, group=get_tp_group().cpu_group)
+    return int(total) % (1 << 64)
+
+
+class WorkerExtension:
+    """Importing it in a worker process of vLLM registers our transport there; it adds no methods."""
 
 
 def register() -> None:
@@ -133,3 +163,6 @@ def sync_phases(engine: LLMEngine, weights: Weights) -> list[tuple[str, Callable
         ("reset_prefix_cache", lambda: engine.reset_prefix_cache(reset_running_requests=True)),
         ("set_version", lambda: engine.set_weight_version(str(weights.version))),
     ]
+
+
+register()

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.types import NoiseRates, Sampling
 
 # fmt: off
 MethodName = Literal[  # keys of METHODS
@@ -22,11 +22,9 @@ MethodName = Literal[  # keys of METHODS
     "latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable", "causalrm_ips_surrogate", "causalrm_dr_surrogate",
 ]
 # fmt: on
+LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
-
-
 SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
-
 
 SIMULATED_SIGNALS = (("downvote", "regenerate"), ("upvote", "copy"))  # what simulated users send of a bad and of a good label
 
@@ -164,17 +162,55 @@ class RewardConfig(Section):
         return rho
 
 
-class RolloutConfig(Section):
-    """Generation with vLLM."""
+class SamplingConfig(Section):
+    """How answers are sampled. What cuts the distribution needs learner.importance_cap=null in training, not in evaluations."""
 
+    temperature: float = Field(1.0, ge=0, le=2, description="sampling temperature; 0, for evaluations only: the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="cut: only the likeliest tokens that hold this mass")
+    top_k: int = Field(0, ge=0, description="cut: only the likeliest k tokens; 0 all")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="cut: only tokens of at least this share of the likeliest one's probability"
+    )
+
+    @property
+    def cuts(self) -> dict[str, float]:
+        """The options that cut the distribution."""
+        return {
+            name: getattr(self, name) for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)) if getattr(self, name) != off
+        }
+
+
+class RolloutConfig(SamplingConfig):
+    """Generation."""
+
+    engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine: vLLM, or transformers alone")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one generator spreads the model over; vllm only")
     generators: int = Field(2, ge=1, description="number of generator actors")
     prompts_per_step: int = Field(64, ge=1, description="prompts per policy step, over all generators")
     samples_per_prompt: int = Field(2, ge=1, description="answers per prompt")
     max_new_tokens: int = Field(40, ge=1, description="longest answer, tokens")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    stop: tuple[str | int, ...] = Field((), description="texts and token ids that end an answer, besides the model's own end")
+    evaluation: SamplingConfig | None = Field(
+        None, description="temperature, top_p, top_k, min_p of evaluations; none: the above"
+    )
     micro_batch: int = Field(32, ge=1, description="completions scored and prepared together as they arrive")
     buffer: int = Field(256, ge=1, description="most completions waiting between two stages; a full buffer holds generation back")
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> RolloutConfig:
+        if self.temperature < LOWEST_TEMPERATURE:
+            least = f"{LOWEST_TEMPERATURE} (rollout.evaluation's may be 0)"
+            raise ValueError(f"rollout.temperature must be at least {least}, got {self.temperature:g}")
+        if any(end == "" or (isinstance(end, int) and end < 0) for end in self.stop):
+            raise ValueError(f"rollout.stop must hold texts of at least 1 character and token ids >= 0, got {list(self.stop)}")
+        if self.engine == "hf" and self.tensor_parallel > 1:
+            raise ValueError(f"rollout.tensor_parallel must be 1 with rollout.engine=hf, got {self.tensor_parallel}")
+        return self
+
+    def sampling(self, evaluation: bool = False) -> Sampling:
+        """How training samples, or evaluations: answers as long, ended by the same stops."""
+        how = (self.evaluation or self) if evaluation else self
+        return Sampling(self.max_new_tokens, how.temperature, how.top_p, how.top_k, how.min_p, self.stop)
 
 
 class KLConfig(Section):
@@ -252,6 +288,16 @@ class Config(Section):
         if self.rollout.max_new_tokens >= self.model.max_length:
             lengths = f"{self.rollout.max_new_tokens} >= {self.model.max_length}"
             raise ValueError(f"rollout.max_new_tokens must be below model.max_length, got {lengths}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_compare_like_with_like(self) -> Config:
+        cuts = ", ".join(f"rollout.{name}={value}" for name, value in self.rollout.cuts.items())
+        if cuts and self.learner.importance_cap is not None:
+            raise ValueError(
+                f"{cuts} needs learner.importance_cap=null: the engine's probabilities are of what was not cut, the learner's of "
+                "all, and their ratio is the mass kept, not an importance weight; rollout.evaluation.* cuts evaluations only"
+            )
         return self
 
 

@@ -27,11 +27,19 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an engine samples. `temperature` > 0; `top_p` in (0, 1]; `max_new_tokens` >= 1."""
+    """How an engine samples. `temperature` >= 0, 0 takes the likeliest token; `max_new_tokens` >= 1.
+
+    The tail of the distribution at that temperature is cut by, in this order: `min_p` in [0, 1], which keeps tokens of at
+    least this share of the likeliest one's probability; `top_k` >= 0, the likeliest k (0: all); `top_p` in (0, 1], the
+    likeliest ones that hold this mass. `stop` are texts (str) or token ids (int) that end an answer.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str | int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +54,10 @@ class Request:
 class Completion:
     """A finished answer.
 
-    `token_ids` [T] are the sampled tokens, the end-of-sequence token included where the model wrote one;
-    `logprobs` [T] are the natural-log probabilities under the distribution that was sampled from (after temperature
-    and top_p). `stop_reason` is "length" for an answer cut by the token limit. `policy_version` is the version of the
-    weights that wrote the last token.
+    `token_ids` [T] are the sampled tokens, the end-of-sequence token or what else stopped it included; `response` is their
+    text up to the first stop. `logprobs` [T] are the natural-log probabilities under the distribution that was sampled from
+    (after temperature, min_p, top_k and top_p; at temperature 0 under the plain softmax). `stop_reason` is "length" for an
+    answer cut by the token limit. `policy_version` is the version of the weights that wrote the last token.
     """
 
     prompt: Prompt

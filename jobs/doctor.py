@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from causalrm_ray.config import Config
 
-ENGINES = {  # what must import, the distribution that brings it, and how to install it
+LIBRARIES = {  # what must import, the distribution that brings it, and how to install it
     "torch": (("torch",), "pip install torch"),
     "transformers": (("transformers",), "pip install transformers"),
     "ray": (("ray",), "pip install 'ray[default,train]'"),
@@ -29,7 +30,7 @@ BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
 def run(config: Config) -> int:
-    """Print the findings; 0 if every engine works, 1 otherwise."""
+    """Print the findings; 0 if every library works that the configuration needs, 1 otherwise."""
     table = Table("what", "found", "to do", box=None, pad_edge=False)
     memory_gib = psutil.virtual_memory().total / 2**30
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}", "")
@@ -37,18 +38,21 @@ def run(config: Config) -> int:
         "machine", f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {shutil.disk_usage('.').free / 2**30:.0f} GiB free disk", ""
     )
     table.add_row("accelerator", ", ".join(_gpus()) or "none: CPU engines", "")
-    faults = [fault for name in ENGINES if (fault := _check_engine(name, table))]
-    faults += _check_conflicts(table)
+    faults = {name: fault for name in LIBRARIES if (fault := _check_library(name, table))}
+    table.add_row("rollout.engine", ", ".join(rollout_engines(faults)) or "none", "")
+    if config.rollout.engine != "vllm":
+        faults.pop("vllm", None)  # this configuration can do without
+    faults |= _check_conflicts(table)
     if _installed("ray"):
         _check_cluster(config, table)
     Console().print(table)
-    for fault in faults:
+    for fault in faults.values():
         Console(stderr=True).print(f"[red]{fault}[/]")
     return 1 if faults else 0
 
 
-def _check_engine(name: str, table: Table) -> str | None:
-    distributions, remedy = ENGINES[name]
+def _check_library(name: str, table: Table) -> str | None:
+    distributions, remedy = LIBRARIES[name]
     found = next((f"{item} {version(item)}" for item in distributions if _installed(item)), None)
     # In a process of its own: importing vLLM's CPU build alters torch for the process that does it.
     probe = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=300, check=False)
@@ -58,6 +62,12 @@ def _check_engine(name: str, table: Table) -> str | None:
     reason = probe.stderr.strip().splitlines()[-1] if probe.stderr.strip() else "not installed"
     table.add_row(name, found or "missing", remedy)
     return f"{name} cannot be imported ({reason}); {remedy}"
+
+
+def rollout_engines(faults: Collection[str]) -> list[str]:
+    """What rollout.engine may be here."""
+    needs = {"vllm": {"torch", "transformers", "vllm"}, "hf": {"torch", "transformers"}}
+    return [engine for engine, libraries in needs.items() if not libraries & set(faults)]
 
 
 def _gpus() -> list[str]:
@@ -74,11 +84,11 @@ def _check_cluster(config: Config, table: Table) -> None:
         table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(ray_resources().items())), "")
 
 
-def _check_conflicts(table: Table) -> list[str]:
+def _check_conflicts(table: Table) -> dict[str, str]:
     present = [name for name in BREAKS_CPU_TORCH if _installed("torch") and "+cpu" in version("torch") and _installed(name)]
     for name in present:
         table.add_row(name, version(name), f"pip uninstall {name}")
-    return [f"{name} is a CUDA build and breaks CPU torch; pip uninstall {name}" for name in present]
+    return {name: f"{name} is a CUDA build and breaks CPU torch; pip uninstall {name}" for name in present}
 
 
 def _installed(distribution: str) -> bool:

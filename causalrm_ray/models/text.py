@@ -37,6 +37,12 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
     return encode_prompt(tokenizer, prompt) + (*answer, tokenizer.eos_token_id)
 
 
-def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """Text of sampled ids without special tokens, and without NUL, which no database keeps."""
-    return cast(str, tokenizer.decode(list(token_ids), skip_special_tokens=True)).replace("\x00", "").strip()
+def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str | int] = ()) -> str:
+    """Text of sampled ids without special tokens, and without NUL, which no database keeps.
+
+    It ends before a last token that is in `stop`, and before the first of the texts in `stop`.
+    """
+    written = list(token_ids[:-1] if token_ids and token_ids[-1] in stop else token_ids)
+    text = cast(str, tokenizer.decode(written, skip_special_tokens=True))
+    ends = [text.find(end) for end in stop if isinstance(end, str)]
+    return text[: min((end for end in ends if end >= 0), default=len(text))].replace("\x00", "").strip()

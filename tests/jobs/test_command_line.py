@@ -10,6 +10,7 @@ import pytest
 from causalrm_ray.config import RunFolder, load_config, options
 from causalrm_ray.types import Completion, Prompt
 from jobs.__main__ import JOBS, lock_of, main
+from jobs.doctor import rollout_engines
 from jobs.run import Run
 from jobs.task import Task, find_models
 
@@ -113,6 +114,12 @@ def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest
     told = refusal(capsys, "train-policy", f"feedback.prompts={prompts}", "world.users=none", f"run.dir={tmp_path / 'runs'}")
     assert "prompt 2" in told
     assert "at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in told
+
+
+def test_the_doctor_names_the_engines_that_work() -> None:
+    assert rollout_engines([]) == ["vllm", "hf"]
+    assert rollout_engines(["vllm", "deepspeed"]) == ["hf"]
+    assert rollout_engines(["transformers"]) == []
 
 
 @pytest.fixture(scope="module")
