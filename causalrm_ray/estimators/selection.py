@@ -128,7 +128,8 @@ class SelectionMethod:
 def _fit_one(mechanism: Callable[[Problem], Mechanism], problem: Problem) -> Fitted:
     found = mechanism(problem)
     figures = {"rho_01": found.rho_01, "rho_10": found.rho_10, "heldout": float(found.heldout.mean())}
-    return Fitted(found.scorer, found.report, figures, to_logits(found.opinion, found.rows, len(problem.inputs)))
+    opinion = to_logits(found.opinion, found.rows, len(problem.inputs))
+    return Fitted(found.scorer, found.report, figures, opinion, found.class_weights(problem.observations))
 
 
 def fit_auto(problem: Problem) -> Fitted:

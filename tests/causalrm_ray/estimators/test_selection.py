@@ -182,6 +182,14 @@ def test_signal_counts_standard_errors_over_a_constant() -> None:
     assert propensity_signal(informed, o) == pytest.approx(0.2 / (0.1 * math.sqrt(400 / 399) / 20), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["latent", "auto"])
+def test_a_method_says_how_its_feedback_is_to_be_weighed(name: str) -> None:
+    given, rows = problem("label"), torch.cat([TRAIN, HELD_OUT])
+    v1, v0 = SELECTION[name].fit(given).weights
+    assert set((v1 + v0)[given.observations.o == 0].tolist()) == {0.0}
+    assert float((v1 + v0)[rows].mean()) == pytest.approx(1.0, abs=0.15)  # 1 where rates and selection are right
+
+
 def test_class_weights_rest_on_the_mechanisms_ratios() -> None:
     _, observations, _, _ = world("label")
     label = found("label").mechanisms["label"]
