@@ -29,6 +29,9 @@ from causalrm_ray.estimators.methods import METHODS
         ("coefficients=1", ["coefficients: unknown key"]),
         ("lr=1", ["lr", "propensity.lr", "reward.lr", "learner.lr"]),
         ("rollout.max_new_tokens=500", ["rollout.max_new_tokens", "model.max_length", "500"]),
+        ("learner.algorithm=a2c", ["learner.algorithm", "'grpo'", "'a2c'"]),
+        ("learner.dual_clip=1", ["learner.dual_clip", "greater than 1", "1"]),
+        ("learner.kl.stop=0", ["learner.kl.stop", "greater than 0", "0"]),
         ("reward.method=causalrm", ["reward.method", "causalrm_dr", "'causalrm'"]),
         ("reward.rho=[0.6,0.5]", ["reward.rho", "below 1", "0.6"]),
     ],
@@ -43,6 +46,14 @@ def test_a_wrong_option_is_refused_by_name_rule_and_value(override: str, parts: 
 def test_noise_rates_that_leave_no_information_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rho_01 \+ rho_10 must be below 1, .* got 1\.1000"):
         load_config(None, ["world.rho_01=0.6", "world.rho_10=0.5"])
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_algorithms_that_compare_answers_need_two_to_a_prompt(algorithm: str) -> None:
+    with pytest.raises(ConfigError, match=rf"samples_per_prompt must be at least 2 with learner\.algorithm={algorithm}, got 1"):
+        load_config(None, [f"learner.algorithm={algorithm}", "rollout.samples_per_prompt=1"])
+    load_config(None, [f"learner.algorithm={algorithm}"])
+    load_config(None, ["learner.algorithm=reinforce_pp", "rollout.samples_per_prompt=1"])
 
 
 def test_every_fault_is_named_at_once() -> None:
