@@ -192,7 +192,7 @@ class KLConfig(Section):
     stop: float | None = Field(
         None,
         gt=0,
-        description="KL(before the step || now) per token, nats, of a minibatch after which the step ends; none: never",
+        description="KL(before the step || now), nats per token, at which the step ends after this minibatch; none: never",
     )
 
 
@@ -203,7 +203,7 @@ class LearnerConfig(Section):
     ranks: int = Field(2, ge=1, description="DeepSpeed ranks")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     lr: float = Field(3e-4, ge=0, description="policy learning rate")
-    critic_lr: float = Field(1e-3, ge=0, description="critic learning rate")
+    critic_lr: float = Field(1e-3, ge=0, description="critic learning rate (ppo)")
     epochs: int = Field(2, ge=1, description="passes over a step's answers")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
     clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
@@ -213,8 +213,8 @@ class LearnerConfig(Section):
     loss_mean: Literal["token", "answer"] = Field(
         "token", description="loss of a minibatch: mean over its tokens, or over its answers of the mean over their tokens"
     )
-    gamma: float = Field(1.0, gt=0, le=1, description="discount")
-    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount (ppo, reinforce_pp)")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda (ppo)")
     importance_cap: float | None = Field(
         2.0, gt=0, description="cap of the learner/engine importance weight; none switches the correction off"
     )
