@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCENARIOS = Path(__file__).with_name("learner_scenarios.py")
 sys.path.insert(0, str(SCENARIOS.parent))
-from learner_scenarios import ALGORITHMS, BASE, ONE_STEP, TEMPERATURE, make_groups, make_model, make_step  # noqa: E402
+from learner_scenarios import ALGORITHMS, BASE, SLOW, TEMPERATURE, make_groups, make_model, make_step  # noqa: E402
 
 TOLERANCE = 1e-5  # relative, of the norm
 
@@ -162,7 +162,7 @@ class NaiveCriticFree:
     def __init__(self, model: Path, name: str) -> None:
         self.name, self.seen = name, []
         self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=ONE_STEP["lr"], weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=SLOW["lr"], weight_decay=0.0)
 
     logprobs = NaivePPO.logprobs
 
