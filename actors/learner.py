@@ -1,12 +1,12 @@
-"""One rank of the PPO learner. Every method is collective: all ranks are called with the same arguments at the same time.
+"""One rank of the learner. Every method is collective: all ranks are called with the same arguments at the same time.
 
     completions --prepare--> old logprobs, values, reference logprobs of this rank's rows (no gradient, as answers arrive)
-    scored      --update---> rewards -> GAE -> whitening -> epochs x minibatches optimizer steps -> metrics, version + 1
+    scored      --update---> rewards -> advantages -> epochs x minibatches optimizer steps -> metrics, version + 1
                 --weights--> full policy weights on rank 0
 
-Strictly on-policy: a completion must carry the learner's own version. Losses are divided by the token count of the whole
-minibatch over all ranks, so the gradient does not depend on the number of ranks or micro-batches. There is no random
-state: shuffles are drawn from (seed, version, epoch).
+Strictly on-policy: a completion must carry the learner's own version. Losses are divided by the token (or answer) count of the
+whole minibatch over all ranks, and a prompt's answers are compared over all ranks, so the gradient does not depend on the number
+of ranks or micro-batches. There is no random state: shuffles are drawn from (seed, version, epoch).
 """
 
 from __future__ import annotations
@@ -24,45 +24,48 @@ import torch
 from actors.engine_deepspeed import DeepSpeedEngine
 from actors.weight_sync import Weights, pack
 from causalrm_ray.checks import check_finite
-from causalrm_ray.config import LearnerConfig
-from causalrm_ray.losses.advantage import gae, moments, token_rewards, whiten
-from causalrm_ray.losses.policy import adapt_kl_coefficient, importance_weight, kl_k1, kl_k3, masked_mean, ppo_clip, value_loss
+from causalrm_ray.config import GROUPED, LearnerConfig
+from causalrm_ray.losses.algorithms import ALGORITHMS
+from causalrm_ray.losses.experience import (
+    TRAINING,
+    Answers,
+    Experience,
+    Objective,
+    answer_metrics,
+    groups_of,
+    kl_estimator,
+    make_experience,
+    pad_tokens,
+    stack_rows,
+)
+from causalrm_ray.losses.policy import adapt_kl_coefficient, kl_k1
+from causalrm_ray.losses.running import RunningMoments
 from causalrm_ray.models.policy import ActorCritic, Reference, TokenOutputs, load_policy
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import Completion, Prompt, Scored
 
 KL_HORIZON = 5000  # answers over which the adaptive KL coefficient reacts
 STATE = "learner.json"
-TRAINING = ("policy_loss", "value_loss", "entropy", "ratio_mean", "clip_fraction")  # means over trained tokens, in this order
 BLANK = Completion(Prompt("", "", (0,)), "", (0,), (0.0,), "stop", 0)  # the row of a rank that has none left; its mask is 0
 
 
 class Prepared(NamedTuple):
     """One answer as the policy saw it before the update; tensors [R] over its tokens."""
 
-    completion: Completion
     logprobs_R: torch.Tensor
-    values_R: torch.Tensor
     reference_logprobs_R: torch.Tensor
+    values_R: torch.Tensor
 
 
-class Experience(NamedTuple):
-    """What a rank trains on, [rows, R] over answer tokens, 0 where the mask is; the last row is BLANK's, all 0."""
+class Step(NamedTuple):
+    """One optimizer step on this rank: [sums of TRAINING, tokens, largest ratio]; the gradient norm."""
 
-    mask_BR: torch.Tensor
-    logprobs_BR: torch.Tensor
-    values_BR: torch.Tensor
-    reference_logprobs_BR: torch.Tensor
-    weights_BR: torch.Tensor
-    advantages_BR: torch.Tensor
-    returns_BR: torch.Tensor
-
-    def select(self, rows: Sequence[int], width: int) -> Experience:
-        return Experience(*(field[list(rows), :width] for field in self))
+    figures: torch.Tensor
+    norm: float
 
 
 class LearnerRank:
-    """Policy, critic and frozen reference of one rank under DeepSpeed."""
+    """Policy, critic (if the algorithm has one) and frozen reference of one rank under DeepSpeed."""
 
     def __init__(
         self,
@@ -91,14 +94,15 @@ class LearnerRank:
         self._micro_rows = max(1, tokens_per_micro_batch // max_length)
         self._policy = policy
         self._parameters = policy.num_parameters()
+        self._algorithm = ALGORITHMS[config.algorithm]
         self._kl_coefficient = config.kl.coefficient
+        self._rewards_seen = RunningMoments()
         self._owners: dict[str, int] = {}  # id -> rank that prepared it, of all rows of the step
         self._prepared: dict[str, Prepared] = {}
-        module = ActorCritic(policy)
-        groups = [
-            {"params": list(policy.parameters()), "lr": config.lr},
-            {"params": [*module.critic.parameters(), *module.value_head.parameters()], "lr": config.critic_lr},
-        ]
+        module = ActorCritic(policy, self._algorithm.critic)
+        groups = [{"params": list(policy.parameters()), "lr": config.lr}]
+        if self._algorithm.critic:
+            groups.append({"params": module.critic_parameters(), "lr": config.critic_lr})
         self._engine = DeepSpeedEngine(module, groups, config, dtype, rank, world_size, init_method)
         self._reference = Reference(load_policy(model, dtype)).to(self._engine.device)
 
@@ -117,9 +121,10 @@ class LearnerRank:
         share = math.ceil(len(completions) / self._world_size)
         for first in range(0, share, self._micro_rows):
             rows = mine[first : first + self._micro_rows]
-            for completion, *values in zip(rows, *self._evaluate(rows or [BLANK]), strict=False):
-                width = len(completion.token_ids)
-                self._prepared[completion.prompt.id] = Prepared(completion, *(value[:width] for value in values))
+            old, reference_BR = self._evaluate(rows or [BLANK])
+            for row, completion in enumerate(rows):
+                fields = (old.logprobs_BT, reference_BR, old.values_BT)
+                self._prepared[completion.prompt.id] = Prepared(*(field[row, : len(completion.token_ids)] for field in fields))
 
     def update(self, scored: Sequence[Scored]) -> dict[str, float]:
         """Train on the whole step's answers, the same list in the same order on all ranks, and return metrics over ranks.
@@ -127,18 +132,9 @@ class LearnerRank:
         Raises ValueError, naming the id, for an answer that was never prepared, comes twice, or is of another version.
         """
         self._check_step(scored)
-        experience, metrics = self._experience(scored)
-        mine = self._mine(range(len(scored)), scored)
-        rows = {place: row for row, place in enumerate(mine)}
-        completions = [*(scored[place].completion for place in mine), BLANK]
-        steps = []
-        for epoch in range(self._config.epochs):
-            for minibatch in self._order(len(scored), epoch).tensor_split(self._config.minibatches):
-                places = minibatch.tolist()
-                tokens = sum(len(scored[place].completion.token_ids) for place in places)
-                micro_batches = self._micro_batches(places, scored, rows)
-                steps.append(self._optimizer_step(micro_batches, completions, experience, tokens))
-        metrics |= self._reduce_steps(steps) | _answer_metrics(scored) | {"kl_coefficient": self._kl_coefficient}
+        rewards_N, seen = self._rewards(scored)
+        experience, metrics = self._experience(scored, rewards_N)
+        metrics |= self._train(scored, experience) | answer_metrics(scored) | seen | {"kl_coefficient": self._kl_coefficient}
         target = self._config.kl.target
         if target is not None:
             self._kl_coefficient = adapt_kl_coefficient(self._kl_coefficient, metrics["kl"], target, len(scored), KL_HORIZON)
@@ -161,7 +157,9 @@ class LearnerRank:
         if self._rank == 0:
             state = {
                 "version": self.version,
+                "algorithm": self._config.algorithm,
                 "kl_coefficient": self._kl_coefficient,
+                "rewards_seen": self._rewards_seen,
                 "zero_stage": self._config.zero_stage,
                 "world_size": self._world_size,
             }
@@ -174,6 +172,8 @@ class LearnerRank:
         """
         folder = Path(folder)
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if state["algorithm"] != self._config.algorithm:
+            raise ValueError(f"{folder} was saved by {state['algorithm']}, the learner runs {self._config.algorithm}")
         if state["zero_stage"] != self._config.zero_stage:
             raise ValueError(
                 f"{folder} was saved under ZeRO {state['zero_stage']}, the learner runs ZeRO {self._config.zero_stage}"
@@ -182,6 +182,7 @@ class LearnerRank:
             raise ValueError(f"{folder} was saved by {state['world_size']} ranks under ZeRO, the learner has {self._world_size}")
         self._engine.load(folder)
         self.version, self._kl_coefficient = state["version"], state["kl_coefficient"]
+        self._rewards_seen = RunningMoments(*state["rewards_seen"])
         self._owners.clear()
         self._prepared.clear()
 
@@ -230,65 +231,102 @@ class LearnerRank:
             if name in seen:
                 raise ValueError(f"ids must be unique within a step, got {name!r} twice")
             seen.add(name)
+        if self._config.algorithm in GROUPED:
+            self._check_groups(scored)
         check_finite("reward", torch.tensor([answer.reward for answer in scored]))
 
-    def _evaluate(self, completions: Sequence[Completion]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logprobs, values, reference logprobs), each [B, R], under the current weights."""
-        input_ids, start, positions_BR = _pad(completions, self._engine.device)
+    def _check_groups(self, scored: Sequence[Scored]) -> None:
+        sizes = Counter(answer.completion.prompt.token_ids for answer in scored)
+        for answer in scored:
+            if sizes[answer.completion.prompt.token_ids] == 1:
+                raise ValueError(
+                    f"{self._config.algorithm} needs at least 2 answers to each prompt, got 1 to that of "
+                    f"{answer.completion.prompt.id!r}"
+                )
+
+    def _evaluate(self, completions: Sequence[Completion]) -> tuple[TokenOutputs, torch.Tensor]:
+        """(outputs, reference logprobs), [B, R], under the current weights."""
+        input_ids, start, positions_BR = pad_tokens(completions, self._engine.device)
         with torch.no_grad():
             outputs = self._engine(input_ids, start, self._temperature)
             reference_BT = self._reference(input_ids, start, self._temperature)
-        logprobs_BR, values_BR, reference_BR = (
-            field.gather(1, positions_BR) for field in (outputs.logprobs_BT, outputs.values_BT, reference_BT)
-        )
-        return logprobs_BR, values_BR, reference_BR
+        return outputs.at(positions_BR), reference_BT.gather(1, positions_BR)
 
-    def _experience(self, scored: Sequence[Scored]) -> tuple[Experience, dict[str, float]]:
+    def _rewards(self, scored: Sequence[Scored]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Rewards [N] of the whole step, normalised if so configured; and by what. Every rank computes the same."""
+        rewards_N = torch.tensor([answer.reward for answer in scored], dtype=torch.float64)
+        if not self._config.reward_normalisation:
+            return rewards_N, {}
+        self._rewards_seen = self._rewards_seen.with_values(rewards_N)
+        seen = {"reward_seen_mean": self._rewards_seen.mean, "reward_seen_std": self._rewards_seen.variance**0.5}
+        return self._rewards_seen.normalise(rewards_N), seen
+
+    def _experience(self, scored: Sequence[Scored], rewards_N: torch.Tensor) -> tuple[Experience, dict[str, float]]:
         """This rank's rows in the order of `scored`, then BLANK's; and the metrics of the rollout over all ranks."""
-        config, device = self._config, self._engine.device
-        mine = [scored[place] for place in self._mine(range(len(scored)), scored)]
-        width = max(len(answer.completion.token_ids) for answer in scored)
-        prepared = [self._prepared[answer.completion.prompt.id] for answer in mine]
-
-        def stack(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-            padded = torch.zeros(len(rows), width, device=device)
-            for place, row in enumerate(rows):
-                padded[place, : row.shape[0]] = row
-            return padded
-
-        mask_BR = stack([torch.ones_like(row.logprobs_R) for row in prepared])
-        logprobs_BR, values_BR = stack([row.logprobs_R for row in prepared]), stack([row.values_R for row in prepared])
-        reference_BR = stack([row.reference_logprobs_R for row in prepared])
-        rollout_BR = stack([torch.tensor(answer.completion.logprobs, device=device) for answer in mine])
-        kl_BR = kl_k1(logprobs_BR, reference_BR)
-        in_reward = self._kl_coefficient if config.kl.estimator == "k1" else 0.0
-        rewards_BR = token_rewards(
-            torch.tensor([answer.reward for answer in mine], device=device),
-            torch.tensor([float(answer.completion.stop_reason == "length") for answer in mine], device=device),
-            mask_BR,
-            in_reward * kl_BR,
-            config.truncation_penalty,
+        device = self._engine.device
+        completions = [answer.completion for answer in scored]
+        places = self._mine(range(len(scored)), scored)
+        mine = [completions[place] for place in places]
+        rows = [self._prepared[answer.prompt.id] for answer in mine]
+        width = max(len(answer.token_ids) for answer in completions)
+        answers = Answers(
+            mask_BR=stack_rows([torch.ones_like(row.logprobs_R) for row in rows], width, device),
+            logprobs_BR=stack_rows([row.logprobs_R for row in rows], width, device),
+            reference_logprobs_BR=stack_rows([row.reference_logprobs_R for row in rows], width, device),
+            rollout_logprobs_BR=stack_rows([torch.tensor(answer.logprobs) for answer in mine], width, device),
+            values_BR=stack_rows([row.values_R for row in rows], width, device),
+            truncated_B=torch.tensor([float(answer.stop_reason == "length") for answer in mine], device=device),
+            places_B=torch.tensor(places, dtype=torch.long, device=device),
         )
-        advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, config.gamma, config.lam)
-        total = moments(advantages_BR, mask_BR)
-        torch.distributed.all_reduce(total)
-        weights_BR = (
-            mask_BR if config.importance_cap is None else importance_weight(logprobs_BR, rollout_BR, config.importance_cap)
-        )
-        fields = (mask_BR, logprobs_BR, values_BR, reference_BR, weights_BR, whiten(advantages_BR, mask_BR, total), returns_BR)
-        experience = Experience(*(torch.nn.functional.pad(field, (0, 0, 0, 1)) for field in fields))
-        return experience, self._rollout_metrics(kl_BR, logprobs_BR - rollout_BR, mask_BR, len(scored))
+        groups_N, coefficient = groups_of(completions).to(device), self._kl_coefficient
+        experience = make_experience(answers, rewards_N.to(device), groups_N, self._config, coefficient, _add_up)
+        return experience.with_blank(), self._rollout_metrics(answers, len(scored))
+
+    def _train(self, scored: Sequence[Scored], experience: Experience) -> dict[str, float]:
+        """All optimizer steps on a step's answers, up to where the KL stop ends them; metrics over ranks."""
+        config = self._config
+        mine = self._mine(range(len(scored)), scored)
+        rows = {place: row for row, place in enumerate(mine)}
+        completions = [*(scored[place].completion for place in mine), BLANK]
+        objective = Objective(config.clip, config.dual_clip, self._algorithm.critic, kl_estimator(config), self._kl_coefficient)
+        steps, stopped = [], False
+        for places in self._minibatches(scored):
+            tokens = sum(len(scored[place].completion.token_ids) for place in places)
+            count = tokens if config.loss_mean == "token" else len(places)
+            micro_batches = self._micro_batches(places, scored, rows)
+            steps.append(self._optimizer_step(micro_batches, completions, experience, objective, count))
+            if config.kl.stop is not None:
+                kl = _add_up(steps[-1].figures[TRAINING.index("kl_step")].clone()) / tokens
+                stopped = float(kl) > config.kl.stop
+            if stopped:
+                break
+        counts = {"optimizer_steps": float(len(steps)), "kl_stopped": float(stopped)}
+        return (self._reduce_steps(steps) if steps else {}) | counts
+
+    def _minibatches(self, scored: Sequence[Scored]) -> Iterator[list[int]]:
+        """Places of the answers of each optimizer step; none is empty."""
+        masks = self._config.truncation == "mask"
+        places = [place for place, answer in enumerate(scored) if not (masks and answer.completion.stop_reason == "length")]
+        for epoch in range(self._config.epochs):
+            for minibatch in self._order(len(places), epoch).tensor_split(self._config.minibatches):
+                if len(minibatch):
+                    yield [places[number] for number in minibatch.tolist()]
 
     def _optimizer_step(
-        self, micro_batches: Sequence[Sequence[int]], completions: Sequence[Completion], experience: Experience, tokens: int
-    ) -> tuple[torch.Tensor, float]:
-        """One step on a minibatch of `tokens` tokens over all ranks: ([sums of TRAINING, largest ratio], gradient norm)."""
+        self,
+        micro_batches: Sequence[Sequence[int]],
+        completions: Sequence[Completion],
+        experience: Experience,
+        objective: Objective,
+        count: float,
+    ) -> Step:
+        """One step on a minibatch of `count` tokens or answers over all ranks."""
         figures = []
         for number, rows in enumerate(micro_batches, start=1):
-            input_ids, start, positions_BR = _pad([completions[row] for row in rows], self._engine.device)
-            outputs = self._engine(input_ids, start, self._temperature)
-            outputs = TokenOutputs(*(field.gather(1, positions_BR) for field in outputs))
-            loss, figure = self._loss(outputs, experience.select(rows, positions_BR.shape[1]), tokens)
+            input_ids, start, positions_BR = pad_tokens([completions[row] for row in rows], self._engine.device)
+            new = self._engine(input_ids, start, self._temperature).at(positions_BR)
+            old = experience.select(rows, positions_BR.shape[1])
+            loss, figure = objective.loss(new.logprobs_BT, new.entropy_BT, new.values_BT, old, count)
             self._engine.backward(loss * self._world_size, last=number == len(micro_batches))  # the engine averages over ranks
             figures.append(figure)
         norm = self._engine.step()
@@ -297,22 +335,7 @@ class LearnerRank:
                 f"the gradient norm must be finite, got {norm} in the update of policy version {self.version}"
             )
         stacked = torch.stack(figures)
-        return torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)]), norm
-
-    def _loss(self, new: TokenOutputs, old: Experience, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(this micro-batch's share of the minibatch's loss, [sums of TRAINING over its tokens, largest ratio])."""
-        clip, mask_BR = self._config.clip, old.mask_BR
-        policy_BR = old.weights_BR * ppo_clip(new.logprobs_BT, old.logprobs_BR, old.advantages_BR, clip)
-        value_BR = value_loss(new.values_BT, old.values_BR, old.returns_BR, clip)
-        loss_BR = policy_BR + value_BR
-        if self._config.kl.estimator == "k3":
-            loss_BR = loss_BR + self._kl_coefficient * kl_k3(new.logprobs_BT, old.reference_logprobs_BR)
-        with torch.no_grad():
-            ratio_BR = torch.exp(new.logprobs_BT - old.logprobs_BR) * mask_BR
-            clipped_BR = ((ratio_BR - 1).abs() > clip).float()
-            fields = (policy_BR, value_BR, new.entropy_BT, ratio_BR, clipped_BR, mask_BR)
-            figures = torch.stack([*((field * mask_BR).double().sum() for field in fields), ratio_BR.max().double()])
-        return masked_mean(loss_BR, mask_BR, tokens), figures
+        return Step(torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)]), norm)
 
     def _mine(self, places: Sequence[int], scored: Sequence[Scored]) -> list[int]:
         return [place for place in places if self._owners[scored[place].completion.prompt.id] == self._rank]
@@ -329,16 +352,15 @@ class LearnerRank:
         entropy = np.random.SeedSequence([self._seed, self.version, epoch])
         return torch.from_numpy(np.random.default_rng(entropy).permutation(answers))
 
-    def _rollout_metrics(
-        self, kl_BR: torch.Tensor, mismatch_BR: torch.Tensor, mask_BR: torch.Tensor, answers: int
-    ) -> dict[str, float]:
-        kept = mismatch_BR[mask_BR != 0].double()
+    def _rollout_metrics(self, own: Answers, answers: int) -> dict[str, float]:
+        kl_BR = kl_k1(own.logprobs_BR, own.reference_logprobs_BR)
+        kept = (own.logprobs_BR - own.rollout_logprobs_BR)[own.mask_BR != 0].double()
         ratio = kept.exp()
         total = torch.stack(
-            [(kl_BR * mask_BR).double().sum(), kept.abs().sum(), ratio.sum(), ratio.square().sum(), mask_BR.double().sum()]
+            [kl_BR.double().sum(), kept.abs().sum(), ratio.sum(), ratio.square().sum(), own.mask_BR.double().sum()]
         )
         largest = torch.cat([kept.abs(), kept.new_zeros(1)]).max()
-        torch.distributed.all_reduce(total)
+        _add_up(total)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         kl, absolute, weight, squared, tokens = total.tolist()
         return {
@@ -349,38 +371,21 @@ class LearnerRank:
             "logprob_mismatch_max_abs": float(largest),
         }
 
-    def _reduce_steps(self, steps: Sequence[tuple[torch.Tensor, float]]) -> dict[str, float]:
-        figures = torch.stack([figure for figure, _ in steps])
-        total, largest = figures[:, :-1].sum(dim=0), figures[:, -1].max()
-        torch.distributed.all_reduce(total)
+    def _reduce_steps(self, steps: Sequence[Step]) -> dict[str, float]:
+        figures = torch.stack([step.figures for step in steps])
+        total, largest = _add_up(figures[:, :-1].sum(dim=0)), figures[:, -1].max()
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         *sums, tokens = total.tolist()
         means = {name: value / tokens for name, value in zip(TRAINING, sums, strict=True)}
-        return means | {"ratio_max": float(largest), "grad_norm": sum(norm for _, norm in steps) / len(steps)}
+        if not self._algorithm.critic:
+            del means["value_loss"]
+        return means | {"ratio_max": float(largest), "grad_norm": sum(step.norm for step in steps) / len(steps)}
 
 
-def _pad(completions: Sequence[Completion], device: torch.device) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """(input ids [B, T] right-padded, first position needed, positions [B, R] of the answer tokens in the model's outputs)."""
-    rows = [completion.prompt.token_ids + completion.token_ids for completion in completions]
-    offsets_B = torch.tensor([len(completion.prompt.token_ids) - 1 for completion in completions])
-    lengths_B = torch.tensor([len(completion.token_ids) for completion in completions])
-    length = max(len(row) for row in rows)
-    input_ids = torch.tensor([row + (0,) * (length - len(row)) for row in rows], device=device)
-    start = int(offsets_B.min())
-    steps_R = torch.arange(int(lengths_B.max()))
-    positions_BR = (offsets_B - start)[:, None] + torch.minimum(steps_R, lengths_B[:, None] - 1)  # past the end: the last token
-    return input_ids, start, positions_BR.to(device)
-
-
-def _answer_metrics(scored: Sequence[Scored]) -> dict[str, float]:
-    answers = len(scored)
-    tokens = sum(len(answer.completion.token_ids) for answer in scored)
-    return {
-        "reward": sum(answer.reward for answer in scored) / answers,
-        "response_length": tokens / answers,
-        "truncated": sum(answer.completion.stop_reason == "length" for answer in scored) / answers,
-        "tokens": float(tokens),
-    }
+def _add_up(value: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place."""
+    torch.distributed.all_reduce(value)
+    return value
 
 
 def _exhaust(named: Iterator[object]) -> None:

@@ -23,6 +23,8 @@ MethodName = Literal[  # keys of METHODS
 ]
 # fmt: on
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
+AlgorithmName = Literal["ppo", "grpo", "rloo", "reinforce_pp"]  # keys of ALGORITHMS
+GROUPED = ("grpo", "rloo")  # algorithms that compare an answer with the others to its prompt
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
 SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
 
@@ -217,26 +219,46 @@ class KLConfig(Section):
     """Penalty for leaving the reference policy."""
 
     coefficient: float = Field(0.02, ge=0, description="starting weight of the penalty")
-    estimator: Literal["k1", "k3"] = Field("k1", description="k1: in the reward; k3: in the loss")
+    estimator: Literal["k1", "k2", "k3"] | None = Field(
+        None, description="k1: in the reward; k2, k3: in the loss; none: k3 for grpo, k1 for the others, as in their papers"
+    )
     target: float | None = Field(
         None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; none keeps it fixed"
+    )
+    stop: float | None = Field(
+        None,
+        gt=0,
+        description="KL(before the step || now), nats per token, at which the step ends after this minibatch; none: never",
     )
 
 
 class LearnerConfig(Section):
-    """PPO under DeepSpeed."""
+    """Policy gradients under DeepSpeed."""
 
+    algorithm: AlgorithmName = Field("ppo", description="ppo has a critic; grpo, rloo and reinforce_pp have none")
     ranks: int = Field(2, ge=1, description="DeepSpeed ranks")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     lr: float = Field(3e-4, ge=0, description="policy learning rate")
-    critic_lr: float = Field(1e-3, ge=0, description="critic learning rate")
+    critic_lr: float = Field(1e-3, ge=0, description="critic learning rate (ppo)")
     epochs: int = Field(2, ge=1, description="passes over a step's answers")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
     clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount")
-    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
+    dual_clip: float | None = Field(
+        None, gt=1, description="bound, in advantages, of the loss of a token of negative advantage; none: no bound; 3 is usual"
+    )
+    loss_mean: Literal["token", "answer"] = Field(
+        "token", description="loss of a minibatch: mean over its tokens, or over its answers of the mean over their tokens"
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="discount (ppo, reinforce_pp)")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda (ppo)")
     importance_cap: float | None = Field(
         2.0, gt=0, description="cap of the learner/engine importance weight; none switches the correction off"
+    )
+    reward_normalisation: bool = Field(
+        False, description="rewards in units of the mean and standard deviation of all that the run has seen"
+    )
+    truncation: Literal["penalty", "mask"] = Field(
+        "penalty", description="answers cut by the token limit: pay the penalty, or are left out of the loss"
     )
     truncation_penalty: float = Field(1.0, ge=0, description="taken off the reward of an answer cut by the token limit")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
@@ -281,6 +303,13 @@ class Config(Section):
         missing = sorted(sent - set(self.feedback.signals))
         if missing:
             raise ValueError(f"feedback.signals must label what simulated users send, got none for {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_have_groups(self) -> Config:
+        samples, algorithm = self.rollout.samples_per_prompt, self.learner.algorithm
+        if algorithm in GROUPED and samples < 2:
+            raise ValueError(f"rollout.samples_per_prompt must be at least 2 with learner.algorithm={algorithm}, got {samples}")
         return self
 
     @model_validator(mode="after")

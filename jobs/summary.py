@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.roles import Roles
 from causalrm_ray.advice import advise, verdict
+from causalrm_ray.alarms import drift_warnings
 from causalrm_ray.config import Config, WorldConfig
 from causalrm_ray.data.store import FeedbackLog
 from causalrm_ray.types import Completion
@@ -47,6 +48,11 @@ def _diagnostics(reward: Mapping[str, Any], propensity: Mapping[str, Any], rates
         "verdict": verdict(found),
         "warnings": [*advise(found, propensity, rates), *_doubts(reward)],
     }
+
+
+def with_drift(diagnostics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """A fit's diagnostics, and among their warnings what the metrics of the steps since say of the policy."""
+    return {**diagnostics, "warnings": [*diagnostics["warnings"], *drift_warnings(rows)]}
 
 
 def _doubts(reward: Mapping[str, Any]) -> list[str]:
@@ -101,6 +107,7 @@ def summarise(config: Config, run: Run, roles: Roles, task: Task, truth: Truth, 
         "tokens_per_s": tokens / sum(row["seconds"] for row in rows),
         "engines": roles.engines,
         **facts["fit"],
+        "diagnostics": with_drift(facts["fit"]["diagnostics"], rows),
         "policy_version": int(after[0].policy_version),
         "reward_version": int(last["reward_version"]),
         "logprob_mismatch": {

@@ -1,13 +1,17 @@
-"""From one reward per answer to one advantage per token: rewards [B, T], GAE, whitening by global moments.
+"""From one reward per answer to advantages: per token (GAE, reward to go, whitening by global moments) or per answer of a group.
 
-Every mask is 0/1 with 1 on action tokens (the tokens the policy wrote); masked-out positions come back as 0.
+Every mask is 0/1 with 1 on action tokens (the tokens the policy wrote); masked-out positions come back as 0. A group is all
+answers to one prompt in a step: group statistics take the whole step [N], whichever ranks hold it.
 """
 
 from __future__ import annotations
 
 import torch
 
+from causalrm_ray.checks import check_finite, check_same_length
+
 WHITEN_EPSILON = 1e-8  # variance below which advantages count as equal
+GROUP_EPSILON = 1e-4  # standard deviation of a group's rewards below which they count as equal
 
 
 def token_rewards(
@@ -56,6 +60,57 @@ def gae(
         next_value_B = torch.where(is_action_B, values_BT[:, t], next_value_B)
         advantages_BT[:, t] = torch.where(is_action_B, advantage_B, 0.0)
     return advantages_BT, torch.where(mask_BT != 0, advantages_BT + values_BT, 0.0)
+
+
+def reward_to_go(rewards_BT: torch.Tensor, mask_BT: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Discounted sum of the rewards of this and all later action tokens, which REINFORCE++ whitens over the whole step.
+
+        G_t = r_t + gamma G_{t+1},   A = whiten(G)
+
+    With the KL in the reward and gamma = 1, G_t = reward - beta * (sum over i >= t of k1_i), as in the paper: Hu 2025
+    (arXiv 2501.03262), REINFORCE++. It is GAE with lam = 1 and no critic. [B, T], 0 where the mask is; `gamma` in [0, 1].
+    """
+    return gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma, 1.0)[0]
+
+
+def grpo(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> torch.Tensor:
+    """Reward of each answer against its group, in standard deviations of the group.
+
+        A_i = (R_i - mean of the group) / (std of the group + 1e-4)
+
+    with the population's std, so that a pair gets +1 and -1. A group of equal rewards gets 0: it says nothing about which
+    answer is better. The scaling weighs prompts of little spread up, so the estimate is a biased one.
+    `rewards_N` [N] any real; `groups_N` [N] int, 0 <= group. Returns [N] float64. Raises ValueError for a group of one.
+    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2 (outcome supervision).
+    """
+    count_G, mean_G = _group_means(rewards_N, groups_N)
+    centred_N = rewards_N.double() - mean_G[groups_N]
+    variance_G = torch.zeros_like(mean_G).index_add_(0, groups_N, centred_N.square()) / count_G.clamp(min=1)
+    return centred_N / (variance_G.sqrt() + GROUP_EPSILON)[groups_N]
+
+
+def rloo(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> torch.Tensor:
+    """Reward of each answer less the mean reward of the other answers to its prompt.
+
+        A_i = R_i - (sum over j != i of R_j) / (n - 1) = n / (n - 1) (R_i - mean of the group)
+
+    Unbiased: the baseline does not depend on the answer that it is taken off. Arguments, result and errors as in `grpo`.
+    Ahmadian et al. 2024 (arXiv 2402.14740), eq. 8; Kool et al. 2019.
+    """
+    count_G, mean_G = _group_means(rewards_N, groups_N)
+    return (count_G / (count_G - 1))[groups_N] * (rewards_N.double() - mean_G[groups_N])
+
+
+def _group_means(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(answers, mean reward) of each group, float64 [G]; a number below the largest that no answer bears counts 0."""
+    check_same_length(rewards=rewards_N, groups=groups_N)
+    check_finite("rewards", rewards_N)
+    count_G = torch.bincount(groups_N).double()
+    if bool((count_G == 1).any()):
+        group = int((count_G == 1).nonzero()[0])
+        raise ValueError(f"every group must hold at least 2 answers, got 1 in group {group}")
+    total_G = torch.zeros_like(count_G).index_add_(0, groups_N, rewards_N.double())
+    return count_G, total_G / count_G.clamp(min=1)
 
 
 def moments(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -25,16 +25,29 @@ def entropy(log_distribution_BTV: torch.Tensor) -> torch.Tensor:
     return -torch.where(prob_BTV > 0, prob_BTV * log_distribution_BTV, 0.0).sum(dim=-1)
 
 
-def ppo_clip(logprobs_BT: torch.Tensor, old_logprobs_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: float) -> torch.Tensor:
+def ppo_clip(
+    logprobs_BT: torch.Tensor,
+    old_logprobs_BT: torch.Tensor,
+    advantages_BT: torch.Tensor,
+    clip: float,
+    dual_clip: float | None = None,
+) -> torch.Tensor:
     """Clipped surrogate loss of each token.
 
         -min(r A, clamp(r, 1 - clip, 1 + clip) A),   r = exp(logprob - old_logprob)
 
-    Its gradient is 0 where the ratio has left the interval in the direction that A asks for. Inputs and result [B, T];
-    only `logprobs_BT` carries a gradient; `clip` > 0. Schulman et al. 2017 (arXiv 1707.06347), eq. 7.
+    Its gradient is 0 where the ratio has left the interval in the direction that A asks for. That leaves the loss unbounded
+    where A < 0 and r is large (a bad token that has become likely): there `dual_clip` c > 1 bounds it by -c A, and the
+    gradient is 0 from r = c on. Inputs and result [B, T]; only `logprobs_BT` carries a gradient; `clip` > 0.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7; dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 5.
     """
     ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
-    return -torch.minimum(ratio_BT * advantages_BT, ratio_BT.clamp(1 - clip, 1 + clip) * advantages_BT)
+    gain_BT = torch.minimum(ratio_BT * advantages_BT, ratio_BT.clamp(1 - clip, 1 + clip) * advantages_BT)
+    if dual_clip is None:
+        return -gain_BT
+    if not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+    return -torch.where(advantages_BT < 0, torch.maximum(gain_BT, dual_clip * advantages_BT), gain_BT)
 
 
 def value_loss(values_BT: torch.Tensor, old_values_BT: torch.Tensor, returns_BT: torch.Tensor, clip: float) -> torch.Tensor:

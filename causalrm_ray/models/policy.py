@@ -13,27 +13,35 @@ from causalrm_ray.losses.policy import entropy, log_distribution, token_logprobs
 
 
 class TokenOutputs(NamedTuple):
-    """What the model says of each token: its log-probability, the value of the text before it, and the entropy there, nats."""
+    """What the model says of each token: its log-probability, the entropy there (nats), and the value of the text before it.
+
+    Without a critic, values are 0.
+    """
 
     logprobs_BT: torch.Tensor
-    values_BT: torch.Tensor
     entropy_BT: torch.Tensor
+    values_BT: torch.Tensor
+
+    def at(self, positions_BR: torch.Tensor) -> TokenOutputs:
+        """The entries [B, R] at these positions of each row."""
+        return TokenOutputs(*(field.gather(1, positions_BR) for field in self))
 
 
 class ActorCritic(nn.Module):
-    """A causal language model `policy` and a critic that starts as a copy of its backbone, with a value head at 0.
+    """A causal language model `policy` and, if asked for, a critic that starts as a copy of its backbone, with a value head at 0.
 
     They share no weights, so neither objective disturbs the other. The module never enters training mode: dropout would
     make the ratio of new to old probabilities noise.
     """
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: PreTrainedModel, critic: bool = True) -> None:
         super().__init__()
         self.policy = policy
-        self.critic = copy.deepcopy(policy.base_model)
-        self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=policy.dtype)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.critic = copy.deepcopy(policy.base_model) if critic else None
+        if critic:
+            self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=policy.dtype)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
         self.train(False)
 
     def train(self, mode: bool = True) -> ActorCritic:
@@ -48,12 +56,16 @@ class ActorCritic(nn.Module):
         positions count from the left, so no real token sees a pad and no mask is needed. Entropy carries no gradient.
         """
         log_distribution_BTV, targets_BT = _log_distribution(self.policy, input_ids, start, temperature)
-        hidden_BTH = self.critic(input_ids=input_ids, use_cache=False).last_hidden_state[:, start:-1]
-        return TokenOutputs(
-            logprobs_BT=token_logprobs(log_distribution_BTV, targets_BT),
-            values_BT=self.value_head(hidden_BTH).squeeze(-1).float(),
-            entropy_BT=entropy(log_distribution_BTV.detach()),
-        )
+        logprobs_BT = token_logprobs(log_distribution_BTV, targets_BT)
+        values_BT = torch.zeros_like(logprobs_BT)
+        if self.critic is not None:
+            hidden_BTH = self.critic(input_ids=input_ids, use_cache=False).last_hidden_state[:, start:-1]
+            values_BT = self.value_head(hidden_BTH).squeeze(-1).float()
+        return TokenOutputs(logprobs_BT, entropy(log_distribution_BTV.detach()), values_BT)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The critic's, with its head; none without a critic."""
+        return [] if self.critic is None else [*self.critic.parameters(), *self.value_head.parameters()]
 
 
 class Reference(nn.Module):

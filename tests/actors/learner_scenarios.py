@@ -31,6 +31,12 @@ BASE = {
     "critic_lr": 2e-3,
 }
 ONE_STEP = BASE | {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9}
+SLOW = ONE_STEP | {"lr": 2e-4}  # enough to leave the reference; Adam blows up rounding where a gradient is about 0
+ALGORITHMS: dict[str, dict[str, object]] = {
+    "grpo": {"loss_mean": "answer", "truncation": "mask", "kl": {"coefficient": 0.3}},
+    "rloo": {"reward_normalisation": True, "kl": {"coefficient": 0.3}},
+    "reinforce_pp": {"gamma": 0.9, "kl": {"estimator": "k2", "coefficient": 0.3}},
+}
 NARROW = 96  # tokens per micro-batch: 3 rows of 32
 
 
@@ -69,6 +75,19 @@ def make_step(version: int, answers: int = 13) -> list[Scored]:
     return scored
 
 
+def make_groups(version: int) -> list[Scored]:
+    """The same, three to a prompt and four to the last; in turn on one rank and the other."""
+    scored = make_step(version)
+    prompts = [scored[min(number // 3, 3) * 3].completion.prompt for number in range(len(scored))]
+    return [
+        replace(
+            answer,
+            completion=replace(answer.completion, prompt=replace(answer.completion.prompt, token_ids=prompt.token_ids)),
+        )
+        for answer, prompt in zip(scored, prompts, strict=True)
+    ]
+
+
 class Rank:
     """What a scenario needs to make learners and keep results."""
 
@@ -102,10 +121,10 @@ class Rank:
             (folder / "info.json").write_text(json.dumps(learner.info() | {"policy_version": weights.version}))
 
 
-def train(learner: LearnerRank, steps: int) -> list[dict[str, float]]:
+def train(learner: LearnerRank, steps: int, make: Callable[[int], list[Scored]] = make_step) -> list[dict[str, float]]:
     metrics = []
     for _ in range(steps):
-        scored = make_step(learner.version)
+        scored = make(learner.version)
         for first in range(0, len(scored), 5):
             learner.prepare([answer.completion for answer in scored[first : first + 5]])
         metrics.append(learner.update(scored))
@@ -124,10 +143,36 @@ def gradient(place: Rank) -> None:
     for tokens in (8192, NARROW):
         learner = place.learner(tokens, zero_stage=0, **ONE_STEP, kl={"estimator": "k3", "coefficient": 0.3})
         train(learner, 1)
-        module, state = learner._engine._engine.module, learner._engine._engine.optimizer.state
-        if place.rank == 0:
-            gradients = {name: state[value]["exp_avg"].clone() / 0.1 for name, value in module.named_parameters()}
-            save_file(gradients, place.folder / f"gradient-{tokens}-{place.world_size}.safetensors")
+        save_moments(place, learner, f"gradient-{tokens}")
+
+
+def save_moments(place: Rank, learner: LearnerRank, name: str) -> None:
+    module, state = learner._engine._engine.module, learner._engine._engine.optimizer.state
+    if place.rank == 0:
+        gradients = {key: state[value]["exp_avg"].clone() / 0.1 for key, value in module.named_parameters()}
+        save_file(gradients, place.folder / f"{name}-{place.world_size}.safetensors")
+
+
+def algorithms(place: Rank) -> None:
+    """Two whole steps of each algorithm without a critic; the gradients, read off Adam's first moment, and the weights."""
+    for name, options in ALGORITHMS.items():
+        learner = place.learner(8192 if place.world_size == 1 else NARROW, algorithm=name, **SLOW | options)
+        place.keep(name, learner, train(learner, 2, make_groups))
+        save_moments(place, learner, f"moments-{name}")
+
+
+def guarded(place: Rank) -> None:
+    """REINFORCE++ under ZeRO-3 on two ranks, whose steps end early for their KL; and a step of truncated answers only."""
+    options = BASE | {"algorithm": "reinforce_pp", "kl": {"stop": 1e-5}, "truncation": "mask", "dual_clip": 1.5}
+    learner = place.learner(NARROW, zero_stage=0 if place.world_size == 1 else 3, **options)
+    metrics = train(learner, 2, make_groups)
+    place.keep("guarded", learner, metrics)
+    metrics = train(learner, 1, lambda version: [truncate(answer) for answer in make_groups(version)])
+    place.keep("cut", learner, metrics)
+
+
+def truncate(answer: Scored) -> Scored:
+    return replace(answer, completion=replace(answer.completion, stop_reason="length"))
 
 
 def still(place: Rank) -> None:
@@ -149,9 +194,9 @@ def with_logprobs(model: LlamaForCausalLM, answer: Scored) -> Scored:
 
 
 def resume(place: Rank) -> None:
-    """Three updates, save, two more; and two from the saved state; with an adaptive KL coefficient."""
+    """Three updates, save, two more; and two from the saved state; with an adaptive KL coefficient and rewards normalised."""
     for stage in (0,) if place.world_size == 1 else (3,):
-        options = BASE | {"zero_stage": stage, "kl": {"target": 0.1}}
+        options = BASE | {"zero_stage": stage, "kl": {"target": 0.1}, "reward_normalisation": True}
         learner = place.learner(**options)
         train(learner, 3)
         state = place.folder / f"state-{stage}-{place.world_size}"
@@ -193,10 +238,16 @@ def refusals(place: Rank) -> None:
             call()
         except ValueError as error:
             messages[name] = str(error)
+    lonely = place.learner(**BASE, algorithm="grpo")
+    lonely.prepare([answer.completion for answer in scored])
+    try:
+        lonely.update(scored)
+    except ValueError as error:
+        messages["lonely"] = str(error)
     (place.folder / "refusals.json").write_text(json.dumps(messages))
 
 
-SCENARIOS = {run.__name__: run for run in (update, gradient, still, resume, half, refusals)}
+SCENARIOS = {run.__name__: run for run in (update, gradient, algorithms, guarded, still, resume, half, refusals)}
 
 if __name__ == "__main__":
     rank, world_size, port, folder, *names = sys.argv[1:]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCENARIOS = Path(__file__).with_name("learner_scenarios.py")
 sys.path.insert(0, str(SCENARIOS.parent))
-from learner_scenarios import BASE, TEMPERATURE, make_model, make_step  # noqa: E402
+from learner_scenarios import ALGORITHMS, BASE, SLOW, TEMPERATURE, make_groups, make_model, make_step  # noqa: E402
 
 TOLERANCE = 1e-5  # relative, of the norm
 
@@ -41,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("learner")
     make_model(folder / "model")
     ranks = [
-        *start(1, folder, ["update", "gradient", "still", "resume", "refusals"]),
-        *start(2, folder, ["update", "gradient", "resume", "half"]),
+        *start(1, folder, ["update", "gradient", "algorithms", "guarded", "still", "resume", "refusals"]),
+        *start(2, folder, ["update", "gradient", "algorithms", "guarded", "resume", "half"]),
     ]
     try:
         codes = [rank.wait(timeout=280) for rank in ranks]
@@ -156,6 +156,110 @@ def test_update_equals_a_naive_reimplementation(folder: Path) -> None:
     assert distance(expected, before) >= 1e-3
 
 
+class NaiveCriticFree:
+    """GRPO, RLOO and REINFORCE++ once more, in loops: whole steps of one optimizer step each, options as in the scenario."""
+
+    def __init__(self, model: Path, name: str) -> None:
+        self.name, self.seen = name, []
+        self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=SLOW["lr"], weight_decay=0.0)
+
+    logprobs = NaivePPO.logprobs
+
+    def advantages(self, scored, distances: list[list[float]]) -> list[list[float]]:
+        cut = [answer.completion.stop_reason == "length" for answer in scored]
+        rewards = [answer.reward for answer in scored]
+        if self.name == "rloo":
+            self.seen += rewards
+            rewards = [(reward - np.mean(self.seen)) / np.sqrt(np.var(self.seen) + 1e-8) for reward in rewards]
+            rewards = [reward - 0.3 * sum(distance) for reward, distance in zip(rewards, distances, strict=True)]
+        if self.name != "grpo":
+            rewards = [reward - 0.5 * is_cut for reward, is_cut in zip(rewards, cut, strict=True)]
+        lengths = [len(distance) for distance in distances]
+        if self.name == "reinforce_pp":
+            rows = [
+                [reward * 0.9 ** (length - 1 - t) for t in range(length)] for reward, length in zip(rewards, lengths, strict=True)
+            ]
+            flat = np.concatenate(rows)
+            return [[(value - flat.mean()) / np.sqrt(flat.var() + 1e-8) for value in row] for row in rows]
+        result = []
+        for own, answer in enumerate(scored):
+            prompt = answer.completion.prompt.token_ids
+            group = [place for place, other in enumerate(scored) if other.completion.prompt.token_ids == prompt]
+            inside = [rewards[place] for place in group]
+            others = [rewards[place] for place in group if place != own]
+            rloo, grpo = rewards[own] - np.mean(others), (rewards[own] - np.mean(inside)) / (np.std(inside) + 1e-4)
+            result.append([rloo if self.name == "rloo" else grpo] * lengths[own])
+        return result
+
+    def update(self, scored) -> None:
+        with torch.no_grad():
+            old = [self.logprobs(self.policy, answer) for answer in scored]
+            reference = [self.logprobs(self.reference, answer) for answer in scored]
+        distances = [(own - other).tolist() for own, other in zip(old, reference, strict=True)]
+        advantages = self.advantages(scored, distances)
+        rows = []
+        for place, answer in enumerate(scored):
+            if self.name == "grpo" and answer.completion.stop_reason == "length":
+                continue
+            new, tokens = self.logprobs(self.policy, answer), []
+            for t, logprob in enumerate(new):
+                weight = min(float(torch.exp(old[place][t] - answer.completion.logprobs[t])), 2.0)
+                d = logprob - reference[place][t]
+                penalty = {"grpo": torch.exp(-d) - 1 + d, "rloo": 0.0, "reinforce_pp": d * d / 2}[self.name]
+                tokens.append(-weight * advantages[place][t] * torch.exp(logprob - old[place][t]) + 0.3 * penalty)
+            rows.append(torch.stack(tokens))
+        loss = torch.stack([row.mean() for row in rows]).mean() if self.name == "grpo" else torch.cat(rows).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_gradient_of_each_algorithm_equals_a_naive_one_on_one_rank_and_on_two(folder: Path, name: str) -> None:
+    naive = NaiveCriticFree(folder / "model", name)
+    for version in range(2):
+        naive.update(make_groups(version))
+    named = dict(naive.policy.named_parameters())
+    expected = torch.cat([naive.optimizer.state[named[key]]["exp_avg"].double().flatten() / 0.1 for key in sorted(named)])
+    one, two = (load_file(folder / f"moments-{name}-{ranks}.safetensors") for ranks in (1, 2))
+    assert set(one) == {f"policy.{key}" for key in named}
+    assert distance(vector(folder / f"moments-{name}-1.safetensors"), expected) <= TOLERANCE
+    assert (
+        distance(vector(folder / f"moments-{name}-2.safetensors"), vector(folder / f"moments-{name}-1.safetensors")) <= TOLERANCE
+    )
+    assert one.keys() == two.keys()
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, "guarded"])
+def test_metrics_do_not_depend_on_the_ranks_and_tell_of_no_critic(folder: Path, name: str) -> None:
+    for found, expected in zip(metrics_of(folder, f"{name}-2"), metrics_of(folder, f"{name}-1"), strict=True):
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-4)
+        assert "value_loss" not in found
+
+
+def test_normalised_rewards_rest_on_all_that_was_seen(folder: Path) -> None:
+    seen = [answer.reward for version in range(2) for answer in make_groups(version)]
+    last = metrics_of(folder, "rloo-2")[1]
+    assert (last["reward_seen_mean"], last["reward_seen_std"]) == pytest.approx((np.mean(seen), np.std(seen)), rel=1e-12)
+
+
+def test_kl_stop_ends_a_step_after_the_minibatch_that_exceeds_it_on_all_ranks_alike(folder: Path) -> None:
+    for ranks in (1, 2):
+        assert [row["optimizer_steps"] for row in metrics_of(folder, f"guarded-{ranks}")] == [2.0, 2.0]
+        assert all(row["kl_stopped"] == 1.0 and row["kl_step"] > 1e-6 for row in metrics_of(folder, f"guarded-{ranks}"))
+    assert distance(weights_of(folder, "guarded-2"), weights_of(folder, "guarded-1")) <= TOLERANCE
+    assert metrics_of(folder, "update-0-1")[0]["optimizer_steps"] == 4.0
+    assert metrics_of(folder, "update-0-1")[0]["kl_stopped"] == 0.0
+
+
+def test_a_step_of_masked_answers_only_changes_nothing(folder: Path) -> None:
+    assert torch.equal(weights_of(folder, "cut-2"), weights_of(folder, "guarded-2"))
+    (metrics,) = metrics_of(folder, "cut-2")
+    assert metrics["optimizer_steps"] == 0.0
+    assert metrics["truncated"] == 1.0
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_in_narrow_micro_batches_end_where_one_rank_does_under_every_zero_stage(folder: Path, stage: int) -> None:
     assert distance(weights_of(folder, f"update-{stage}-2"), weights_of(folder, "update-0-1")) <= TOLERANCE
@@ -215,6 +319,9 @@ def test_resume_equals_uninterrupted_run(folder: Path, stage: int, world_size: i
     coefficients = [metrics["kl_coefficient"] for metrics in metrics_of(folder, whole)]
     assert len(set(coefficients)) == 2
     assert 0.02 not in coefficients
+    moments = [(metrics["reward_seen_mean"], metrics["reward_seen_std"]) for metrics in metrics_of(folder, whole)]
+    seen = [answer.reward for version in range(5) for answer in make_step(version)]
+    assert moments[-1] == pytest.approx((np.mean(seen), np.std(seen)), rel=1e-12)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -233,5 +340,6 @@ def test_answers_that_must_not_be_trained_on_are_refused_by_name(folder: Path) -
         "prepared_twice": "ids must be unique within a step, got '0-1' twice",
         "long": "answer '0-0' with its prompt must have at most 32 tokens, got 45",
         "infinite": "reward must be finite, got inf at position 0",
+        "lonely": "grpo needs at least 2 answers to each prompt, got 1 to that of '0-0'",
         "few": "update needs an answer per minibatch, got 1 answers for 2",
     }

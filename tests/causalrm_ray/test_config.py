@@ -30,6 +30,9 @@ from causalrm_ray.types import Sampling
         ("coefficients=1", ["coefficients: unknown key"]),
         ("lr=1", ["lr", "propensity.lr", "reward.lr", "learner.lr"]),
         ("rollout.max_new_tokens=500", ["rollout.max_new_tokens", "model.max_length", "500"]),
+        ("learner.algorithm=a2c", ["learner.algorithm", "'grpo'", "'a2c'"]),
+        ("learner.dual_clip=1", ["learner.dual_clip", "greater than 1", "1"]),
+        ("learner.kl.stop=0", ["learner.kl.stop", "greater than 0", "0"]),
         ("reward.method=causalrm", ["reward.method", "causalrm_dr", "'causalrm'"]),
         ("reward.rho=[0.6,0.5]", ["reward.rho", "below 1", "0.6"]),
         ("rollout.engine=sglang", ["rollout.engine", "'vllm' or 'hf'", "'sglang'"]),
@@ -71,6 +74,14 @@ def test_evaluations_sample_as_training_does_unless_told_otherwise() -> None:
 def test_training_may_cut_the_distribution_where_nothing_is_weighted() -> None:
     rollout = load_config(None, ["rollout.top_p=0.9", "rollout.top_k=20", "learner.importance_cap=null"]).rollout
     assert rollout.sampling() == Sampling(40, top_p=0.9, top_k=20)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_algorithms_that_compare_answers_need_two_to_a_prompt(algorithm: str) -> None:
+    with pytest.raises(ConfigError, match=rf"samples_per_prompt must be at least 2 with learner\.algorithm={algorithm}, got 1"):
+        load_config(None, [f"learner.algorithm={algorithm}", "rollout.samples_per_prompt=1"])
+    load_config(None, [f"learner.algorithm={algorithm}"])
+    load_config(None, ["learner.algorithm=reinforce_pp", "rollout.samples_per_prompt=1"])
 
 
 def test_every_fault_is_named_at_once() -> None:

@@ -26,7 +26,7 @@ from causalrm_ray.report import write_report
 from causalrm_ray.report_fit import fit_panels
 from causalrm_ray.types import NoiseRates
 from jobs.run import Run
-from jobs.summary import fit_summary
+from jobs.summary import fit_summary, with_drift
 
 AUTO = {"weight_features": 0.97, "weight_label": 0.03, "heldout_features": 0.61, "heldout_label": 0.63, "signal": 5.0}
 RATES = NoiseRates(0.1, 0.2)
@@ -123,6 +123,15 @@ def test_steps_and_fit_stand_in_one_report(tmp_path: Path, summary: dict[str, An
         for step in range(3)
     ]
     assert len(images(write_report(tmp_path, metrics, summary).read_text(encoding="utf-8"))) == 4
+
+
+def test_drift_of_the_policy_stands_among_the_warnings(tmp_path: Path, summary: dict[str, Any]) -> None:
+    rows = [{"step": step, "entropy": entropy} for step, entropy in enumerate([1.0, 1.0, 1.0, 0.1, 0.1, 0.1])]
+    drifted = summary | {"diagnostics": with_drift(summary["diagnostics"], rows)}
+    *others, last = drifted["diagnostics"]["warnings"]
+    assert others == summary["diagnostics"]["warnings"]
+    assert last.startswith("Entropy fell from 1.00 to 0.10")
+    assert f"<li>{html.escape(last)}</li>" in write_report(tmp_path, [], drifted).read_text(encoding="utf-8")
 
 
 def test_a_method_that_compares_no_mechanisms_and_given_rates_leave_no_empty_panel(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalrm_ray.losses.advantage import gae, moments, token_rewards, whiten
+from causalrm_ray.losses.advantage import gae, grpo, moments, reward_to_go, rloo, token_rewards, whiten
 
 # Row 0 acts at 1..3, row 1 at 0..1, row 2 at 2 only.
 MASK = torch.tensor([[0.0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]])
@@ -118,3 +118,53 @@ def test_equal_values_whiten_to_zero() -> None:
 def test_whitening_refuses_an_empty_count() -> None:
     with pytest.raises(ValueError, match=r"total must count at least one entry, got 0\.0"):
         whiten(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(3, dtype=torch.float64))
+
+
+def test_group_advantages_by_hand() -> None:
+    rewards, groups = torch.tensor([1.0, 5.0, 3.0, 7.0, 3.0]), torch.tensor([0, 1, 0, 1, 1])
+    pair, three = 1 / (1 + 1e-4), 8 / 3
+    expected = [-pair, 0.0, pair, 2 / (three**0.5 + 1e-4), -2 / (three**0.5 + 1e-4)]
+    np.testing.assert_allclose(grpo(rewards, groups).numpy(), expected, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(rloo(rewards, groups).numpy(), [-2.0, 0.0, 2.0, 3.0, -3.0], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("estimate", [grpo, rloo])
+def test_group_advantages_sum_to_zero_within_the_group_and_ignore_its_level(estimate) -> None:
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    groups = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 1])
+    found = estimate(rewards, groups)
+    for group in range(3):
+        assert float(found[groups == group].sum()) == pytest.approx(0.0, abs=1e-12)
+    torch.testing.assert_close(estimate(rewards + 10.0 * groups, groups), found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimate", [grpo, rloo])
+def test_a_group_of_equal_rewards_says_nothing(estimate) -> None:
+    assert float(estimate(torch.full((3,), 0.1), torch.zeros(3).long()).abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("estimate", [grpo, rloo])
+def test_group_advantages_refuse_a_group_of_one_and_what_is_not_finite(estimate) -> None:
+    with pytest.raises(ValueError, match="every group must hold at least 2 answers, got 1 in group 1"):
+        estimate(torch.zeros(3), torch.tensor([0, 1, 0]))
+    with pytest.raises(ValueError, match="rewards must be finite, got nan at position 0"):
+        estimate(torch.tensor([float("nan"), 0.0]), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match=r"rows must match, got \{'rewards': 2, 'groups': 3\}"):
+        estimate(torch.zeros(2), torch.zeros(3).long())
+
+
+def test_rloo_is_unbiased_by_enumeration() -> None:
+    prob, payoff = [0.5, 0.3, 0.2], [1.0, -2.0, 4.0]
+    score = torch.eye(3, dtype=torch.float64) - torch.tensor(prob, dtype=torch.float64)  # gradient of log prob by the logits
+    expected = sum(p * r * score[k] for k, (p, r) in enumerate(zip(prob, payoff, strict=True)))
+    total = torch.zeros(3, dtype=torch.float64)
+    for first in range(3):
+        for second in range(3):
+            advantage = rloo(torch.tensor([payoff[first], payoff[second]]), torch.tensor([0, 0]))
+            total += prob[first] * prob[second] * (advantage[0] * score[first] + advantage[1] * score[second]) / 2
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_reward_to_go_by_hand() -> None:
+    found = reward_to_go(torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]]), torch.tensor([[0.0, 1, 0, 1, 1]]), 0.5)
+    assert found.tolist() == [[0.0, 1 + 0.5 * 2 + 0.25 * 4, 0.0, 2 + 0.5 * 4, 4.0]]

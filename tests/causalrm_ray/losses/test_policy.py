@@ -66,6 +66,18 @@ def test_ppo_gradient_is_zero_where_clipped_and_is_the_policy_gradient_at_ratio_
     np.testing.assert_allclose(new.grad[0].numpy(), [0.0, 2.0, -2 / 3, 0.0, -3.0], rtol=1e-12)
 
 
+def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
+    log = math.log
+    new = tensor(log(0.8), log(0.8), log(0.2), log(0.8)).requires_grad_()
+    old = tensor(log(0.1), log(0.4), log(0.4), log(0.1))
+    losses = ppo_clip(new, old, tensor(-1.0, -1.0, -2.0, 1.0), 0.2, 3.0)
+    np.testing.assert_allclose(losses.detach()[0].numpy(), [3.0, 2.0, 1.6, -1.2], rtol=1e-12)
+    losses.sum().backward()
+    np.testing.assert_allclose(new.grad[0].numpy(), [0.0, 2.0, 0.0, 0.0], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"dual_clip must be above 1, got 1\.0"):
+        ppo_clip(new, old, new, 0.2, 1.0)
+
+
 def test_value_loss_by_hand() -> None:
     losses = value_loss(tensor(1.0, 1.0, 0.1), tensor(0.0, 0.0, 0.0), tensor(3.0, 1.0, 1.0), 0.2)
     np.testing.assert_allclose(losses[0].numpy(), [0.5 * 2.8**2, 0.5 * 0.8**2, 0.5 * 0.9**2], rtol=1e-12)

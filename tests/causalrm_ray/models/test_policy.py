@@ -104,3 +104,14 @@ def test_reference_equals_the_untrained_policy_and_takes_no_gradient() -> None:
     assert torch.equal(found, module(padded(), 1, TEMPERATURE).logprobs_BT)
     assert not found.requires_grad
     assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_without_a_critic_there_are_no_parameters_of_one_and_values_are_zero() -> None:
+    with_one, without = ActorCritic(make_policy()), ActorCritic(make_policy(), critic=False)
+    assert [name for name, _ in without.named_parameters() if not name.startswith("policy.")] == []
+    assert without.critic_parameters() == []
+    expected, found = with_one(padded(), 0, 1.0), without(padded(), 0, 1.0)
+    assert torch.equal(found.logprobs_BT, expected.logprobs_BT)
+    assert torch.equal(found.entropy_BT, expected.entropy_BT)
+    assert found.values_BT.shape == expected.values_BT.shape
+    assert bool((found.values_BT == 0).all())
