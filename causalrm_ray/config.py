@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -94,14 +94,16 @@ class WorldConfig(Section):
     )
     alpha: float = Field(0.5, gt=0, le=1, description="selection strength of `protocol` users; 1 is none, smaller is stronger")
     feedback_rate: float = Field(0.2, gt=0, lt=1, description="mean share of impressions that get feedback")
-    rho_01: float = Field(0.2, ge=0, lt=1, description="P(r=0 | r*=1): true rate of slips away from an upvote")
-    rho_10: float = Field(0.1, ge=0, lt=1, description="P(r=1 | r*=0): true rate of slips towards an upvote")
+    rho: tuple[float, float] = Field(
+        (0.2, 0.1), description="true (rho_01, rho_10): rates of slips away from an upvote, P(r=0 | r*=1), and towards one"
+    )
     impressions: int = Field(5000, ge=200, description="impressions logged before the loop starts")
 
-    @model_validator(mode="after")
-    def _rates_leave_information(self) -> WorldConfig:
-        NoiseRates(self.rho_01, self.rho_10)
-        return self
+    @field_validator("rho")
+    @classmethod
+    def _rates_leave_information(cls, rho: tuple[float, float]) -> tuple[float, float]:
+        NoiseRates(*rho)
+        return rho
 
 
 class FeedbackConfig(Section):
@@ -148,13 +150,9 @@ class RewardConfig(Section):
     )
     epochs: int = Field(4, ge=1, description="most passes over the log")
     lr: float = Field(1e-3, gt=0, description="learning rate")
-    batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all workers")
     workers: int = Field(2, ge=1, description="Ray Train workers")
     rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
     refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
-    gate_tolerance: float = Field(
-        0.01, ge=0, description="a refit serves if its held-out observed risk is at most this above the serving model's"
-    )
 
     @field_validator("rho")
     @classmethod
@@ -165,26 +163,22 @@ class RewardConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How answers are sampled. What cuts the distribution needs learner.importance_cap=null in training, not in evaluations."""
+    """How evaluations sample."""
 
-    temperature: float = Field(1.0, ge=0, le=2, description="sampling temperature; 0, for evaluations only: the likeliest token")
-    top_p: float = Field(1.0, gt=0, le=1, description="cut: only the likeliest tokens that hold this mass")
-    top_k: int = Field(0, ge=0, description="cut: only the likeliest k tokens; 0 all")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="cut: only tokens of at least this share of the likeliest one's probability"
-    )
-
-    @property
-    def cuts(self) -> dict[str, float]:
-        """The options that cut the distribution."""
-        return {
-            name: getattr(self, name) for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)) if getattr(self, name) != off
-        }
+    temperature: float = Field(1.0, ge=0, le=2, description="sampling temperature; 0: the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="only the likeliest tokens that hold this mass")
+    top_k: int = Field(0, ge=0, description="only the likeliest k tokens; 0 all")
+    min_p: float = Field(0.0, ge=0, le=1, description="only tokens of at least this share of the likeliest one's probability")
 
 
-class RolloutConfig(SamplingConfig):
-    """Generation."""
+class RolloutConfig(Section):
+    """Generation.
 
+    Training samples from the whole distribution: of one that is cut, the engine's probabilities are of what is left, and their
+    ratio to the learner's is no importance weight.
+    """
+
+    temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=2, description="sampling temperature")
     engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine: vLLM, or transformers alone")
     tensor_parallel: int = Field(1, ge=1, description="GPUs that one generator spreads the model over; vllm only")
     generators: int = Field(2, ge=1, description="number of generator actors")
@@ -193,16 +187,14 @@ class RolloutConfig(SamplingConfig):
     max_new_tokens: int = Field(40, ge=1, description="longest answer, tokens")
     stop: tuple[str | int, ...] = Field((), description="texts and token ids that end an answer, besides the model's own end")
     evaluation: SamplingConfig | None = Field(
-        None, description="temperature, top_p, top_k, min_p of evaluations; none: the above"
+        None, description="temperature, top_p, top_k, min_p of evaluations; none: as training samples"
     )
-    micro_batch: int = Field(32, ge=1, description="completions scored and prepared together as they arrive")
-    buffer: int = Field(256, ge=1, description="most completions waiting between two stages; a full buffer holds generation back")
+    micro_batch: int = Field(
+        32, ge=1, description="completions scored and prepared together; eight times as many waiting hold generation back"
+    )
 
     @model_validator(mode="after")
     def _engine_can(self) -> RolloutConfig:
-        if self.temperature < LOWEST_TEMPERATURE:
-            least = f"{LOWEST_TEMPERATURE} (rollout.evaluation's may be 0)"
-            raise ValueError(f"rollout.temperature must be at least {least}, got {self.temperature:g}")
         if any(end == "" or (isinstance(end, int) and end < 0) for end in self.stop):
             raise ValueError(f"rollout.stop must hold texts of at least 1 character and token ids >= 0, got {list(self.stop)}")
         if self.engine == "hf" and self.tensor_parallel > 1:
@@ -211,8 +203,14 @@ class RolloutConfig(SamplingConfig):
 
     def sampling(self, evaluation: bool = False) -> Sampling:
         """How training samples, or evaluations: answers as long, ended by the same stops."""
-        how = (self.evaluation or self) if evaluation else self
-        return Sampling(self.max_new_tokens, how.temperature, how.top_p, how.top_k, how.min_p, self.stop)
+        if evaluation and self.evaluation is not None:
+            return Sampling(self.max_new_tokens, **self.evaluation.model_dump(), stop=self.stop)
+        return Sampling(self.max_new_tokens, self.temperature, stop=self.stop)
+
+    @property
+    def buffer(self) -> int:
+        """Most completions that wait between two stages."""
+        return 8 * self.micro_batch
 
 
 class KLConfig(Section):
@@ -243,13 +241,6 @@ class LearnerConfig(Section):
     epochs: int = Field(2, ge=1, description="passes over a step's answers")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
     clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
-    dual_clip: float | None = Field(
-        None, gt=1, description="bound, in advantages, of the loss of a token of negative advantage; none: no bound; 3 is usual"
-    )
-    loss_mean: Literal["token", "answer"] = Field(
-        "token", description="loss of a minibatch: mean over its tokens, or over its answers of the mean over their tokens"
-    )
-    gamma: float = Field(1.0, gt=0, le=1, description="discount (ppo, reinforce_pp)")
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda (ppo)")
     importance_cap: float | None = Field(
         2.0, gt=0, description="cap of the learner/engine importance weight; none switches the correction off"
@@ -257,11 +248,9 @@ class LearnerConfig(Section):
     reward_normalisation: bool = Field(
         False, description="rewards in units of the mean and standard deviation of all that the run has seen"
     )
-    truncation: Literal["penalty", "mask"] = Field(
-        "penalty", description="answers cut by the token limit: pay the penalty, or are left out of the loss"
+    truncation: Annotated[float, Field(ge=0)] | Literal["mask"] = Field(
+        1.0, description="answers cut by the token limit: what is taken off their reward; mask: they are left out of the loss"
     )
-    truncation_penalty: float = Field(1.0, ge=0, description="taken off the reward of an answer cut by the token limit")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
     kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference policy")
 
 
@@ -317,16 +306,6 @@ class Config(Section):
         if self.rollout.max_new_tokens >= self.model.max_length:
             lengths = f"{self.rollout.max_new_tokens} >= {self.model.max_length}"
             raise ValueError(f"rollout.max_new_tokens must be below model.max_length, got {lengths}")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_compare_like_with_like(self) -> Config:
-        cuts = ", ".join(f"rollout.{name}={value}" for name, value in self.rollout.cuts.items())
-        if cuts and self.learner.importance_cap is not None:
-            raise ValueError(
-                f"{cuts} needs learner.importance_cap=null: the engine's probabilities are of what was not cut, the learner's of "
-                "all, and their ratio is the mass kept, not an importance weight; rollout.evaluation.* cuts evaluations only"
-            )
         return self
 
 

@@ -14,6 +14,7 @@ from causalrm_ray.config import AlgorithmName
 from causalrm_ray.losses.advantage import gae, grpo, moments, reward_to_go, rloo, whiten
 
 KLEstimator = Literal["k1", "k2", "k3"]
+GAMMA = 1.0  # discount: an answer is judged as a whole
 AddUp = Callable[[torch.Tensor], torch.Tensor]  # the sum of a tensor over all ranks; the identity where there is only one
 
 
@@ -36,38 +37,42 @@ class Advantages(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """`kl` is the estimator that its paper penalises by; `advantages` takes (rows, gamma, lam, add_up)."""
+    """`kl` is the estimator that its paper penalises by; `advantages` takes (rows, lam, add_up).
+
+    Its loss is a mean over tokens; `per_answer`, over answers of the mean over their tokens.
+    """
 
     critic: bool
     kl: KLEstimator
-    advantages: Callable[[Rows, float, float, AddUp], Advantages]
+    advantages: Callable[[Rows, float, AddUp], Advantages]
+    per_answer: bool = False
 
 
-def ppo_advantages(rows: Rows, gamma: float, lam: float, add_up: AddUp) -> Advantages:
+def ppo_advantages(rows: Rows, lam: float, add_up: AddUp) -> Advantages:
     """GAE, whitened over all tokens of the step."""
-    advantages_BR, returns_BR = gae(rows.rewards_BR, rows.values_BR, rows.mask_BR, gamma, lam)
+    advantages_BR, returns_BR = gae(rows.rewards_BR, rows.values_BR, rows.mask_BR, GAMMA, lam)
     return Advantages(_whiten(advantages_BR, rows.trained_BR, add_up), returns_BR)
 
 
-def reinforce_pp_advantages(rows: Rows, gamma: float, lam: float, add_up: AddUp) -> Advantages:
+def reinforce_pp_advantages(rows: Rows, lam: float, add_up: AddUp) -> Advantages:
     """Reward to go, whitened over all tokens of the step; `lam` is of no use."""
-    to_go_BR = reward_to_go(rows.rewards_BR, rows.mask_BR, gamma)
+    to_go_BR = reward_to_go(rows.rewards_BR, rows.mask_BR, GAMMA)
     return Advantages(_whiten(to_go_BR, rows.trained_BR, add_up), torch.zeros_like(to_go_BR))
 
 
-def grpo_advantages(rows: Rows, gamma: float, lam: float, add_up: AddUp) -> Advantages:
-    """One advantage per answer on each of its tokens; an answer has one reward, so `gamma` and `lam` are of no use."""
+def grpo_advantages(rows: Rows, lam: float, add_up: AddUp) -> Advantages:
+    """One advantage per answer on each of its tokens; an answer has one reward, so `lam` is of no use."""
     return _per_answer(grpo, rows, add_up)
 
 
-def rloo_advantages(rows: Rows, gamma: float, lam: float, add_up: AddUp) -> Advantages:
+def rloo_advantages(rows: Rows, lam: float, add_up: AddUp) -> Advantages:
     """As GRPO's, with the leave-one-out baseline."""
     return _per_answer(rloo, rows, add_up)
 
 
 ALGORITHMS: dict[AlgorithmName, Algorithm] = {
     "ppo": Algorithm(True, "k1", ppo_advantages),
-    "grpo": Algorithm(False, "k3", grpo_advantages),
+    "grpo": Algorithm(False, "k3", grpo_advantages, per_answer=True),
     "rloo": Algorithm(False, "k1", rloo_advantages),
     "reinforce_pp": Algorithm(False, "k1", reinforce_pp_advantages),
 }

@@ -51,10 +51,9 @@ class Experience(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The terms of the loss: clips (see `ppo_clip`), whether a critic learns, and the KL penalty with its coefficient."""
+    """The terms of the loss: the clip (see `ppo_clip`), whether a critic learns, and the KL penalty with its coefficient."""
 
     clip: float
-    dual_clip: float | None
     critic: bool
     kl: KLEstimator
     kl_coefficient: float
@@ -68,7 +67,7 @@ class Objective(NamedTuple):
         the reward: as a loss, its expected gradient is 0.
         """
         mask_BR = old.mask_BR
-        policy_BR = old.weights_BR * ppo_clip(logprobs_BR, old.logprobs_BR, old.advantages_BR, self.clip, self.dual_clip)
+        policy_BR = old.weights_BR * ppo_clip(logprobs_BR, old.logprobs_BR, old.advantages_BR, self.clip, DUAL_CLIP)
         loss_BR, value_BR = policy_BR, torch.zeros_like(policy_BR)
         if self.critic:
             value_BR = value_loss(values_BR, old.values_BR, old.returns_BR, self.clip)
@@ -99,14 +98,14 @@ def make_experience(
         answers.truncated_B,
         mask_BR,
         in_reward * kl_k1(answers.logprobs_BR, answers.reference_logprobs_BR),
-        0.0 if masks else config.truncation_penalty,
+        0.0 if config.truncation == "mask" else config.truncation,
     )
     trained_BR = mask_BR * (1 - answers.truncated_B)[:, None] if masks else mask_BR
     rows = Rows(rewards_BR, mask_BR, trained_BR, answers.values_BR, answers.places_B, groups_N)
-    advantages_BR, returns_BR = ALGORITHMS[config.algorithm].advantages(rows, config.gamma, config.lam, add_up)
+    advantages_BR, returns_BR = ALGORITHMS[config.algorithm].advantages(rows, config.lam, add_up)
     return Experience(
         mask_BR=mask_BR,
-        share_BR=mask_BR / mask_BR.sum(dim=1, keepdim=True) if config.loss_mean == "answer" else mask_BR,
+        share_BR=mask_BR / mask_BR.sum(dim=1, keepdim=True) if ALGORITHMS[config.algorithm].per_answer else mask_BR,
         logprobs_BR=answers.logprobs_BR,
         reference_logprobs_BR=answers.reference_logprobs_BR,
         weights_BR=mask_BR
