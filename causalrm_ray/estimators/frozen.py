@@ -23,7 +23,7 @@ from causalrm_ray.models.heads import EnsembleScorer, as_scorer
 
 SETTINGS = {  # by the rows from which on they serve; chosen on simulated logs of one data set, seeds apart from those reported
     10_000: FitSettings(60, 3e-3, 1024, 4, 0.1),
-    2_500: FitSettings(80, 5e-3, 512, 6, 0.1),
+    2_500: FitSettings(80, 2e-3, 512, 6, 0.1),
     0: FitSettings(160, 5e-4, 128, 16, 0.1),
 }
 FEW, MEMBERS, MANY_MEMBERS = 2_500, 5, 20  # fewer rows than FEW are shared by more members, each of which leaves out less
