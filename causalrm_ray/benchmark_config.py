@@ -13,6 +13,12 @@ from causalrm_ray.data.simulate import SCENARIOS
 from causalrm_ray.types import NoiseRates
 
 
+def _leave_information(rho: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    for pair in rho:
+        NoiseRates(*pair)
+    return rho
+
+
 class BenchmarkCluster(ClusterConfig):
     """The Ray cluster; its CPUs are as many cells at a time."""
 
@@ -73,12 +79,7 @@ class BenchmarkConfig(Section):
             raise ValueError("must be in (0, 1]")
         return alpha
 
-    @field_validator("rho")
-    @classmethod
-    def _rates_leave_information(cls, rho: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        for pair in rho:
-            NoiseRates(*pair)
-        return rho
+    _rates = field_validator("rho")(_leave_information)
 
     @field_validator("seeds")
     @classmethod
@@ -126,9 +127,4 @@ class NoiseStudyConfig(Section):
             raise ValueError(f"must be at least 500, got {min(rows)}")
         return rows
 
-    @field_validator("rho")
-    @classmethod
-    def _rates(cls, rho: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        for pair in rho:
-            NoiseRates(*pair)
-        return rho
+    _rates = field_validator("rho")(_leave_information)

@@ -13,7 +13,6 @@ import csv
 import difflib
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -29,6 +28,7 @@ from causalrm_ray.checkpoint import write_json
 from causalrm_ray.checks import InputError, check_both_classes
 from causalrm_ray.config import ConfigError, dump_config, load_tree
 from causalrm_ray.data.embeddings import GradedEmbeddings, load_pair
+from causalrm_ray.data.files import write_whole
 from causalrm_ray.data.simulate import preferences, threshold
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.estimators.pipeline import ORACLE
@@ -144,12 +144,14 @@ def read_biases(config: BenchmarkConfig) -> list[Row]:
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
     """Write a CSV file of the named `columns`: whole or not at all. What a row does not have is left blank."""
-    draft = path.with_suffix(".draft")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(draft, path)
+
+    def write(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, write)
 
 
 def tabulate(rows: Sequence[Row]) -> list[Row]:

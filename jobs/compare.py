@@ -7,7 +7,6 @@ for users, seed:    one log, one fit of all methods
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from actors.roles import Roles
 from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config, ConfigError, dump_config, validate
+from causalrm_ray.data.files import write_whole
 from causalrm_ray.report import draw_comparison
 from jobs.feedback import simulate_feedback
 from jobs.progress import Progress
@@ -115,12 +115,14 @@ def read_results(path: Path) -> list[Row]:
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
     """Write results.csv: whole or not at all."""
-    draft = path.with_suffix(".draft")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(draft, path)
+
+    def write(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, write)
 
 
 def tabulate(rows: Sequence[Row]) -> list[dict[str, float | str]]:

@@ -70,7 +70,7 @@ def _doubly_robust(needs: frozenset[Need]) -> Build:
             propensity = observations.o[rows].mean().expand(len(observations))
         if loss in LINEAR:  # sums of losses are then the loss of the same sum of labels: one loss a step instead of three
             corrected = corrected_label(observations.r[rows], rates)
-            label = imputation.double().clone()
+            label = imputation.to(torch.float64, copy=True)
             label[rows] = reweighted.dr(corrected, observations.o[rows].double(), propensity[rows].double(), label[rows])
             return Objective(rows, lambda logit, index: LINEAR[loss](logit, label[index]))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.estimators.fit import Objective, seeded
-from causalrm_ray.estimators.observed import given_rates, minimise, observed, ramp_epochs
+from causalrm_ray.estimators.observed import cool, given_rates, minimise, observed, ramp_epochs
 from causalrm_ray.estimators.problem import Fitted, Need, Problem
 from causalrm_ray.losses.label_noise import forget_rate, jensen_shannon, noise_level, small_loss
 from causalrm_ray.losses.pointwise import Loss
@@ -74,7 +74,7 @@ class SmallLoss:
     The share of wrong labels comes from the rates and the share of likes. It is reached in epoch `ramp` (10 as published; sooner
     in a short fit), from which on epochs compete to be the best one. CoDis chooses rows by the divergence but trains on the loss
     alone; its weight 0.1 is that of the released code. Over several processes each chooses within its slice of a batch. The first
-    network serves.
+    network serves, at the temperature that suits held-out feedback (ours): who learns from easy rows only is too sure of all.
     """
 
     paper: str
@@ -90,7 +90,7 @@ class SmallLoss:
         first, second = twins(problem)
         exchange = Exchange(problem.loss, r, level, ramp, self.discrepancy)
         report = minimise(problem, Networks(first, second), Objective(rows, exchange.risk, exchange.begin, since=ramp))
-        return Fitted(first, report, {"forget_rate": level})
+        return Fitted(first, report, {"forget_rate": level, "temperature": cool(problem, first)})
 
 
 CO_TEACHING = SmallLoss("Han et al. 2018, arXiv 1804.06872")

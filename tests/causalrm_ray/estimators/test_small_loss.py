@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from causalrm_ray.estimators.small_loss import Exchange
+from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.estimators.fit import FitSettings, predict
+from causalrm_ray.estimators.problem import Nuisances, Observations, Problem
+from causalrm_ray.estimators.small_loss import CO_TEACHING, Exchange
 from causalrm_ray.losses.label_noise import jensen_shannon
 from causalrm_ray.losses.pointwise import bce
+from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.types import NoiseRates
 
 R = torch.ones(4)
 FIRST = torch.tensor([3.0, 2.0, -1.0, -2.0])  # its two easy rows are 0 and 1
@@ -50,3 +55,26 @@ def test_discrepancy_brings_in_rows_that_are_seen_differently() -> None:
         (gradient,) = torch.autograd.grad(teaching.risk(logit, rows).sum(), logit)
         chosen.append(gradient[:, 1].nonzero()[:, 0].tolist())  # rows that the first network chose for the second
     assert chosen == [[0], [1]]
+
+
+def test_who_learned_from_easy_rows_only_is_cooled_until_held_out_feedback_is_likeliest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1200, 4, generator=generator)
+    clean = (x[:, 0] + 0.5 * torch.randn(1200, generator=generator) > 0).float()
+    r = torch.where(torch.rand(1200, generator=generator) < 0.25, 1 - clean, clean)
+    train, heldout = torch.arange(900), torch.arange(900, 1200)
+    given = Problem(
+        lambda: FeatureScorer(4, (8,)),
+        FeatureRows(x),
+        Observations(torch.ones(1200), r),
+        Nuisances(rates=NoiseRates(0.25, 0.25)),
+        train,
+        heldout,
+        FitSettings(12, 0.02, 128, 12),
+        bce,
+    )
+    fitted = CO_TEACHING.fit(given)
+    assert fitted.figures["temperature"] > 1.5  # it drops a quarter of the rows, all that contradict it
+    logit = predict(fitted.scorer, given.inputs, heldout)
+    risks = [float(bce(logit * factor, r[heldout]).mean()) for factor in (0.8, 1.0, 1.25)]
+    assert risks[1] == min(risks)
