@@ -19,6 +19,7 @@ from torch import nn
 
 from causalrm_ray.config import LearnerConfig
 
+MAX_GRAD_NORM = 1.0  # of all parameters together
 TAG = "engine"  # folder of the engine's files inside a checkpoint
 
 
@@ -68,7 +69,7 @@ def start_process_group(rank: int, world_size: int, init_method: str) -> Any:
 
 
 class DeepSpeedEngine:
-    """A module under ZeRO 0-3 with torch AdamW, gradients averaged over ranks and clipped to `max_grad_norm` as one vector.
+    """A module under ZeRO 0-3 with torch AdamW, gradients averaged over ranks and clipped to MAX_GRAD_NORM as one vector.
 
     Collective: construction, forward under ZeRO-3, backward, step, gathered, save and load must be called by all ranks alike.
     """
@@ -146,7 +147,7 @@ def _settings(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: the learner counts tokens itself
         "gradient_accumulation_steps": 1,  # the boundary is set by hand, for micro-batches vary in number
-        "gradient_clipping": config.max_grad_norm,
+        "gradient_clipping": MAX_GRAD_NORM,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,

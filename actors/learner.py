@@ -288,11 +288,11 @@ class LearnerRank:
         mine = self._mine(range(len(scored)), scored)
         rows = {place: row for row, place in enumerate(mine)}
         completions = [*(scored[place].completion for place in mine), BLANK]
-        objective = Objective(config.clip, config.dual_clip, self._algorithm.critic, kl_estimator(config), self._kl_coefficient)
+        objective = Objective(config.clip, self._algorithm.critic, kl_estimator(config), self._kl_coefficient)
         steps, stopped = [], False
         for places in self._minibatches(scored):
             tokens = sum(len(scored[place].completion.token_ids) for place in places)
-            count = tokens if config.loss_mean == "token" else len(places)
+            count = len(places) if self._algorithm.per_answer else tokens
             micro_batches = self._micro_batches(places, scored, rows)
             steps.append(self._optimizer_step(micro_batches, completions, experience, objective, count))
             if config.kl.stop is not None:

@@ -30,6 +30,7 @@ from causalrm_ray.data.snapshot import check_log, read_snapshot
 from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
 from causalrm_ray.models.text import load_tokenizer
 
+GATE_TOLERANCE = 0.01  # a refit serves if its held-out observed risk is at most this above the serving model's
 SCRATCH = ".ray_train"  # where Ray Train keeps a fit's checkpoint until it is moved to its place
 
 
@@ -136,7 +137,7 @@ class RewardActor:
         return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started, train_seconds)
 
     def promote(self, candidate: str) -> Promotion:
-        """Let `candidate` serve if its held-out observed risk is at most the serving model's plus `config.gate_tolerance`.
+        """Let `candidate` serve if its held-out observed risk is at most the serving model's plus GATE_TOLERANCE.
 
         The first candidate always serves. Raises ValueError if another model serves than the candidate was measured against.
         """
@@ -150,7 +151,7 @@ class RewardActor:
         risk, serving_risk = figures["methods"][self._config.method]["heldout_risk"], figures["serving_risk"]
         if serving_risk is None:
             return self._promoted(folder, f"first model, held-out risk {risk:.4f}")
-        limit = serving_risk + self._config.gate_tolerance
+        limit = serving_risk + GATE_TOLERANCE
         if risk <= limit:
             return self._promoted(folder, f"held-out risk {risk:.4f} <= {limit:.4f}")
         return Promotion(False, f"held-out risk {risk:.4f} > {limit:.4f}", self._version)

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from causalrm_ray.benchmark_config import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError, RunFolder, find_run, load_tree, options
+from causalrm_ray.config import Config, ConfigError, RunFolder
 from causalrm_ray.embed_config import EmbedConfig
+from causalrm_ray.options import find_run, load_tree, options
 
 
 class Job(NamedTuple):

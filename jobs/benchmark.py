@@ -26,7 +26,7 @@ from actors.placement import ray_cluster, run_tasks
 from causalrm_ray.benchmark_config import BenchmarkConfig
 from causalrm_ray.checkpoint import write_json
 from causalrm_ray.checks import InputError, check_both_classes
-from causalrm_ray.config import ConfigError, dump_config, load_tree
+from causalrm_ray.config import ConfigError
 from causalrm_ray.data.embeddings import GradedEmbeddings, load_pair
 from causalrm_ray.data.files import write_whole
 from causalrm_ray.data.simulate import preferences, threshold
@@ -34,6 +34,7 @@ from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.estimators.pipeline import ORACLE
 from causalrm_ray.estimators.semisynthetic import Bias
 from causalrm_ray.figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
+from causalrm_ray.options import dump_config, load_tree
 from causalrm_ray.types import NoiseRates
 from jobs.progress import Progress
 

@@ -20,8 +20,9 @@ from actors.placement import ray_cluster
 from actors.roles import Roles
 from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError, dump_config, validate
+from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.data.files import write_whole
+from causalrm_ray.options import dump_config, validate
 from causalrm_ray.report import draw_comparison
 from jobs.feedback import simulate_feedback
 from jobs.progress import Progress

@@ -16,7 +16,7 @@ from actors.benchmark import NoiseOrder, Row, run_noise
 from actors.placement import ray_cluster, run_tasks
 from causalrm_ray.benchmark_config import NoiseStudyConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import dump_config
+from causalrm_ray.options import dump_config
 from causalrm_ray.types import NoiseRates
 from jobs.benchmark import write_markdown, write_rows
 from jobs.progress import Progress

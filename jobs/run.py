@@ -15,7 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from causalrm_ray.checkpoint import newest_complete, write_json
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, dump_config
+from causalrm_ray.config import Config
+from causalrm_ray.options import dump_config
 
 console = Console(highlight=False)
 

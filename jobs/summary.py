@@ -22,7 +22,7 @@ from jobs.truth import Truth
 def fit_summary(fit: Mapping[str, Any], world: WorldConfig | None = None) -> dict[str, Any]:
     """What a fit of propensity, noise rates and reward model found, next to the truth where users of a known `world` reacted."""
     reward, propensity = fit["reward"], fit["propensity"]
-    truth = {} if world is None else {"rho_01": world.rho_01, "rho_10": world.rho_10}
+    truth = {} if world is None else dict(zip(("rho_01", "rho_10"), world.rho, strict=True))
     rates = {name: {**_rate(reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
     return {
         "noise_rates": rates,

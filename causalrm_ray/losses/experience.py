@@ -14,6 +14,8 @@ from causalrm_ray.losses.policy import importance_weight, kl_k1, kl_k2, kl_k3, m
 from causalrm_ray.types import Completion, Scored
 
 TRAINING = ("policy_loss", "value_loss", "entropy", "ratio_mean", "clip_fraction", "kl_step")  # means over trained tokens
+DUAL_CLIP = 3.0  # times the advantage: the most that one bad token that has become likely adds to the loss
+IMPORTANCE_CAP = 2.0  # of the learner/engine importance weight of a token
 LOSS_KL = {"k2": kl_k2, "k3": kl_k3}  # estimators whose gradient steers; k1's belongs in the reward
 
 
@@ -108,9 +110,7 @@ def make_experience(
         share_BR=mask_BR / mask_BR.sum(dim=1, keepdim=True) if ALGORITHMS[config.algorithm].per_answer else mask_BR,
         logprobs_BR=answers.logprobs_BR,
         reference_logprobs_BR=answers.reference_logprobs_BR,
-        weights_BR=mask_BR
-        if config.importance_cap is None
-        else importance_weight(answers.logprobs_BR, answers.rollout_logprobs_BR, config.importance_cap),
+        weights_BR=importance_weight(answers.logprobs_BR, answers.rollout_logprobs_BR, IMPORTANCE_CAP),
         advantages_BR=advantages_BR,
         values_BR=answers.values_BR,
         returns_BR=returns_BR,

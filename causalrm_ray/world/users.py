@@ -95,7 +95,7 @@ class SimulatedUsers:
         liked = int(u_liking < self.liking_probability(impression.prompt, impression.response))
         if u_vote >= self.vote_probability(impression.prompt, impression.response, liked):
             return []
-        slipped = u_slip < (self._world.rho_01 if liked else self._world.rho_10)
+        slipped = u_slip < (self._world.rho[0 if liked else 1])
         vote, other = SIMULATED_SIGNALS[1 - liked if slipped else liked]
         signal = vote if u_signal < VOTE_SHARE else other
         time = impression.time + 1.0 + float(u_delay) * (LONGEST_DELAY_S - 1.0)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from actors import engine_deepspeed
 from actors.learner import LearnerRank
 from actors.weight_sync import unpack
 from causalrm_ray.config import LearnerConfig
@@ -25,7 +26,7 @@ BASE = {
     "epochs": 2,
     "minibatches": 2,
     "clip": 0.05,
-    "truncation_penalty": 0.5,
+    "truncation": 0.5,
     "max_grad_norm": 0.5,
     "lr": 1e-3,
     "critic_lr": 2e-3,
@@ -33,9 +34,9 @@ BASE = {
 ONE_STEP = BASE | {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9}
 SLOW = ONE_STEP | {"lr": 2e-4}  # enough to leave the reference; Adam blows up rounding where a gradient is about 0
 ALGORITHMS: dict[str, dict[str, object]] = {
-    "grpo": {"loss_mean": "answer", "truncation": "mask", "kl": {"coefficient": 0.3}},
+    "grpo": {"truncation": "mask", "kl": {"coefficient": 0.3}},
     "rloo": {"reward_normalisation": True, "kl": {"coefficient": 0.3}},
-    "reinforce_pp": {"gamma": 0.9, "kl": {"estimator": "k2", "coefficient": 0.3}},
+    "reinforce_pp": {"kl": {"estimator": "k2", "coefficient": 0.3}},
 }
 NARROW = 96  # tokens per micro-batch: 3 rows of 32
 
@@ -96,6 +97,7 @@ class Rank:
         self.address = f"tcp://127.0.0.1:{port}"
 
     def learner(self, tokens: int = 8192, dtype: torch.dtype = torch.float32, **options: object) -> LearnerRank:
+        engine_deepspeed.MAX_GRAD_NORM = options.pop("max_grad_norm")
         return LearnerRank(
             str(self.folder / "model"),
             LearnerConfig(**options),
@@ -163,7 +165,7 @@ def algorithms(place: Rank) -> None:
 
 def guarded(place: Rank) -> None:
     """REINFORCE++ under ZeRO-3 on two ranks, whose steps end early for their KL; and a step of truncated answers only."""
-    options = BASE | {"algorithm": "reinforce_pp", "kl": {"stop": 1e-5}, "truncation": "mask", "dual_clip": 1.5}
+    options = BASE | {"algorithm": "reinforce_pp", "kl": {"stop": 1e-5}, "truncation": "mask"}
     learner = place.learner(NARROW, zero_stage=0 if place.world_size == 1 else 3, **options)
     metrics = train(learner, 2, make_groups)
     place.keep("guarded", learner, metrics)

@@ -12,8 +12,9 @@ from actors.engine import EngineDeadError, EngineSettings
 from actors.engine_hf import HfEngine
 from actors.roles import gpu_shares
 from actors.weight_sync import pack
-from causalrm_ray.config import Config, ConfigError, load_config
+from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.models.policy import load_policy
+from causalrm_ray.options import load_config
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
 
 SAMPLING = Sampling(max_new_tokens=12)

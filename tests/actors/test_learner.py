@@ -98,7 +98,7 @@ class NaivePPO:
 
     def advantages(self, answer, logprobs: torch.Tensor, reference: torch.Tensor, values: torch.Tensor) -> list[float]:
         rewards = [-0.02 * float(logprobs[t] - reference[t]) for t in range(len(values))]
-        rewards[-1] += answer.reward - (self.options["truncation_penalty"] if answer.completion.stop_reason == "length" else 0.0)
+        rewards[-1] += answer.reward - (self.options["truncation"] if answer.completion.stop_reason == "length" else 0.0)
         result, following, value_after = [], 0.0, 0.0
         for t in reversed(range(len(values))):
             following = rewards[t] + value_after - float(values[t]) + 0.95 * following
@@ -137,6 +137,8 @@ class NaivePPO:
         ratio = torch.exp(new - old)
         if (advantage > 0 and ratio > 1 + clip) or (advantage < 0 and ratio < 1 - clip):
             policy = -advantage * (1 + clip if advantage > 0 else 1 - clip) + 0.0 * new
+        elif advantage < 0 and ratio > 3:
+            policy = -advantage * 3 + 0.0 * new
         else:
             policy = -advantage * ratio
         near = old_value + torch.clamp(value - old_value, -clip, clip)
@@ -177,9 +179,7 @@ class NaiveCriticFree:
             rewards = [reward - 0.5 * is_cut for reward, is_cut in zip(rewards, cut, strict=True)]
         lengths = [len(distance) for distance in distances]
         if self.name == "reinforce_pp":
-            rows = [
-                [reward * 0.9 ** (length - 1 - t) for t in range(length)] for reward, length in zip(rewards, lengths, strict=True)
-            ]
+            rows = [[reward] * length for reward, length in zip(rewards, lengths, strict=True)]
             flat = np.concatenate(rows)
             return [[(value - flat.mean()) / np.sqrt(flat.var() + 1e-8) for value in row] for row in rows]
         result = []

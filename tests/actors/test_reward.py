@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.reward import RewardActor
+from actors.reward import GATE_TOLERANCE, RewardActor
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config import RewardConfig
 from causalrm_ray.metrics import auroc
@@ -93,8 +93,8 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
 def test_first_candidate_serves_and_a_worse_one_does_not(backbone: str, tmp_path: Path):
     actor, (rows, _) = make_actor(backbone, tmp_path), fresh_pairs(backbone)
     write_candidate(tmp_path, backbone, "a", 0.60, None, 0, head=0.1)
-    write_candidate(tmp_path, backbone, "b", 0.60 + 2 * CONFIG.gate_tolerance, 0.60, 1, head=0.2)
-    write_candidate(tmp_path, backbone, "c", 0.60 + CONFIG.gate_tolerance / 2, 0.60, 1, head=0.3)
+    write_candidate(tmp_path, backbone, "b", 0.60 + 2 * GATE_TOLERANCE, 0.60, 1, head=0.2)
+    write_candidate(tmp_path, backbone, "c", 0.60 + GATE_TOLERANCE / 2, 0.60, 1, head=0.3)
     assert actor.promote("a").promoted
     served, _ = actor.score(rows)
     refused = actor.promote("b")

@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
-from causalrm_ray.config import Config, ConfigError, MethodName, dump_config, load_config, options
+from causalrm_ray.config import Config, ConfigError, MethodName
 from causalrm_ray.estimators.methods import METHODS
+from causalrm_ray.options import dump_config, load_config, options
 from causalrm_ray.types import Sampling
 
 
@@ -31,19 +32,17 @@ from causalrm_ray.types import Sampling
         ("lr=1", ["lr", "propensity.lr", "reward.lr", "learner.lr"]),
         ("rollout.max_new_tokens=500", ["rollout.max_new_tokens", "model.max_length", "500"]),
         ("learner.algorithm=a2c", ["learner.algorithm", "'grpo'", "'a2c'"]),
-        ("learner.dual_clip=1", ["learner.dual_clip", "greater than 1", "1"]),
         ("learner.kl.stop=0", ["learner.kl.stop", "greater than 0", "0"]),
         ("reward.method=causalrm", ["reward.method", "causalrm_dr", "'causalrm'"]),
         ("reward.rho=[0.6,0.5]", ["reward.rho", "below 1", "0.6"]),
         ("rollout.engine=sglang", ["rollout.engine", "'vllm' or 'hf'", "'sglang'"]),
-        ("rollout.temperature=0", ["rollout.temperature must be at least 0.01", "rollout.evaluation's may be 0", "got 0"]),
+        ("rollout.temperature=0", ["rollout.temperature", "greater than or equal to 0.01", "got 0"]),
         ("rollout.temperature=2.5", ["rollout.temperature", "less than or equal to 2", "2.5"]),
         ("rollout.evaluation.temperature=-1", ["rollout.evaluation.temperature", "greater than or equal to 0", "-1"]),
         ("rollout.stop=['']", ["rollout.stop", "at least 1 character"]),
         ("rollout.stop=[-3]", ["rollout.stop", "token ids >= 0", "-3"]),
-        ("rollout.top_p=0.9", ["rollout.top_p=0.9 needs learner.importance_cap=null"]),
-        ("rollout.top_k=20", ["rollout.top_k=20 needs learner.importance_cap=null"]),
-        ("rollout.min_p=0.1", ["rollout.min_p=0.1 needs learner.importance_cap=null"]),
+        ("learner.truncation=-1", ["learner.truncation", "greater than or equal to 0", "-1"]),
+        ("learner.truncation=drop", ["learner.truncation", "'mask'", "'drop'"]),
     ],
 )
 def test_a_wrong_option_is_refused_by_name_rule_and_value(override: str, parts: list[str]) -> None:
@@ -55,7 +54,7 @@ def test_a_wrong_option_is_refused_by_name_rule_and_value(override: str, parts: 
 
 def test_noise_rates_that_leave_no_information_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rho_01 \+ rho_10 must be below 1, .* got 1\.1000"):
-        load_config(None, ["world.rho_01=0.6", "world.rho_10=0.5"])
+        load_config(None, ["world.rho=[0.6,0.5]"])
 
 
 def test_one_gpu_group_per_generator_is_vllms_only() -> None:
@@ -69,11 +68,6 @@ def test_evaluations_sample_as_training_does_unless_told_otherwise() -> None:
     own = load_config(None, ["rollout.temperature=0.8", "rollout.evaluation.top_p=0.9", "rollout.stop=[7]"]).rollout
     assert own.sampling() == Sampling(40, 0.8, stop=(7,))
     assert own.sampling(evaluation=True) == Sampling(40, 1.0, top_p=0.9, stop=(7,))
-
-
-def test_training_may_cut_the_distribution_where_nothing_is_weighted() -> None:
-    rollout = load_config(None, ["rollout.top_p=0.9", "rollout.top_k=20", "learner.importance_cap=null"]).rollout
-    assert rollout.sampling() == Sampling(40, top_p=0.9, top_k=20)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
@@ -130,7 +124,7 @@ def test_the_resolved_copy_reads_back_as_the_same_configuration(tmp_path: Path) 
 
 def test_a_user_meets_at_most_sixty_six_options_and_each_says_what_it_means() -> None:
     known = list(options())
-    assert len(known) <= 66
+    assert len(known) <= 60
     assert [key for key, _, _, meaning in known if not meaning] == []
 
 

@@ -15,11 +15,12 @@ from actors import placement
 from actors.benchmark import BiasOrder, Cell, CellOrder, Setting, run_bias, run_cell
 from causalrm_ray.benchmark_config import BenchmarkConfig, HeadConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import ConfigError, load_tree, options
+from causalrm_ray.config import ConfigError
 from causalrm_ray.data.embeddings import GradedEmbeddings
 from causalrm_ray.estimators import semisynthetic
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
+from causalrm_ray.options import load_tree, options
 from causalrm_ray.types import NoiseRates
 from jobs import benchmark
 from jobs.__main__ import main

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from causalrm_ray.config import RunFolder, load_config, options
+from causalrm_ray.config import RunFolder
+from causalrm_ray.options import load_config, options
 from causalrm_ray.types import Completion, Prompt
 from jobs.__main__ import JOBS, lock_of, main
 from jobs.doctor import rollout_engines

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from causalrm_ray.config import load_config
+from causalrm_ray.options import load_config
 from causalrm_ray.report import draw_comparison
 from jobs.__main__ import main
 from jobs.compare import METHODS, SEEDS, USERS, for_world, read_results, tabulate, write_results, write_table

@@ -14,7 +14,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from causalrm_ray.config import load_config
 from causalrm_ray.estimators.diagnostics import diagnose_fit
 from causalrm_ray.estimators.fit import Epoch, FitReport
 from causalrm_ray.estimators.groups import Groups, Signals, diagnose_groups, diagnose_signals
@@ -22,6 +21,7 @@ from causalrm_ray.estimators.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.pipeline import RewardFit, RewardFits
 from causalrm_ray.estimators.problem import Observations
 from causalrm_ray.estimators.propensity import diagnose
+from causalrm_ray.options import load_config
 from causalrm_ray.report import write_report
 from causalrm_ray.report_fit import fit_panels
 from causalrm_ray.types import NoiseRates

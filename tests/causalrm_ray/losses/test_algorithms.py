@@ -36,14 +36,14 @@ def ranks(name: AlgorithmName, whole: Rows, shares: list[list[int]]) -> list[Adv
         return value + 1 + torch.arange(value.numel())  # anything that can be whitened by
 
     for share in shares:
-        run(part(whole, share), 0.9, 0.8, offer)
+        run(part(whole, share), 0.8, offer)
     total = torch.stack(offered).sum(dim=0)
-    return [run(part(whole, share), 0.9, 0.8, lambda value: total.clone()) for share in shares]
+    return [run(part(whole, share), 0.8, lambda value: total.clone()) for share in shares]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_advantages_do_not_depend_on_the_split_over_ranks(name: AlgorithmName) -> None:
-    whole = ALGORITHMS[name].advantages(rows(), 0.9, 0.8, lambda value: value)
+    whole = ALGORITHMS[name].advantages(rows(), 0.8, lambda value: value)
     for shares in ([[0, 2, 4], [1, 3]], [[3, 0], [1], [4, 2]], [[4, 3, 2, 1, 0], []]):
         found = ranks(name, rows(), shares)
         for share, advantages in zip(shares, found, strict=True):
@@ -54,7 +54,7 @@ def test_advantages_do_not_depend_on_the_split_over_ranks(name: AlgorithmName) -
 def test_group_algorithms_give_each_token_its_answer_s_advantage() -> None:
     given = rows()
     returns = given.rewards_BR.sum(dim=1).tolist()
-    found = {name: ALGORITHMS[name].advantages(given, 1.0, 1.0, lambda value: value).advantages_BR for name in GROUPED}
+    found = {name: ALGORITHMS[name].advantages(given, 1.0, lambda value: value).advantages_BR for name in GROUPED}
     for place, reward in enumerate(returns):
         group = [returns[other] for other in range(5) if GROUPS[other] == GROUPS[place]]
         others = [returns[other] for other in range(5) if GROUPS[other] == GROUPS[place] and other != place]
@@ -66,9 +66,9 @@ def test_group_algorithms_give_each_token_its_answer_s_advantage() -> None:
 
 def test_reinforce_pp_is_the_whitened_reward_to_go_of_trained_tokens() -> None:
     given = rows()
-    found = ALGORITHMS["reinforce_pp"].advantages(given, 0.9, 0.0, lambda value: value).advantages_BR
+    found = ALGORITHMS["reinforce_pp"].advantages(given, 0.0, lambda value: value).advantages_BR
     to_go = [
-        [sum(0.9 ** (later - t) * float(given.rewards_BR[row, later]) for later in range(t, length)) for t in range(length)]
+        [sum(float(given.rewards_BR[row, later]) for later in range(t, length)) for t in range(length)]
         for row, length in enumerate(LENGTHS)
     ]
     trained = np.concatenate([to_go[row] for row in (0, 1, 2, 4)])
@@ -81,7 +81,7 @@ def test_reinforce_pp_is_the_whitened_reward_to_go_of_trained_tokens() -> None:
 @pytest.mark.parametrize("name", ["ppo", "reinforce_pp"])
 def test_a_step_with_nothing_to_train_on_has_no_advantages(name: AlgorithmName) -> None:
     given = rows()._replace(trained_BR=torch.zeros(5, 4, dtype=torch.float64))
-    assert bool((ALGORITHMS[name].advantages(given, 1.0, 1.0, lambda value: value).advantages_BR == 0).all())
+    assert bool((ALGORITHMS[name].advantages(given, 1.0, lambda value: value).advantages_BR == 0).all())
 
 
 def test_every_algorithm_can_be_named_and_only_ppo_has_a_critic() -> None:

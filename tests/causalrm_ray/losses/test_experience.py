@@ -27,9 +27,9 @@ def make(**options: object) -> Experience:
 
 
 def test_a_truncated_answer_pays_or_is_compared_with_but_not_whitened_over() -> None:
-    paying = make(algorithm="rloo", truncation_penalty=2.0, kl={"estimator": "k3"}).advantages_BR
+    paying = make(algorithm="rloo", truncation=2.0, kl={"estimator": "k3"}).advantages_BR
     np.testing.assert_allclose(paying[:, 0].numpy(), [1.0 - (-2.0 - 1.5) / 2, -2.0 - (1.0 - 1.5) / 2, -1.5 + 0.5], rtol=1e-6)
-    masked = make(algorithm="rloo", truncation_penalty=2.0, truncation="mask", kl={"estimator": "k3"}).advantages_BR
+    masked = make(algorithm="rloo", truncation="mask", kl={"estimator": "k3"}).advantages_BR
     np.testing.assert_allclose(masked[:2, 0].numpy(), [1.0 - (-2.0 + 0.5) / 2, -2.0 - (1.0 + 0.5) / 2], rtol=1e-6)
     whitened = make(algorithm="reinforce_pp", truncation="mask").advantages_BR
     assert bool((whitened[2] == 0).all())
@@ -50,21 +50,22 @@ def test_the_estimator_is_the_algorithm_s_own_unless_one_is_named() -> None:
     assert kl_estimator(LearnerConfig(algorithm="grpo", kl=KLConfig(estimator="k2"))) == "k2"
 
 
-@pytest.mark.parametrize("mean", ["token", "answer"])
-def test_loss_is_the_mean_over_tokens_or_over_answers_of_their_means(mean: str) -> None:
-    old = make(algorithm="rloo", loss_mean=mean, importance_cap=None)
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_loss_is_the_mean_over_tokens_or_for_grpo_over_answers_of_their_means(algorithm: str) -> None:
+    old = make(algorithm=algorithm)
     new = old.logprobs_BR + 0.05
-    count = sum(LENGTHS) if mean == "token" else 3
-    objective = Objective(0.2, None, False, "k3", 0.3)
+    count = sum(LENGTHS) if algorithm == "rloo" else 3
+    objective = Objective(0.2, False, "k3", 0.3)
     loss, figures = objective.loss(new, torch.ones(3, 4), torch.zeros(3, 4), old, count)
     rows = []
     for row, length in enumerate(LENGTHS):
         tokens = []
         for t in range(length):
             d = float(new[row, t] - old.reference_logprobs_BR[row, t])
-            tokens.append(-math.exp(0.05) * float(old.advantages_BR[row, t]) + 0.3 * (math.exp(-d) - 1 + d))
+            weight = min(math.exp(float(old.logprobs_BR[row, t] - answers().rollout_logprobs_BR[row, t])), 2.0)
+            tokens.append(-weight * math.exp(0.05) * float(old.advantages_BR[row, t]) + 0.3 * (math.exp(-d) - 1 + d))
         rows.append(tokens)
-    expected = np.mean(np.concatenate(rows)) if mean == "token" else np.mean([np.mean(row) for row in rows])
+    expected = np.mean(np.concatenate(rows)) if algorithm == "rloo" else np.mean([np.mean(row) for row in rows])
     assert float(loss) == pytest.approx(expected, rel=1e-9)
     _, value, entropy, ratio, clipped, kl, tokens, largest = figures.tolist()
     assert (value, entropy, clipped, tokens) == (0.0, 8.0, 0.0, 8.0)

@@ -44,7 +44,8 @@ def sample_answers(model, tokenizer, prompts: list[str], seed: int) -> list[tupl
             mask = torch.ones_like(ids)
             out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=40)
             answers += [
-                (prompt, decode_response(tokenizer, row)) for prompt, row in zip(group, out[:, ids.shape[1] :], strict=True)
+                (prompt, decode_response(tokenizer, row.tolist()))
+                for prompt, row in zip(group, out[:, ids.shape[1] :], strict=True)
             ]
     return answers
 

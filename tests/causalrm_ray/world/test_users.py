@@ -95,7 +95,7 @@ def test_mean_propensity_equals_the_feedback_rate(kind, rate, counts):
 
 @pytest.mark.parametrize("kind", ["protocol", "strong_feelings"])
 def test_frequencies_equal_the_truth(kind):
-    users = SimulatedUsers(WorldConfig(users=kind, alpha=0.5, feedback_rate=0.4, rho_01=0.2, rho_10=0.1), seed=7)
+    users = SimulatedUsers(WorldConfig(users=kind, alpha=0.5, feedback_rate=0.4, rho=(0.2, 0.1)), seed=7)
     shown = impressions(12000, seed=2)
     rows = [(one, users.preference(one), users.react(one)) for one in shown]
     for name, truth, found in (
@@ -124,7 +124,7 @@ def test_strong_feelings_by_hand():
 
 
 def test_strong_feelings_make_naive_learning_prefer_flashy_answers_of_equal_score():
-    users = SimulatedUsers(WorldConfig(users="strong_feelings", rho_01=0.2, rho_10=0.1), seed=0)
+    users = SimulatedUsers(WorldConfig(users="strong_feelings", rho=(0.2, 0.1)), seed=0)
 
     def observed_good(prompt: str, response: str) -> float:  # P(r=1 | o=1, x) by enumeration of r* and r
         liking = users.liking_probability(prompt, response)
