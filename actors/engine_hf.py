@@ -10,7 +10,7 @@ numbers that its request's seed alone determines. New weights make all keys and 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from actors.weight_sync import Weights, checksum, unpack
 from causalrm_ray.models.policy import load_policy
 from causalrm_ray.models.sampling import draw, sampling_distribution
 from causalrm_ray.models.text import decode_response, load_tokenizer
-from causalrm_ray.types import Completion, Request, Sampling, StopReason
+from causalrm_ray.types import Completion, Request, Sampling, Span, StopReason
 
 ROWS = 128  # most rows of a batch that run at once
 PREFILL_TOKENS = 16_384  # most tokens, pads included, of one prefill
@@ -59,6 +59,7 @@ class _Row:
     stream: Any  # turns tokens into text where texts may stop the answer
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the weights that wrote each token
     uniforms: Sequence[float] = ()  # one per token that may come, drawn when it begins to run
     text: str = ""
 
@@ -70,7 +71,7 @@ class _Output:
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     stop_reason: StopReason
-    version: int
+    versions: Sequence[int]
 
 
 class _Context:
@@ -167,9 +168,10 @@ class _Batch:
         for place, (row, token, logprob) in enumerate(zip(self._running, tokens_B.tolist(), logprobs, strict=True)):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            row.versions.append(version)
             reason = self._reason_to_stop(row)
             if reason:
-                finished[place] = (row.id, _Output(row.token_ids, row.logprobs, reason, version))
+                finished[place] = (row.id, _Output(row.token_ids, row.logprobs, reason, row.versions))
         if finished:
             self._keep([place for place in range(len(self._running)) if place not in finished])
         return list(finished.values())
@@ -257,13 +259,15 @@ class _HfCore:
         ]
 
     def completion(self, request: Request, sampling: Sampling, output: _Output) -> Completion:
+        spans = tuple(Span(version, count) for version, count in Counter(output.versions).items())
         return Completion(
             prompt=request.prompt,
             response=decode_response(self._tokenizer, output.token_ids, sampling.stop),
             token_ids=tuple(output.token_ids),
             logprobs=tuple(output.logprobs),
             stop_reason=output.stop_reason,
-            policy_version=output.version,
+            policy_version=output.versions[-1],
+            spans=spans if len(spans) > 1 else (),
         )
 
     def about(self) -> Mapping[str, str]:

@@ -15,7 +15,7 @@ from actors.engine import EngineSettings
 from actors.step_thread import Phase, StepThreadEngine
 from actors.weight_sync import Weights
 from causalrm_ray.models.text import decode_response, load_tokenizer
-from causalrm_ray.types import Completion, Request, Sampling
+from causalrm_ray.types import Completion, Request, Sampling, Span
 
 # Set these before the engine's process starts (a Ray runtime environment), at the latest before it imports vllm.
 ENGINE_ENV = {
@@ -97,13 +97,15 @@ class _VllmCore:
     def completion(self, request: Request, sampling: Sampling, output: Any) -> Completion:
         answer = output.outputs[0]
         token_ids = tuple(answer.token_ids)
+        spans = tuple(Span(int(span.version), span.end - span.start) for span in answer.weight_versions)
         return Completion(
             prompt=request.prompt,
             response=decode_response(self._tokenizer, token_ids, sampling.stop),
             token_ids=token_ids,
             logprobs=tuple(chances[token].logprob for token, chances in zip(token_ids, answer.logprobs, strict=True)),
             stop_reason=answer.finish_reason,
-            policy_version=int(answer.weight_versions[-1].version),
+            policy_version=spans[-1].version,
+            spans=spans if len(spans) > 1 else (),
         )
 
     def about(self) -> Mapping[str, str]:

@@ -4,9 +4,10 @@
     scored      --update---> rewards -> advantages -> epochs x minibatches optimizer steps -> metrics, version + 1
                 --weights--> full policy weights on rank 0
 
-Strictly on-policy: a completion must carry the learner's own version. Losses are divided by the token (or answer) count of the
-whole minibatch over all ranks, and a prompt's answers are compared over all ranks, so the gradient does not depend on the number
-of ranks or micro-batches. There is no random state: shuffles are drawn from (seed, version, epoch).
+A completion must carry the learner's own version, or one at most `staleness` older: what an older version, or an engine of other
+arithmetic, was more or less likely to say is corrected token by token by the importance weight. Losses are divided by the token
+(or answer) count of the whole minibatch over all ranks, and a prompt's answers are compared over all ranks, so the gradient does
+not depend on the number of ranks or micro-batches. There is no random state: shuffles are drawn from (seed, version, epoch).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from causalrm_ray.losses.experience import (
     Experience,
     Objective,
     answer_metrics,
+    check_answer,
     groups_of,
     kl_estimator,
     make_experience,
@@ -113,7 +115,7 @@ class LearnerRank:
         """
         ids = [completion.prompt.id for completion in completions]
         for place, completion in enumerate(completions):
-            self._check(completion)
+            check_answer(completion, self.version, self._config.staleness, self._max_length)
             if completion.prompt.id in self._owners or completion.prompt.id in ids[:place]:
                 raise ValueError(f"ids must be unique within a step, got {completion.prompt.id!r} twice")
         self._owners.update((name, place % self._world_size) for place, name in enumerate(ids))
@@ -134,7 +136,12 @@ class LearnerRank:
         self._check_step(scored)
         rewards_N, seen = self._rewards(scored)
         experience, metrics = self._experience(scored, rewards_N)
-        metrics |= self._train(scored, experience) | answer_metrics(scored) | seen | {"kl_coefficient": self._kl_coefficient}
+        metrics |= (
+            self._train(scored, experience)
+            | answer_metrics(scored, self.version)
+            | seen
+            | {"kl_coefficient": self._kl_coefficient}
+        )
         target = self._config.kl.target
         if target is not None:
             self._kl_coefficient = adapt_kl_coefficient(self._kl_coefficient, metrics["kl"], target, len(scored), KL_HORIZON)
@@ -206,26 +213,13 @@ class LearnerRank:
             "parameters": self._parameters,
         }
 
-    def _check(self, completion: Completion) -> None:
-        name, length = completion.prompt.id, len(completion.prompt.token_ids) + len(completion.token_ids)
-        if completion.policy_version != self.version:
-            raise ValueError(f"answer {name!r} must come from policy version {self.version}, got {completion.policy_version}")
-        if not completion.token_ids or not completion.prompt.token_ids:
-            raise ValueError(f"answer {name!r} and its prompt must have at least one token each")
-        if len(completion.logprobs) != len(completion.token_ids):
-            raise ValueError(
-                f"answer {name!r} must have one logprob per token, got {len(completion.logprobs)} for {len(completion.token_ids)}"
-            )
-        if length > self._max_length:
-            raise ValueError(f"answer {name!r} with its prompt must have at most {self._max_length} tokens, got {length}")
-
     def _check_step(self, scored: Sequence[Scored]) -> None:
         if len(scored) < self._config.minibatches:
             raise ValueError(f"update needs an answer per minibatch, got {len(scored)} answers for {self._config.minibatches}")
         seen: set[str] = set()
         for answer in scored:
             name = answer.completion.prompt.id
-            self._check(answer.completion)
+            check_answer(answer.completion, self.version, self._config.staleness, self._max_length)
             if name not in self._owners:
                 raise ValueError(f"answer {name!r} was never prepared in this step")
             if name in seen:

@@ -51,6 +51,7 @@ class Roles:
         self._folder = config.run.path
         self._timeout_s = config.cluster.timeout_s
         self._propensity_folder: Path | None = None
+        self._begun: tuple[str, dict[str, Any]] | None = None
         self._fitted_position = 0  # of the log, when it was last fitted
         common = {"max_length": config.model.max_length, "seed": config.run.seed}
         generator_gpus, learner_gpus = gpu_shares(config, ray_resources().get("GPU", 0.0))
@@ -92,17 +93,25 @@ class Roles:
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """Answers to `requests`, in their order, sampled as evaluations are."""
         sampling = self._config.rollout.sampling(evaluation=True)
-        done = [completion for chunk in self._micro_batches(requests, sampling) for completion in chunk]
+        done = [completion for chunk in self._micro_batches(self._generate(requests, sampling)) for completion in chunk]
         return sorted(done, key=lambda completion: completion.prompt.id)
+
+    def begin_rollout(self, requests: Sequence[Request]) -> None:
+        """Let the generators begin on `requests`, which `rollout` is asked for next: under the weights that they have, and
+        under those that come meanwhile."""
+        self._begun = (requests[0].prompt.id, self._generate(requests))
 
     def rollout(self, requests: Sequence[Request], show: Show) -> list[Scored]:
         """Generate, score, prepare for learning and show to users, all as answers finish; answers in request order.
 
         `show` turns a micro-batch into the impressions that users react to.
         """
+        begun, self._begun = self._begun, None
+        if begun and begun[0] != requests[0].prompt.id:
+            raise RuntimeError(f"the rollout that was begun with {begun[0]} must come first, got {requests[0].prompt.id}")
         in_flight: deque[tuple[list[Completion], Any, list[Any]]] = deque()
         scored: list[Scored] = []
-        for chunk in self._micro_batches(requests):
+        for chunk in self._micro_batches(begun[1] if begun else self._generate(requests)):
             rewards = self.reward.score.remote([done.prompt.token_ids + done.token_ids for done in chunk])
             effects = [rank.prepare.remote(chunk) for rank in self.learners] + [self.show(show(chunk))]
             in_flight.append((chunk, rewards, effects))
@@ -120,7 +129,7 @@ class Roles:
         """Generate answers to `requests`, show them to users as they finish, and return how many were shown."""
         waiting: deque[Any] = deque()
         shown = 0
-        for chunk in self._micro_batches(requests):
+        for chunk in self._micro_batches(self._generate(requests)):
             impressions = show(chunk)
             shown += len(impressions)
             waiting.append(self.show(impressions))
@@ -213,13 +222,16 @@ class Roles:
             return self._wait(self.reward.score.remote(rows), "score")[0]
         return self._wait(self.reward.score_with.remote(str(model), rows), "score")
 
-    def _micro_batches(self, requests: Sequence[Request], sampling: Sampling | None = None) -> Iterator[list[Completion]]:
-        size = self._config.rollout.micro_batch
+    def _generate(self, requests: Sequence[Request], sampling: Sampling | None = None) -> dict[str, Any]:
+        """Set every generator to its share; the streams of their answers."""
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": self._config.rollout.buffer}
         shares = zip(self.generators.items(), _even_shares(requests, len(self.generators)), strict=True)
-        calls = {
+        return {
             name: generator.generate.options(**options).remote(share, sampling) for (name, generator), share in shares if share
         }
+
+    def _micro_batches(self, calls: Mapping[str, Any]) -> Iterator[list[Completion]]:
+        size = self._config.rollout.micro_batch
         waiting: dict[str, list[Completion]] = {name: [] for name in calls}
         for name, completion in stream(calls, "generate", self._timeout_s):
             waiting[name].append(completion)

@@ -237,6 +237,9 @@ class LearnerConfig(Section):
     epochs: int = Field(2, ge=1, description="passes over a step's answers")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
     clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
+    staleness: Literal[0, 1] = Field(
+        0, description="versions that answers may lag behind; 1: the next step's are generated while the learner trains"
+    )
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda (ppo)")
     reward_normalisation: bool = Field(
         False, description="rewards in units of the mean and standard deviation of all that the run has seen"

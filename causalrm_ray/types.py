@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 StopReason = Literal["stop", "length"]
 
@@ -50,6 +50,13 @@ class Request:
     seed: int
 
 
+class Span(NamedTuple):
+    """So many tokens by one version of the weights."""
+
+    version: int
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A finished answer.
@@ -57,7 +64,8 @@ class Completion:
     `token_ids` [T] are the sampled tokens, the end-of-sequence token or what else stopped it included; `response` is their
     text up to the first stop. `logprobs` [T] are the natural-log probabilities under the distribution that was sampled from
     (after temperature, min_p, top_k and top_p; at temperature 0 under the plain softmax). `stop_reason` is "length" for an
-    answer cut by the token limit. `policy_version` is the version of the weights that wrote the last token.
+    answer cut by the token limit. `policy_version` is the version of the weights that wrote the last token; `spans`, in order,
+    how many tokens each version wrote, where it was more than one: weights may come while an answer is being written.
     """
 
     prompt: Prompt
@@ -66,6 +74,12 @@ class Completion:
     logprobs: tuple[float, ...]
     stop_reason: StopReason
     policy_version: int
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the weights that wrote the first token."""
+        return self.spans[0].version if self.spans else self.policy_version
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         save(run, roles, facts, 0)
 
     for step in progress.steps(run.first_step, config.loop.steps):
-        metrics = policy_step(task, truth, roles, step)
+        ahead = config.learner.staleness > 0 and step + 1 < config.loop.steps
+        metrics = policy_step(task, truth, roles, step, ahead=ahead)
         if due(step, config.reward.refit_every) and step + 1 < config.loop.steps and roles.has_news():
             progress.phase("refitting propensity and reward")
             refit = roles.refit(f"step-{step + 1}", task.as_of(step + 1), [config.reward.method])
@@ -91,11 +92,16 @@ def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Pr
     return judge_start(config, roles, task, truth, fit, shown)
 
 
-def policy_step(task: Task, truth: Truth, roles: Roles, step: int, shown: bool = True) -> dict[str, float]:
-    """Answers stream to reward model, learner and (if `shown`) users; the learner updates; the generators take its weights."""
+def policy_step(task: Task, truth: Truth, roles: Roles, step: int, shown: bool = True, ahead: bool = False) -> dict[str, float]:
+    """Answers stream to reward model, learner and (if `shown`) users; the learner updates; the generators take its weights.
+
+    `ahead`: meanwhile the generators begin on the next step, and go on with the new weights when they come.
+    """
     began = time.perf_counter()
     show = (lambda done: task.impressions(done, task.clock(step))) if shown else (lambda done: [])
     scored = roles.rollout(task.step_requests(step), show)
+    if ahead:
+        roles.begin_rollout(task.step_requests(step + 1))
     metrics = {**truth.rollout_metrics(scored), **roles.update(scored), **roles.publish()}
     return {**metrics, "seconds": time.perf_counter() - began}
 

@@ -11,7 +11,7 @@ from causalrm_ray.config import LearnerConfig
 from causalrm_ray.losses.advantage import token_rewards
 from causalrm_ray.losses.algorithms import ALGORITHMS, AddUp, KLEstimator, Rows
 from causalrm_ray.losses.policy import importance_weight, kl_k1, kl_k2, kl_k3, masked_mean, ppo_clip, value_loss
-from causalrm_ray.types import Completion, Scored
+from causalrm_ray.types import Completion, Scored, Span
 
 TRAINING = ("policy_loss", "value_loss", "entropy", "ratio_mean", "clip_fraction", "kl_step")  # means over trained tokens
 DUAL_CLIP = 3.0  # times the advantage: the most that one bad token that has become likely adds to the loss
@@ -149,8 +149,27 @@ def pad_tokens(completions: Sequence[Completion], device: torch.device) -> tuple
     return input_ids, start, positions_BR.to(device)
 
 
-def answer_metrics(scored: Sequence[Scored]) -> dict[str, float]:
-    """Means over a step's answers."""
+def check_answer(completion: Completion, version: int, staleness: int, max_length: int) -> None:
+    """Raise ValueError, naming the id, unless policy `version` may learn from it: written by weights at most `staleness` versions
+    older, at most `max_length` tokens with its prompt, a log-probability for each of its own."""
+    name, length = completion.prompt.id, len(completion.prompt.token_ids) + len(completion.token_ids)
+    oldest, newest = completion.oldest_version, completion.policy_version
+    if not version - staleness <= oldest <= newest <= version:
+        allowed = f"{version - staleness} to {version}" if staleness else version
+        got = newest if oldest == newest else f"{oldest} to {newest}"
+        raise ValueError(f"answer {name!r} must come from policy version {allowed}, got {got}")
+    if not completion.token_ids or not completion.prompt.token_ids:
+        raise ValueError(f"answer {name!r} and its prompt must have at least one token each")
+    if len(completion.logprobs) != len(completion.token_ids):
+        raise ValueError(
+            f"answer {name!r} must have one logprob per token, got {len(completion.logprobs)} for {len(completion.token_ids)}"
+        )
+    if length > max_length:
+        raise ValueError(f"answer {name!r} with its prompt must have at most {max_length} tokens, got {length}")
+
+
+def answer_metrics(scored: Sequence[Scored], version: int) -> dict[str, float]:
+    """Means over a step's answers; `staleness` is that of the policy `version` over the weights that wrote a token."""
     answers = len(scored)
     tokens = sum(len(answer.completion.token_ids) for answer in scored)
     return {
@@ -158,4 +177,11 @@ def answer_metrics(scored: Sequence[Scored]) -> dict[str, float]:
         "response_length": tokens / answers,
         "truncated": sum(answer.completion.stop_reason == "length" for answer in scored) / answers,
         "tokens": float(tokens),
+        "staleness": sum(_lag(answer.completion, version) for answer in scored) / tokens,
     }
+
+
+def _lag(completion: Completion, version: int) -> int:
+    """Versions between `version` and the weights that wrote a token, summed over tokens."""
+    spans = completion.spans or (Span(completion.policy_version, len(completion.token_ids)),)
+    return sum((version - span.version) * span.tokens for span in spans)

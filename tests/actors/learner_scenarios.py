@@ -18,7 +18,7 @@ from actors import engine_deepspeed
 from actors.learner import LearnerRank
 from actors.weight_sync import unpack
 from causalrm_ray.config import LearnerConfig
-from causalrm_ray.types import Completion, Prompt, Scored
+from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 VOCABULARY = 32
 TEMPERATURE = 0.7
@@ -209,6 +209,25 @@ def resume(place: Rank) -> None:
         place.keep(f"resumed-{stage}", other, train(other, 2))
 
 
+def late(place: Rank) -> None:
+    """Two updates on answers that the version before wrote, the first tokens of the others too; and what is too old."""
+    learner = place.learner(NARROW, **BASE, staleness=1)
+    train(learner, 1)
+    place.keep("late", learner, train(learner, 1, lambda version: [written_late(answer) for answer in make_step(version)]))
+    try:
+        learner.prepare([written_late(make_step(2)[1], 2).completion])
+    except ValueError as error:
+        (place.folder / f"late-{place.world_size}" / "refusal").write_text(str(error))
+
+
+def written_late(answer: Scored, lag: int = 1) -> Scored:
+    """The same, its first token by the weights `lag` versions before."""
+    done = answer.completion
+    spans = (Span(done.policy_version - lag, 1), Span(done.policy_version, len(done.token_ids) - 1))
+    spans = tuple(span for span in spans if span.tokens)
+    return replace(answer, completion=replace(done, policy_version=spans[-1].version, spans=spans))
+
+
 def half(place: Rank) -> None:
     """Two updates in bfloat16."""
     for stage in (0, 2):
@@ -249,7 +268,7 @@ def refusals(place: Rank) -> None:
     (place.folder / "refusals.json").write_text(json.dumps(messages))
 
 
-SCENARIOS = {run.__name__: run for run in (update, gradient, algorithms, guarded, still, resume, half, refusals)}
+SCENARIOS = {run.__name__: run for run in (update, gradient, algorithms, guarded, still, resume, late, half, refusals)}
 
 if __name__ == "__main__":
     rank, world_size, port, folder, *names = sys.argv[1:]

@@ -303,7 +303,10 @@ def test_answers_stream_and_those_in_flight_go_on_with_new_weights(
         by_old = (sampled_logprob(old, completion, PLAIN) - logprob).abs() <= 1e-4
         by_new = (sampled_logprob(new, completion, PLAIN) - logprob).abs() <= 1e-4
         turns = [turn for turn in range(len(logprob)) if bool(by_old[:turn].all()) and bool(by_new[turn:].all())]
-        assert turns, f"{completion.prompt.id} is not old tokens followed by new ones"
+        (before, old_tokens), (after, new_tokens) = completion.spans or ((5, 0), (6, len(logprob)))
+        assert (before, after, old_tokens + new_tokens) == (5, 6, len(logprob))
+        assert old_tokens in turns, f"{completion.prompt.id} is not {old_tokens} old tokens followed by new ones"
+    assert any(completion.spans for completion in crossing)
 
 
 def test_abandoned_stream_frees_the_engine(generator: Remote | Local) -> None:

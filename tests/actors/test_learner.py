@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "model")
     ranks = [
         *start(1, folder, ["update", "gradient", "algorithms", "guarded", "still", "resume", "refusals"]),
-        *start(2, folder, ["update", "gradient", "algorithms", "guarded", "resume", "half"]),
+        *start(2, folder, ["update", "gradient", "algorithms", "guarded", "resume", "late", "half"]),
     ]
     try:
         codes = [rank.wait(timeout=280) for rank in ranks]
@@ -322,6 +322,15 @@ def test_resume_equals_uninterrupted_run(folder: Path, stage: int, world_size: i
     moments = [(metrics["reward_seen_mean"], metrics["reward_seen_std"]) for metrics in metrics_of(folder, whole)]
     seen = [answer.reward for version in range(5) for answer in make_step(version)]
     assert moments[-1] == pytest.approx((np.mean(seen), np.std(seen)), rel=1e-12)
+
+
+def test_answers_may_lag_one_version_behind_where_allowed_and_are_weighed_as_others(folder: Path) -> None:
+    (metrics,) = metrics_of(folder, "late-2")
+    lengths = [len(answer.completion.token_ids) for answer in make_step(1)]
+    assert metrics["staleness"] == pytest.approx(len(lengths) / sum(lengths))  # the first token of each
+    assert metrics_of(folder, "update-0-2")[1]["staleness"] == 0.0
+    assert distance(weights_of(folder, "late-2"), weights_of(folder, "update-0-2")) == 0.0  # who wrote a token changes no weight
+    assert (folder / "late-2" / "refusal").read_text() == "answer '2-1' must come from policy version 1 to 2, got 0 to 2"
 
 
 @pytest.mark.parametrize("stage", [0, 2])
