@@ -22,7 +22,7 @@ class EngineSettings:
     `model` is a local Hugging Face folder or a hub id, and `version` that of its weights; `max_length` the longest prompt plus
     answer, tokens; `dtype` "float32" or "bfloat16"; `cache` the folder for what an engine works out once; `timeout_s` the
     longest wait for any one phase; `buffer` the number of unread answers that holds generation back; `tensor_parallel` the
-    number of GPUs that one copy of the model is spread over.
+    number of GPUs that one copy of the model is spread over; `gpu_memory` the share of a GPU's memory that it may fill.
     """
 
     model: str
@@ -33,6 +33,7 @@ class EngineSettings:
     buffer: int
     version: int = 0
     tensor_parallel: int = 1
+    gpu_memory: float = 0.9
 
 
 class CompletionStream(Iterator[Completion], Protocol):

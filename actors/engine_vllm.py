@@ -136,7 +136,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
             "worker_extension_cls": "actors.vllm_weights.WorkerExtension",  # makes our transport known in each worker process
         }
     if torch.cuda.is_available():
-        return common
+        return common | {"gpu_memory_utilization": settings.gpu_memory}
     return common | {
         "enforce_eager": True,
         "block_size": 32,

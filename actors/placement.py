@@ -6,13 +6,16 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import ClusterConfig
@@ -61,11 +64,13 @@ def place(
     gpus: float = 0.0,
     concurrency: int = 1,
     beside_driver: bool = False,
+    bundle: tuple[PlacementGroup, int] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Start `role(*args, **kwargs)` as a Ray actor and return its handle.
 
-    `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node.
+    `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node; `bundle`
+    seats it in that bundle of a placement group.
     """
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": concurrency}
     if env:
@@ -73,6 +78,9 @@ def place(
     if beside_driver:
         node = ray.get_runtime_context().get_node_id()
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    if bundle:
+        group, index = bundle
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
     return ray.remote(role).options(**options).remote(*args, **kwargs)
 
 
@@ -127,9 +135,18 @@ def run_tasks(
         yield names[ready[0]], resolve(ready[0], f"{phase} ({names[ready[0]]})", timeout_s)
 
 
-def driver_address() -> str:
-    """IP address of the driver's node, which other nodes can reach."""
-    return ray.util.get_node_ip_address()
+def rendezvous(bundle: tuple[PlacementGroup, int] | None) -> str:
+    """Where processes can meet one that sits in `bundle`, or on the driver's node: "tcp://host:port", the port free now."""
+    if bundle is None:
+        return _meeting_point()
+    strategy = PlacementGroupSchedulingStrategy(*bundle)
+    return ray.get(ray.remote(_meeting_point).options(num_cpus=0, scheduling_strategy=strategy).remote())
+
+
+def _meeting_point() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
 def _own_token(cache: Path) -> None:
@@ -145,6 +162,31 @@ def _own_token(cache: Path) -> None:
         os.link(aside, path)  # whole or not at all, and the first of several starters wins
     aside.unlink()
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def reserve(bundles: Sequence[int], timeout_s: float) -> PlacementGroup:
+    """Groups of so many GPUs each, every group on one node, packed on few. Raises RoleTimeoutError where others hold them."""
+    group = placement_group([{"GPU": gpus} for gpus in bundles], strategy="PACK")
+    if not group.wait(timeout_s):
+        raise RoleTimeoutError(
+            f"reserve GPUs: groups of {list(bundles)} were not free within cluster.timeout_s={timeout_s:g} s; "
+            "see what holds them with `ray status`"
+        )
+    return group
+
+
+def gpu_bytes() -> int:
+    """Memory of the cluster's smallest GPU, by asking one GPU of each node that has any."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    asked = [
+        ray.remote(_device_bytes).options(num_gpus=0.01, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        for node in nodes
+    ]
+    return min(ray.get([task.remote() for task in asked]))
+
+
+def _device_bytes() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def ray_resources() -> dict[str, float]:

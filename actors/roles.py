@@ -14,7 +14,6 @@ its own bound.
 from __future__ import annotations
 
 import itertools
-import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -29,11 +28,13 @@ from actors.engine import EngineSettings
 from actors.feedback import FeedbackRole
 from actors.generator import Generator, engine_env
 from actors.learner import LearnerRank
-from actors.placement import driver_address, place, ray_resources, resolve, stream
+from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserve, resolve, stream
+from actors.plan import DEVICE_SHARE, Plan, make_plan
 from actors.propensity import PropensityActor, read_propensities
 from actors.reward import RewardActor
 from actors.users import UsersRole
-from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.config import Config
+from causalrm_ray.models.size import model_size
 from causalrm_ray.types import Completion, Impression, Request, Sampling, Scored
 
 ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
@@ -45,37 +46,42 @@ Show = Callable[[Sequence[Completion]], list[Impression]]
 class Roles:
     """Handles on all running roles. Every wait has a time-out and names the phase; a dead role raises RoleDiedError."""
 
-    def __init__(self, config: Config, policy: str, reward: str, parts: Collection[str] = ALL_ROLES) -> None:
-        """Start the roles named in `parts` and wait until each answers. `policy` and `reward` are model folders or hub ids."""
+    def __init__(
+        self,
+        config: Config,
+        policy: str,
+        reward: str,
+        parts: Collection[str] = ALL_ROLES,
+        announce: Callable[[Plan], None] = lambda plan: None,
+    ) -> None:
+        """Start the roles named in `parts` and wait until each answers. `policy` and `reward` are model folders or hub ids.
+
+        `announce` is told where they will run before the first of them starts. Raises ConfigError where they do not fit.
+        """
+        self.plan = plan_roles(config, policy, reward, parts)
+        announce(self.plan)
+        self._bundles = reserve(self.plan.bundles, config.cluster.timeout_s) if self.plan.bundles else None
         self._config = config
         self._folder = config.run.path
         self._timeout_s = config.cluster.timeout_s
         self._propensity_folder: Path | None = None
         self._begun: tuple[str, dict[str, Any]] | None = None
         self._fitted_position = 0  # of the log, when it was last fitted
-        common = {"max_length": config.model.max_length, "seed": config.run.seed}
-        generator_gpus, learner_gpus = gpu_shares(config, ray_resources().get("GPU", 0.0))
+        common: dict[str, Any] = {"max_length": config.model.max_length, "seed": config.run.seed}
         if "log" in parts:
             self.log = place(FeedbackRole, config.log_url, dict(config.feedback.signals), beside_driver=True)
         if "users" in parts:
             self.users = place(UsersRole, config.world, config.run.seed)
         if "reward" in parts:
-            self.propensity = place(PropensityActor, reward, config.propensity, env=CPU_THREADS, **common)
-            self.reward = place(
-                RewardActor,
-                reward,
-                config.reward,
-                folder=self._folder / "reward",
-                timeout_s=self._timeout_s,
-                env=CPU_THREADS,
-                **common,
-            )
+            common |= {"device": "cuda" if self.plan.bundles else "cpu", "env": CPU_THREADS}
+            self.propensity = place(PropensityActor, reward, config.propensity, **self._seat("propensity"), **common)
+            common |= {"folder": self._folder / "reward", "timeout_s": self._timeout_s, "use_gpu": self.plan.fits_on_gpu}
+            self.reward = place(RewardActor, reward, config.reward, **self._seat("reward"), **common)
         if "generators" in parts:
-            self.generators = {
-                f"generator-{number}": self._generator(policy, generator_gpus) for number in range(config.rollout.generators)
-            }
+            names = [f"generator-{number}" for number in range(config.rollout.generators)]
+            self.generators = {name: self._generator(policy, name) for name in names}
         if "learner" in parts:
-            self.learners = self._learner_ranks(policy, learner_gpus)
+            self.learners = self._learner_ranks(policy)
         self.engines = self._start(parts)
 
     def _start(self, parts: Collection[str]) -> dict[str, Any]:
@@ -245,8 +251,13 @@ class Roles:
         self._wait(list(effects), "prepare answers and log feedback")
         return [Scored(done, float(logit), version) for done, logit in zip(chunk, logits, strict=True)]
 
-    def _generator(self, policy: str, gpus: float) -> Any:
-        rollout, model, cache = self._config.rollout, self._config.model, self._config.run.cache
+    def _seat(self, role: str) -> dict[str, Any]:
+        """What `place` is told of a role's seat."""
+        seat = self.plan.seats[role]
+        return {"gpus": seat.gpus, "bundle": None if seat.bundle is None else (self._bundles, seat.bundle)}
+
+    def _generator(self, policy: str, role: str) -> Any:
+        rollout, model, cache, seat = self._config.rollout, self._config.model, self._config.run.cache, self._seat(role)
         settings = EngineSettings(
             model=policy,
             max_length=model.max_length,
@@ -255,13 +266,14 @@ class Roles:
             timeout_s=self._timeout_s,
             buffer=rollout.buffer,
             tensor_parallel=rollout.tensor_parallel,
+            gpu_memory=DEVICE_SHARE * min(1.0, seat["gpus"]),
         )
-        env = engine_env(rollout.engine, policy, cache, gpu=gpus > 0)
-        return place(Generator, rollout.engine, settings, rollout.sampling(), env=env, gpus=gpus, concurrency=2)
+        env = engine_env(rollout.engine, policy, cache, gpu=seat["gpus"] > 0)
+        return place(Generator, rollout.engine, settings, rollout.sampling(), env=env, concurrency=2, **seat)
 
-    def _learner_ranks(self, policy: str, gpus: float) -> list[Any]:
+    def _learner_ranks(self, policy: str) -> list[Any]:
         size = self._config.learner.ranks
-        address = f"tcp://{driver_address()}:{_free_port()}"
+        address = rendezvous(self._seat("learner-0")["bundle"])
         settings: dict[str, Any] = {
             "world_size": size,
             "init_method": address,
@@ -276,8 +288,8 @@ class Roles:
                 self._config.learner,
                 rank=rank,
                 env=CPU_THREADS,
-                gpus=gpus,
-                beside_driver=rank == 0,
+                beside_driver=rank == 0 and not self.plan.bundles,
+                **self._seat(f"learner-{rank}"),
                 **settings,
             )
             for rank in range(size)
@@ -293,25 +305,9 @@ def _even_shares(requests: Sequence[Request], parts: int) -> list[Sequence[Reque
     return [requests[first:last] for first, last in itertools.pairwise(bounds)]
 
 
-def gpu_shares(config: Config, gpus: float) -> tuple[float, float]:
-    """GPUs of a cluster's `gpus` for (each generator, each learner rank): equal shares; 0 on a CPU cluster.
-
-    With rollout.tensor_parallel above 1 each generator gets that many whole ones, and the ranks share the rest. Raises
-    ConfigError if too few are left.
-    """
-    generators, ranks, spread = config.rollout.generators, config.learner.ranks, config.rollout.tensor_parallel
-    if spread == 1:
-        return (min(1.0, gpus / (generators + ranks)),) * 2
-    rest = gpus - generators * spread
-    if rest <= 0:
-        raise ConfigError(
-            f"rollout.tensor_parallel={spread} with rollout.generators={generators} needs more than {generators * spread} GPUs "
-            f"(the learner takes the rest), the cluster has {gpus:g}"
-        )
-    return float(spread), min(1.0, rest / ranks)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def plan_roles(config: Config, policy: str, reward: str, parts: Collection[str] = ALL_ROLES) -> Plan:
+    """Where the roles named in `parts` will run on the cluster that is joined. Raises ConfigError where they do not fit."""
+    cluster = ray_resources()
+    plan = make_plan(config, model_size(policy), model_size(reward), parts, int(cluster.get("GPU", 0)))
+    plan.check_memory(cluster["memory"], gpu_bytes() if plan.bundles else 0)
+    return plan

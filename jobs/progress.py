@@ -11,6 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from actors.plan import Plan
 
 console = Console(highlight=False)
 LINES = 10  # printed lines per bar where the output is no terminal
@@ -50,6 +53,16 @@ class Progress:
         if step == 1:
             self._open("embedded policy", steps)
         self._advance(step, f"loss {loss:.2f}")
+
+    def plan(self, plan: Plan) -> None:
+        """Where the roles will run, and the memory that they are expected to take."""
+        shared = " (shared)" if plan.colocated else ""
+        table = Table("role", "runs on", "memory, about", box=None, pad_edge=False)
+        for role, seat in plan.seats.items():
+            where = "CPU" if seat.bundle is None else f"{seat.gpus:.3g} GPU of group {seat.bundle}{shared}"
+            table.add_row(role, where, f"{seat.bytes / 2**30:.2f} GiB")
+        table.add_row("all without a GPU", "", f"{plan.host_bytes / 2**30:.2f} GiB")
+        console.print(table)
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """The policy steps first..last-1, with a bar."""

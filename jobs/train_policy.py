@@ -41,7 +41,7 @@ def run(config: Config) -> int:
             FeedbackLog(config.feedback.url, config.feedback.signals).close()
         with ray_cluster(config.cluster, config.run.cache):
             progress.phase("starting roles")
-            roles = Roles(config, models.policy, models.reward)
+            roles = Roles(config, models.policy, models.reward, announce=progress.plan)
             summary = train(config, run, task, roles, progress)
     summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
     run.summarise(summary)

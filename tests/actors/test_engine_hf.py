@@ -10,11 +10,8 @@ import torch
 from actors import engine_hf
 from actors.engine import EngineDeadError, EngineSettings
 from actors.engine_hf import HfEngine
-from actors.roles import gpu_shares
 from actors.weight_sync import pack
-from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.models.policy import load_policy
-from causalrm_ray.options import load_config
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
 
 SAMPLING = Sampling(max_new_tokens=12)
@@ -122,17 +119,3 @@ def test_a_closed_engine_serves_no_more(engine: HfEngine) -> None:
 def test_tensor_parallel_is_refused_where_it_cannot_be(backbone: str) -> None:
     with pytest.raises(ValueError, match=r"rollout\.tensor_parallel must be 1 with rollout\.engine=hf, got 2"):
         HfEngine(settings(backbone, tensor_parallel=2))
-
-
-def spread(*options: str) -> Config:
-    return load_config(None, ["rollout.generators=2", "learner.ranks=2", *options])
-
-
-def test_generators_take_whole_gpus_and_the_learner_shares_the_rest() -> None:
-    assert gpu_shares(spread(), 0) == (0, 0)
-    assert gpu_shares(spread(), 1) == (0.25, 0.25)
-    assert gpu_shares(spread(), 16) == (1, 1)
-    assert gpu_shares(spread("rollout.tensor_parallel=2"), 5) == (2, 0.5)
-    for gpus in (0, 4):
-        with pytest.raises(ConfigError, match=rf"rollout\.tensor_parallel=2 .* more than 4 GPUs .* the cluster has {gpus}"):
-            gpu_shares(spread("rollout.tensor_parallel=2"), gpus)

@@ -98,3 +98,18 @@ def test_policy_and_reward_model_load_with_stock_transformers(runs: Path) -> Non
     AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-6" / "policy")
     reward = json.loads((run / "summary.json").read_text(encoding="utf-8"))["reward_fit"]["folders"]["auto"]
     assert AutoModelForSequenceClassification.from_pretrained(run / reward).config.num_labels == 1
+
+
+@pytest.mark.timeout(1800)
+def test_asynchronous_steps_of_learning_rate_zero_drift_nowhere(tmp_path: Path) -> None:
+    """The log-probabilities of an engine that gets weights while it writes stay the learner's; every answer is shown."""
+    still = ["learner.staleness=1", "learner.lr=0", "learner.critic_lr=0", "rollout.generators=1", "learner.ranks=1"]
+    plain = ["reward.method=naive", "reward.compare=[]", "reward.refit_every=0", "loop.steps=20", "loop.checkpoint_every=0"]
+    subprocess.run(command(tmp_path, "run", *still, *plain), check=True, timeout=600)
+    rows = metrics(tmp_path / "run")
+    assert max(row["logprob_mismatch_mean_abs"] for row in rows) <= 1e-5
+    assert max(abs(row["kl"]) for row in rows) <= 1e-4  # nats per answer
+    assert rows[0]["staleness"] == 0.0
+    assert all(0 < row["staleness"] <= 1 for row in rows[1:])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["policy_version"], summary["feedback"]["impressions"]) == (20, 1200 + 20 * 32)

@@ -1,0 +1,73 @@
+"""How large a model is, from its configuration alone, and how many bytes each use of it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+MOMENTS_BYTES = 8  # Adam's two moments of a parameter, float32
+MASTER_BYTES = 4  # the float32 copy that bfloat16 weights are updated in
+# Numbers that a decoder layer keeps per token and hidden unit for the backward pass: 34 bytes at 16 bits, less
+# attention's square (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2).
+ACTIVATIONS = 17
+LOGIT_COPIES = 4  # of [tokens, vocabulary] in float32: logits, log-probabilities, their exponentials, a gradient
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Counts that memory depends on; `backbone` are the parameters without those of the output head that it does not share."""
+
+    parameters: int
+    backbone: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    kv_width: int  # numbers kept per token and layer: keys and values of all key-value heads
+
+    def training_bytes(self, dtype: torch.dtype, ranks: int, zero_stage: int, critic: bool) -> int:
+        """Weights, gradients and optimizer state on one of `ranks`, the policy and its critic (a second backbone).
+
+        Per parameter, bytes: weights w, gradients w, Adam's moments 8, and for 16-bit weights a float32 master 4. ZeRO 1 divides
+        moments and master over ranks, 2 gradients too, 3 weights too. Rajbhandari et al. 2020 (arXiv 1910.02054), section 3.
+        """
+        trained = self.parameters + (self.backbone if critic else 0)
+        width = dtype.itemsize
+        state = MOMENTS_BYTES + (MASTER_BYTES if width < MASTER_BYTES else 0)
+        parts = [(state, 1), (width, 2), (width, 3)]  # (bytes, the ZeRO stage that divides them)
+        return sum(trained * size // (ranks if zero_stage >= stage else 1) for size, stage in parts)
+
+    def activation_bytes(self, dtype: torch.dtype, tokens: int, critic: bool = False, training: bool = True) -> int:
+        """What the backward pass of `tokens` tokens keeps, logits included, without attention's square; or, not `training`, what
+        one layer takes."""
+        width = self.hidden * ACTIVATIONS * dtype.itemsize
+        if not training:
+            return tokens * width
+        return tokens * (width * self.layers * (2 if critic else 1) + self.vocabulary * LOGIT_COPIES * 4)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """The weights alone."""
+        return self.parameters * dtype.itemsize
+
+    def cache_bytes(self, dtype: torch.dtype, tokens: int) -> int:
+        """Keys and values of `tokens` tokens."""
+        return tokens * self.layers * self.kv_width * dtype.itemsize
+
+
+def model_size(model: str) -> ModelSize:
+    """The size of a local folder's or hub id's causal language model; its weights are not read."""
+    config = AutoConfig.from_pretrained(model)
+    text = config.get_text_config()
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(config)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelSize(
+        parameters=blank.num_parameters(),
+        backbone=blank.base_model.num_parameters(),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        kv_width=2 * heads * head_dim,
+    )
