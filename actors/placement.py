@@ -8,20 +8,28 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
+import transformers
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.in_process import Handle
+from actors.in_process import stream as stream_here
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import ClusterConfig
+from causalrm_ray.config import IN_PROCESS, ClusterConfig
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a local cluster: weights and completions of tiny models; a real cluster brings its own
 QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+_in_process: ContextVar[bool] = ContextVar("in_process", default=False)
 
 
 class RoleDiedError(RuntimeError):
@@ -34,10 +42,23 @@ class RoleTimeoutError(TimeoutError):
 
 @contextlib.contextmanager
 def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
-    """Join the cluster at `config.address`, or run one on this machine's loopback, with a token, while the block lasts."""
+    """Join the cluster at `config.address`, or run one on this machine's loopback, with a token, while the block lasts.
+
+    "in-process": no cluster at all; roles that are placed live in this process.
+    """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    if config.address == IN_PROCESS:
+        previous = _in_process.set(True)
+        transformers.utils.logging.disable_progress_bar()  # a bar per model: elsewhere they end in the roles' own logs
+        try:
+            yield
+        finally:
+            _in_process.reset(previous)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return
     if config.address is None:
         _own_token(cache)
         ray.init(
@@ -57,6 +78,11 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
         ray.shutdown()
 
 
+def in_process() -> bool:
+    """Whether roles live in this process, without Ray."""
+    return _in_process.get()
+
+
 def place(
     role: type,
     *args: Any,
@@ -72,6 +98,9 @@ def place(
     `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node; `bundle`
     seats it in that bundle of a placement group.
     """
+    if in_process():
+        os.environ.update(env or {})
+        return Handle(role(*args, **kwargs))
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": concurrency}
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
@@ -89,6 +118,8 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
 
     Raises RoleTimeoutError or RoleDiedError that names the phase. A role's own error passes, an InputError in its plain form.
     """
+    if in_process():
+        return refs
     try:
         return ray.get(refs, timeout=timeout_s)
     except GetTimeoutError as error:
@@ -103,6 +134,9 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
 
 def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:
     """(name of the call, item) of several streaming calls, as each item becomes ready; within one call in its own order."""
+    if in_process():
+        yield from stream_here(calls)
+        return
     names = {generator: name for name, generator in calls.items()}
     waiting: list[Any] = list(names)
     while waiting:
@@ -137,16 +171,18 @@ def run_tasks(
 
 def rendezvous(bundle: tuple[PlacementGroup, int] | None) -> str:
     """Where processes can meet one that sits in `bundle`, or on the driver's node: "tcp://host:port", the port free now."""
+    if in_process():
+        return _meeting_point("127.0.0.1")
     if bundle is None:
         return _meeting_point()
     strategy = PlacementGroupSchedulingStrategy(*bundle)
     return ray.get(ray.remote(_meeting_point).options(num_cpus=0, scheduling_strategy=strategy).remote())
 
 
-def _meeting_point() -> str:
+def _meeting_point(host: str | None = None) -> str:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        return f"tcp://{host or ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
 def _own_token(cache: Path) -> None:
@@ -164,8 +200,13 @@ def _own_token(cache: Path) -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
 
-def reserve(bundles: Sequence[int], timeout_s: float) -> PlacementGroup:
-    """Groups of so many GPUs each, every group on one node, packed on few. Raises RoleTimeoutError where others hold them."""
+def reserve(bundles: Sequence[int], timeout_s: float) -> PlacementGroup | None:
+    """Groups of so many GPUs each, every group on one node, packed on few; none where none is asked for.
+
+    Raises RoleTimeoutError where others hold them.
+    """
+    if not bundles or in_process():
+        return None
     group = placement_group([{"GPU": gpus} for gpus in bundles], strategy="PACK")
     if not group.wait(timeout_s):
         raise RoleTimeoutError(
@@ -177,6 +218,8 @@ def reserve(bundles: Sequence[int], timeout_s: float) -> PlacementGroup:
 
 def gpu_bytes() -> int:
     """Memory of the cluster's smallest GPU, by asking one GPU of each node that has any."""
+    if in_process():
+        return _device_bytes()
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     asked = [
         ray.remote(_device_bytes).options(num_gpus=0.01, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
@@ -191,5 +234,8 @@ def _device_bytes() -> int:
 
 def ray_resources() -> dict[str, float]:
     """What the cluster has: CPU, GPU, memory (bytes), nodes."""
+    if in_process():
+        machine = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count(), "memory": psutil.virtual_memory().total}
+        return {**{key: float(value) for key, value in machine.items()}, "nodes": 1.0}
     totals = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU", "memory")}
     return {**totals, "nodes": float(len(ray.nodes()))}

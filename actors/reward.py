@@ -27,6 +27,7 @@ from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import RewardConfig
 from causalrm_ray.data.snapshot import check_log, read_snapshot
+from causalrm_ray.estimators.fit import Shard
 from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
 from causalrm_ray.models.text import load_tokenizer
 
@@ -133,7 +134,7 @@ class RewardActor:
         )
         started = time.perf_counter()
         folder = self._folder / candidate
-        train_seconds = self._launch(order, candidate, folder)
+        train_seconds = self._launch(order, candidate, folder) if self._config.workers else self._fit_here(order, folder)
         return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started, train_seconds)
 
     def promote(self, candidate: str) -> Promotion:
@@ -188,6 +189,12 @@ class RewardActor:
     def _promoted(self, folder: Path, reason: str) -> Promotion:
         self.load(folder / self._config.method, self._version + 1)
         return Promotion(True, reason, self._version)
+
+    def _fit_here(self, order: FitOrder, folder: Path) -> float:
+        from actors.train_workers import fit_into
+
+        with atomic_folder(folder) as aside:
+            return fit_into(aside, order, Shard(), torch.device(self._device))
 
     def _launch(self, order: FitOrder, candidate: str, folder: Path) -> float:
         """Run the workers and move what rank 0 saved to `folder`. Returns the seconds that rank 0 worked."""

@@ -60,7 +60,7 @@ class Roles:
         """
         self.plan = plan_roles(config, policy, reward, parts)
         announce(self.plan)
-        self._bundles = reserve(self.plan.bundles, config.cluster.timeout_s) if self.plan.bundles else None
+        self._bundles = reserve(self.plan.bundles, config.cluster.timeout_s)
         self._config = config
         self._folder = config.run.path
         self._timeout_s = config.cluster.timeout_s
@@ -254,7 +254,7 @@ class Roles:
     def _seat(self, role: str) -> dict[str, Any]:
         """What `place` is told of a role's seat."""
         seat = self.plan.seats[role]
-        return {"gpus": seat.gpus, "bundle": None if seat.bundle is None else (self._bundles, seat.bundle)}
+        return {"gpus": seat.gpus, "bundle": (self._bundles, seat.bundle) if self._bundles and seat.bundle is not None else None}
 
     def _generator(self, policy: str, role: str) -> Any:
         rollout, model, cache, seat = self._config.rollout, self._config.model, self._config.run.cache, self._seat(role)

@@ -30,22 +30,30 @@ from causalrm_ray.types import NoiseRates
 
 
 def work(order: FitOrder) -> None:
-    """Fit as `order` says; rank 0 reports models and figures as a checkpoint."""
+    """Fit as `order` says with the other workers; rank 0 reports models and figures as a checkpoint."""
+    context = ray.train.get_context()
+    shard = Shard(context.get_world_rank(), context.get_world_size(), ray.train.torch.prepare_model)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {"train_seconds": fit_into(Path(folder), order, shard, ray.train.torch.get_device())}
+        if shard.rank:
+            ray.train.report({})
+        else:
+            ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def fit_into(folder: Path, order: FitOrder, shard: Shard, device: torch.device) -> float:
+    """Fit as `order` says; rank 0 writes models and figures to `folder`. Returns the seconds that it took."""
     torch.set_num_threads(1)  # sums in one order, and no workers fighting for a core
     started = time.perf_counter()
     tokenizer = load_tokenizer(order.backbone)
     log = load_rows(order.snapshot, tokenizer, order.max_length)
     inputs = TokenRows(log.token_rows, tokenizer.pad_token_id)
-    fits = _fit(order, inputs, log)
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report({})
-        return
-    with tempfile.TemporaryDirectory() as folder:
+    fits = _fit(order, inputs, log, shard, device)
+    if shard.rank == 0:
         for method, fitted in fits.fits.items():
-            cast(SequenceScorer, fitted.module).save_pretrained(Path(folder) / method, tokenizer)
-        write_json(Path(folder) / REPORT, describe(fits, order, inputs, log))
-        figures = {"train_seconds": time.perf_counter() - started}
-        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            cast(SequenceScorer, fitted.module).save_pretrained(folder / method, tokenizer)
+        write_json(folder / REPORT, describe(fits, order, inputs, log))
+    return time.perf_counter() - started
 
 
 def describe(fits: RewardFits, order: FitOrder, inputs: Inputs, log: SnapshotRows) -> dict[str, Any]:
@@ -84,11 +92,8 @@ def describe(fits: RewardFits, order: FitOrder, inputs: Inputs, log: SnapshotRow
     }
 
 
-def _fit(order: FitOrder, inputs: Inputs, log: SnapshotRows) -> RewardFits:
-    context = ray.train.get_context()
+def _fit(order: FitOrder, inputs: Inputs, log: SnapshotRows, shard: Shard, device: torch.device) -> RewardFits:
     config = order.config
-    device = ray.train.torch.get_device()
-    shard = Shard(context.get_world_rank(), context.get_world_size(), ray.train.torch.prepare_model)
     # States of the backbone as it came: those of the propensity model have seen whose feedback is to be explained.
     states = frozen_states(SequenceScorer.from_pretrained(order.backbone).to(device), inputs, shard)
     return fit_reward_models(

@@ -20,6 +20,7 @@ MethodName = Literal[  # keys of METHODS
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 AlgorithmName = Literal["ppo", "grpo", "rloo", "reinforce_pp"]  # keys of ALGORITHMS
 GROUPED = ("grpo", "rloo")  # algorithms that compare an answer with the others to its prompt
+IN_PROCESS = "in-process"  # the address of no cluster at all
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
 SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
 
@@ -65,7 +66,9 @@ class ClusterConfig(Section):
     """The Ray cluster."""
 
     address: str | None = Field(
-        None, description="address of a running Ray cluster ('auto' finds it); none starts one on this machine"
+        None,
+        description="address of a running Ray cluster ('auto' finds it); none starts one on this machine; 'in-process': no Ray, "
+        "all roles in this process, for a debugger",
     )
     timeout_s: float = Field(
         300.0, gt=0, description="longest wait for any one phase (start, generate, update, sync, fit), seconds"
@@ -146,7 +149,7 @@ class RewardConfig(Section):
     epochs: int = Field(4, ge=1, description="most passes over the log")
     lr: float = Field(1e-3, gt=0, description="learning rate")
     batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all workers")
-    workers: int = Field(2, ge=1, description="Ray Train workers")
+    workers: int = Field(2, ge=0, description="Ray Train workers; 0: the reward role fits by itself")
     rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
     refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
 
@@ -242,7 +245,9 @@ class LearnerConfig(Section):
     )
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda (ppo)")
     reward_normalisation: bool = Field(
-        False, description="rewards in units of the mean and standard deviation of all that the run has seen"
+        True,
+        description="rewards in units of the mean and standard deviation of all that the run has seen: a reward model's logits "
+        "have no scale of their own, and the sharper it is, the less a KL penalty would weigh",
     )
     truncation: Annotated[float, Field(ge=0)] | Literal["mask"] = Field(
         1.0, description="answers cut by the token limit: what is taken off their reward; mask: they are left out of the loss"
@@ -295,6 +300,21 @@ class Config(Section):
         samples, algorithm = self.rollout.samples_per_prompt, self.learner.algorithm
         if algorithm in GROUPED and samples < 2:
             raise ValueError(f"rollout.samples_per_prompt must be at least 2 with learner.algorithm={algorithm}, got {samples}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_is_enough(self) -> Config:
+        needed = {
+            "rollout.engine": "hf",
+            "rollout.generators": 1,
+            "learner.ranks": 1,
+            "learner.staleness": 0,
+            "reward.workers": 0,
+        }
+        found = {key: getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in needed}
+        wrong = [f"{key}={value}, got {found[key]}" for key, value in needed.items() if found[key] != value]
+        if self.cluster.address == IN_PROCESS and wrong:
+            raise ValueError(f"cluster.address={IN_PROCESS} needs {'; '.join(wrong)}")
         return self
 
     @model_validator(mode="after")
