@@ -28,6 +28,7 @@ BASE = {
     "clip": 0.05,
     "truncation": 0.5,
     "max_grad_norm": 0.5,
+    "reward_normalisation": False,
     "lr": 1e-3,
     "critic_lr": 2e-3,
 }
