@@ -210,12 +210,24 @@ class Roles:
 
     def load(self, folder: Path, serving: Mapping[str, Any]) -> None:
         """Take up the state that `save` wrote and returned; the folder's hashes must have been verified."""
-        self._wait([rank.load.remote(folder / "learner") for rank in self.learners], "load learner")
+        self.load_learner(folder)
         self._propensity_folder, self._fitted_position = self._folder / serving["propensity"], serving["log_position"]
         reward = {**serving["reward"], "folder": self._folder / serving["reward"]["folder"]}
         loading = [self.reward.load.remote(**reward), self.propensity.load.remote(self._propensity_folder)]
         self._wait(loading, "load reward and propensity")
         self.publish()
+
+    def load_learner(self, folder: Path) -> None:
+        """Take up the learner's part of what `save` wrote; the folder's hashes must have been verified."""
+        self._wait([rank.load.remote(folder / "learner") for rank in self.learners], "load learner")
+
+    def prepare(self, scored: Sequence[Scored]) -> None:
+        """Let the learner evaluate answers that no rollout of its own brought, before an update on them."""
+        completions = [answer.completion for answer in scored]
+        size = self._config.rollout.micro_batch
+        for first in range(0, len(completions), size):
+            chunk = completions[first : first + size]
+            self._wait([rank.prepare.remote(chunk) for rank in self.learners], "prepare answers")
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""

@@ -23,12 +23,15 @@ from causalrm_ray.options import find_run, load_tree, options
 
 
 class Job(NamedTuple):
-    """A job: the module whose `run(config)` does it, what it is for, the tree of its options, and whether it writes a run."""
+    """A job: the module whose `run(config)` does it, what it is for, the tree of its options, whether it writes a run, and
+    whether it `revisits` one, whose options then hold.
+    """
 
     module: str
     meaning: str
     tree: type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] = Config
     writes: bool = True
+    revisits: bool = False
 
 
 JOBS = {
@@ -44,6 +47,9 @@ JOBS = {
         "jobs.noise_study", "estimated rates of slips and their intervals on simulated logs, against the truth", NoiseStudyConfig
     ),
     "embed": Job("jobs.embed", "a graded data set through a frozen backbone: embeddings for the benchmark", EmbedConfig),
+    "replay": Job(
+        "jobs.replay", "train the learner alone on what a run kept, from its checkpoint, and compare", writes=False, revisits=True
+    ),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
 }
 
@@ -58,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         file, defaults = arguments.config, [f"run.name={arguments.job}"]
         run = find_run(job.tree, file, arguments.overrides, defaults)
-        if run.resume:  # what the run was told at its start holds, but for what is said now
+        if run.resume or job.revisits:  # what the run was told at its start holds, but for what is said now
             file, defaults = run.path / "config.yaml", []
             if not file.exists():
-                raise InputError(f"resume=true, but {run.path} holds no run")
+                raise InputError(f"{'run.name' if job.revisits else 'resume=true'}: {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
         with _alone(config.run) if job.writes else contextlib.nullcontext():
             return importlib.import_module(job.module).run(config)

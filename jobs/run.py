@@ -53,7 +53,12 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        file = self.path / "metrics.jsonl"
+        return self.read_metrics(self.path)
+
+    @staticmethod
+    def read_metrics(folder: Path) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl of the run in `folder`."""
+        file = folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     def summarise(self, summary: Mapping[str, Any]) -> None:

@@ -8,14 +8,18 @@ each step:   completions --> rewards --> learner --> weights
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from actors.placement import ray_cluster
 from actors.roles import Roles
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
 from causalrm_ray.data.store import FeedbackLog
 from causalrm_ray.report import write_report
+from causalrm_ray.types import Scored
 from jobs.feedback import import_feedback, simulate_feedback
 from jobs.progress import Progress
 from jobs.run import MemoryMonitor, Run, read_facts
@@ -60,9 +64,11 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         facts = prepare(config, task, truth, roles, progress)
         save(run, roles, facts, 0)
 
+    saved = run.first_step
     for step in progress.steps(run.first_step, config.loop.steps):
         ahead = config.learner.staleness > 0 and step + 1 < config.loop.steps
-        metrics = policy_step(task, truth, roles, step, ahead=ahead)
+        keep = partial(write_rollout, path=rollout_path(run.path, step))
+        metrics = policy_step(task, truth, roles, step, ahead=ahead, keep=keep)
         if due(step, config.reward.refit_every) and step + 1 < config.loop.steps and roles.has_news():
             progress.phase("refitting propensity and reward")
             refit = roles.refit(f"step-{step + 1}", task.as_of(step + 1), [config.reward.method])
@@ -71,6 +77,8 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         progress.step(step, metrics)
         if due(step, config.loop.checkpoint_every) or step + 1 == config.loop.steps:
             save(run, roles, facts, step + 1)
+            forget_rollouts(run.path, before=saved)  # those since the checkpoint before this one can be replayed
+            saved = step + 1
             progress.phase(f"checkpoint step-{step + 1}")
 
     progress.phase("evaluating")
@@ -92,14 +100,24 @@ def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Pr
     return judge_start(config, roles, task, truth, fit, shown)
 
 
-def policy_step(task: Task, truth: Truth, roles: Roles, step: int, shown: bool = True, ahead: bool = False) -> dict[str, float]:
+def policy_step(
+    task: Task,
+    truth: Truth,
+    roles: Roles,
+    step: int,
+    shown: bool = True,
+    ahead: bool = False,
+    keep: Callable[[Sequence[Scored]], None] = lambda scored: None,
+) -> dict[str, float]:
     """Answers stream to reward model, learner and (if `shown`) users; the learner updates; the generators take its weights.
 
-    `ahead`: meanwhile the generators begin on the next step, and go on with the new weights when they come.
+    `ahead`: meanwhile the generators begin on the next step, and go on with the new weights when they come. `keep` gets what
+    the learner learns from.
     """
     began = time.perf_counter()
     show = (lambda done: task.impressions(done, task.clock(step))) if shown else (lambda done: [])
     scored = roles.rollout(task.step_requests(step), show)
+    keep(scored)
     if ahead:
         roles.begin_rollout(task.step_requests(step + 1))
     metrics = {**truth.rollout_metrics(scored), **roles.update(scored), **roles.publish()}

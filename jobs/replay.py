@@ -1,0 +1,69 @@
+"""Train the learner alone on the rollouts that a run kept, from the checkpoint before them: does it do what it did?
+
+newest checkpoint with rollouts after it --> learner;  its rollouts --> prepare, update --> figures next to metrics.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.placement import ray_cluster
+from actors.roles import Roles
+from causalrm_ray.checkpoint import CheckpointError, verify_folder
+from causalrm_ray.checks import InputError
+from causalrm_ray.config import Config
+from causalrm_ray.data.rollouts import kept_steps, read_rollout, rollout_path
+from jobs.progress import Progress
+from jobs.run import Run
+from jobs.task import find_models
+
+FIGURES = ("policy_loss", "kl", "entropy", "ratio_mean", "clip_fraction", "grad_norm", "logprob_mismatch_max_abs")
+TOLERANCE = 1e-3  # relative: the same sums in another order, through a step of the optimizer or several
+
+
+def run(config: Config) -> int:
+    """Run the job on runs/<run.name>, under the options that it was started with; 1 if a figure differs."""
+    folder = config.run.path
+    checkpoint, steps = find_rollouts(folder)
+    found = {row["step"]: row for row in Run.read_metrics(folder)}
+    table, same = Table("step", "figure", "then", "now", box=None), True
+    with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
+        models = find_models(config)
+        roles = Roles(config, models.policy, models.reward, parts=("learner",), announce=progress.plan)
+        roles.load_learner(checkpoint)
+        for step, metrics in replay(roles, folder, steps):
+            for name in FIGURES:
+                if name in metrics and step in found:
+                    agrees = abs(metrics[name] - found[step][name]) <= TOLERANCE * max(1.0, abs(found[step][name]))
+                    same = same and agrees
+                    style = None if agrees else "red"
+                    table.add_row(str(step), name, f"{found[step][name]:.6g}", f"{metrics[name]:.6g}", style=style)
+    Console().print(table)
+    return 0 if same else 1
+
+
+def replay(roles: Roles, folder: Path, steps: Sequence[int]) -> Iterator[tuple[int, Mapping[str, float]]]:
+    """(step, metrics) of the learner's update on each kept rollout."""
+    for step in steps:
+        scored = read_rollout(rollout_path(folder, step))
+        roles.prepare(scored)
+        yield step, roles.update(scored)
+
+
+def find_rollouts(folder: Path) -> tuple[Path, list[int]]:
+    """The newest complete checkpoint that rollouts follow, and their steps. Raises InputError if there is none."""
+    kept, faults = kept_steps(folder), []
+    for step in sorted(kept, reverse=True):
+        checkpoint = folder / "checkpoints" / f"step-{step}"
+        if checkpoint.exists():
+            try:
+                verify_folder(checkpoint)
+            except CheckpointError as error:
+                faults.append(str(error))
+                continue
+            return checkpoint, [later for later in kept if later >= step]
+    raise InputError(f"{folder} holds no checkpoint that kept rollouts follow{'; '.join(['', *faults])}")
