@@ -23,7 +23,6 @@ from torch import Tensor
 
 from actors.snapshot_rows import load_rows
 from causalrm_ray.checkpoint import atomic_folder, verify_folder, write_json
-from causalrm_ray.config import PropensityConfig
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.estimators.calibration import Calibration
 from causalrm_ray.estimators.fit import FitSettings
@@ -32,7 +31,6 @@ from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import load_tokenizer
 
 FOLDS = 2
-BATCH_SIZE = 64  # rows per optimizer step
 PROPENSITIES = "propensity.safetensors"
 
 
@@ -50,13 +48,13 @@ class _Serving:
 class PropensityActor:
     """Fits, serves and diagnoses propensities. Versions count fits, from 1; 0 is none."""
 
-    def __init__(self, backbone: str, config: PropensityConfig, *, max_length: int, seed: int, device: str = "cpu") -> None:
-        """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens."""
+    def __init__(self, backbone: str, settings: FitSettings, clip: float, *, max_length: int, device: str = "cpu") -> None:
+        """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens; `clip` in (0, 1) is the
+        lowest propensity used in a weight."""
         torch.set_num_threads(1)  # sums in one order, so that a repeated fit repeats its bits
         self._backbone = backbone
-        self._config = config
+        self._settings, self._clip = settings, clip
         self._max_length = max_length
-        self._seed = seed
         self._device = device
         self._tokenizer = load_tokenizer(backbone)
         self._serving: _Serving | None = None
@@ -74,12 +72,11 @@ class PropensityActor:
         """
         log = load_rows(snapshot, self._tokenizer, self._max_length)
         o = log.observations.o
-        settings = FitSettings(self._config.epochs, self._config.lr, BATCH_SIZE, seed=self._seed)
         starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving else ()
         raw, models = cross_fit(
-            self._fresh, TokenRows(log.token_rows, 0), o, settings, FOLDS, self._seed, fold=log.fold, starts=starts
+            self._fresh, TokenRows(log.token_rows, 0), o, self._settings, FOLDS, self._settings.seed, fold=log.fold, starts=starts
         )
-        propensity = calibrate(raw, o, self._config.clip, seed=self._seed)
+        propensity = calibrate(raw, o, self._clip, seed=self._settings.seed)
         version = self.version + 1
         report = {"version": version, **asdict(propensity.report)}
         self._save(folder, models, propensity, report)

@@ -26,6 +26,7 @@ import torch
 
 from actors.engine import EngineSettings
 from actors.feedback import FeedbackRole
+from actors.fit_order import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.generator import Generator, engine_env
 from actors.learner import LearnerRank
 from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserve, resolve, stream
@@ -34,6 +35,7 @@ from actors.propensity import PropensityActor, read_propensities
 from actors.reward import RewardActor
 from actors.users import UsersRole
 from causalrm_ray.config import Config
+from causalrm_ray.estimators.fit import FitSettings
 from causalrm_ray.models.size import model_size
 from causalrm_ray.types import Completion, Impression, Request, Sampling, Scored
 
@@ -67,15 +69,21 @@ class Roles:
         self._propensity_folder: Path | None = None
         self._begun: tuple[str, dict[str, Any]] | None = None
         self._fitted_position = 0  # of the log, when it was last fitted
-        common: dict[str, Any] = {"max_length": config.model.max_length, "seed": config.run.seed}
+        common: dict[str, Any] = {"max_length": config.model.max_length}
         if "log" in parts:
             self.log = place(FeedbackRole, config.log_url, dict(config.feedback.signals), beside_driver=True)
         if "users" in parts:
             self.users = place(UsersRole, config.world, config.run.seed)
         if "reward" in parts:
             common |= {"device": "cuda" if self.plan.bundles else "cpu", "env": CPU_THREADS}
-            self.propensity = place(PropensityActor, reward, config.propensity, **self._seat("propensity"), **common)
-            common |= {"folder": self._folder / "reward", "timeout_s": self._timeout_s, "use_gpu": self.plan.fits_on_gpu}
+            settings = FitSettings(PROPENSITY_EPOCHS, config.reward.lr, BATCH_SIZE, seed=config.run.seed)
+            self.propensity = place(PropensityActor, reward, settings, config.reward.clip, **self._seat("propensity"), **common)
+            common |= {
+                "seed": config.run.seed,
+                "folder": self._folder / "reward",
+                "timeout_s": self._timeout_s,
+                "use_gpu": self.plan.fits_on_gpu,
+            }
             self.reward = place(RewardActor, reward, config.reward, **self._seat("reward"), **common)
         if "generators" in parts:
             names = [f"generator-{number}" for number in range(config.rollout.generators)]

@@ -15,7 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from actors.fit_order import REPORT, FitOrder
+from actors.fit_order import BATCH_SIZE, REPORT, FitOrder
 from actors.snapshot_rows import SnapshotRows, load_rows
 from causalrm_ray.checkpoint import write_json
 from causalrm_ray.data.collate import TokenRows
@@ -102,7 +102,7 @@ def _fit(order: FitOrder, inputs: Inputs, log: SnapshotRows, shard: Shard, devic
         log.observations,
         torch.tensor(order.propensity),
         order.methods,
-        FitSettings(config.epochs, config.lr, config.batch_size),
+        FitSettings(config.epochs, config.lr, BATCH_SIZE),
         loss=config.loss,
         rates=None if config.rho is None else NoiseRates(*config.rho),
         clean_labels=None if order.clean_labels is None else torch.tensor(order.clean_labels),

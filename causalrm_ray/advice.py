@@ -57,7 +57,7 @@ def _weights(diagnostics: Mapping[str, Any]) -> list[str]:
     weights = diagnostics["weights"]
     if weights["largest_share"] <= HEAVY:
         return []
-    return [f"One row bears {weights['largest_share']:.0%} of all weight: raise propensity.clip, or collect more feedback."]
+    return [f"One row bears {weights['largest_share']:.0%} of all weight: raise reward.clip, or collect more feedback."]
 
 
 def _rates(diagnostics: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -128,14 +128,6 @@ class FeedbackConfig(Section):
         return {**dict.fromkeys(SIGNALS), **signals}
 
 
-class PropensityConfig(Section):
-    """The propensity model: P(feedback is given | prompt, response)."""
-
-    epochs: int = Field(2, ge=1, description="most passes over the log per fold")
-    lr: float = Field(1e-3, gt=0, description="learning rate")
-    clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity used in a weight")
-
-
 class RewardConfig(Section):
     """The reward model and how it is fitted (arXiv 2603.18736)."""
 
@@ -147,8 +139,8 @@ class RewardConfig(Section):
         "bce", description="pointwise loss: cross-entropy on the logit, or squared error on the probability"
     )
     epochs: int = Field(4, ge=1, description="most passes over the log")
-    lr: float = Field(1e-3, gt=0, description="learning rate")
-    batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all workers")
+    lr: float = Field(1e-3, gt=0, description="learning rate of reward and propensity models")
+    clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity of feedback used in a weight")
     workers: int = Field(2, ge=0, description="Ray Train workers; 0: the reward role fits by itself")
     rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
     refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
@@ -188,9 +180,6 @@ class RolloutConfig(Section):
     evaluation: SamplingConfig | None = Field(
         None, description="temperature, top_p, top_k, min_p of evaluations; none: as training samples"
     )
-    micro_batch: int = Field(
-        32, ge=1, description="completions scored and prepared together; eight times as many waiting hold generation back"
-    )
 
     @model_validator(mode="after")
     def _engine_can(self) -> RolloutConfig:
@@ -207,8 +196,14 @@ class RolloutConfig(Section):
         return Sampling(self.max_new_tokens, self.temperature, stop=self.stop)
 
     @property
+    def micro_batch(self) -> int:
+        """Answers that are scored and prepared together: of a generator's share of a step an eighth, and at most 32."""
+        share = self.prompts_per_step * self.samples_per_prompt // self.generators
+        return min(32, max(1, share // 8))
+
+    @property
     def buffer(self) -> int:
-        """Most completions that wait between two stages."""
+        """Most completions that wait between two stages: a full buffer holds generation back."""
         return 8 * self.micro_batch
 
 
@@ -271,7 +266,6 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     world: WorldConfig = WorldConfig()
     feedback: FeedbackConfig = FeedbackConfig()
-    propensity: PropensityConfig = PropensityConfig()
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()

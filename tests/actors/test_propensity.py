@@ -13,15 +13,15 @@ from transformers import AutoModelForSequenceClassification
 
 from actors.propensity import PropensityActor, read_propensities
 from causalrm_ray.checkpoint import CheckpointError
-from causalrm_ray.config import PropensityConfig
+from causalrm_ray.estimators.fit import FitSettings
 from causalrm_ray.models.text import encode_pair, load_tokenizer
 
-CONFIG = PropensityConfig(epochs=12, lr=1e-2, clip=0.05)
+SETTINGS, CLIP = FitSettings(12, 1e-2, 64), 0.05
 ROWS = 1000
 
 
 def make_actor(backbone: str, max_length: int = 64) -> PropensityActor:
-    return PropensityActor(backbone, CONFIG, max_length=max_length, seed=0)
+    return PropensityActor(backbone, SETTINGS, CLIP, max_length=max_length)
 
 
 def pairs(backbone: str) -> list[tuple[int, ...]]:
@@ -39,7 +39,7 @@ def test_propensities_find_who_speaks_up(fitted: tuple[PropensityActor, Path, di
     actor, folder, report = fitted
     out_of_fold = read_propensities(folder).numpy()
     assert out_of_fold.shape == (ROWS,)
-    assert (out_of_fold >= CONFIG.clip).all()
+    assert (out_of_fold >= CLIP).all()
     assert abs(out_of_fold[::2].mean() - 0.6) < 0.066  # 3 standard errors of 500 votes at 0.6
     assert abs(out_of_fold[1::2].mean() - 0.2) < 0.054
     liked, disliked = actor.predict(pairs(backbone))
@@ -96,11 +96,11 @@ def test_row_that_is_too_long_is_named(backbone: str, make_snapshot: Callable[..
 
 def test_a_refit_goes_on_from_the_models_that_serve(backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path):
     grown = make_snapshot(600)
-    fresh = PropensityActor(backbone, PropensityConfig(epochs=1, lr=1e-9), max_length=64, seed=0)
+    fresh = PropensityActor(backbone, FitSettings(1, 1e-9, 64), 0.1, max_length=64)
     fresh.fit(grown, tmp_path / "fresh")
-    warm = PropensityActor(backbone, PropensityConfig(epochs=1, lr=1e-9), max_length=64, seed=0)
+    warm = PropensityActor(backbone, FitSettings(1, 1e-9, 64), 0.1, max_length=64)
     warm.load(tmp_path / "fresh")
-    trained = PropensityActor(backbone, CONFIG, max_length=64, seed=0)
+    trained = make_actor(backbone)
     trained.fit(grown, tmp_path / "trained")
     warm.load(tmp_path / "trained")
     assert warm.fit(grown, tmp_path / "warm")["version"] == 2

@@ -18,7 +18,7 @@ from causalrm_ray.metrics import auroc
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import encode_pair, load_tokenizer
 
-CONFIG = RewardConfig(method="causalrm_dr", epochs=8, lr=1e-2, batch_size=32, workers=2, rho=(0.1, 0.1))
+CONFIG = RewardConfig(method="causalrm_dr", epochs=8, lr=1e-2, workers=2, rho=(0.1, 0.1))
 FILLER = ("garden", "stone", "winter", "lamp")
 PROPENSITY = np.tile(np.array([0.6, 0.2], dtype=np.float32), 200)
 

@@ -40,7 +40,7 @@ def test_a_sound_fit_has_no_warnings() -> None:
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
-        ({"weights": {"largest_share": 0.2}}, ("One row bears 20% of all weight", "raise propensity.clip")),
+        ({"weights": {"largest_share": 0.2}}, ("One row bears 20% of all weight", "raise reward.clip")),
         ({"rho": {"estimate": {"preference": 1.2}, "corners": []}}, ("The rates contradict the log", "1.20", "reward.rho")),
         (
             {"rho": {"estimate": {"preference": 0.5}, "corners": [{"preference": 0.3}, {"preference": 0.55}]}},

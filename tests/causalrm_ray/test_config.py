@@ -29,7 +29,7 @@ from causalrm_ray.types import Sampling
         ("run.name=..", ["run.name", "pattern", ".."]),
         ("steps", ["key=value", "'steps'"]),
         ("coefficients=1", ["coefficients: unknown key"]),
-        ("lr=1", ["lr", "propensity.lr", "reward.lr", "learner.lr"]),
+        ("lr=1", ["lr", "reward.lr", "learner.lr"]),
         ("rollout.max_new_tokens=500", ["rollout.max_new_tokens", "model.max_length", "500"]),
         ("learner.algorithm=a2c", ["learner.algorithm", "'grpo'", "'a2c'"]),
         ("learner.kl.stop=0", ["learner.kl.stop", "greater than 0", "0"]),

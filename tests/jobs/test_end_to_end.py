@@ -16,11 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 OPTIONS = [
     "world.impressions=1200",
-    "propensity.epochs=1",
     "reward.epochs=3",
     "reward.refit_every=3",
     "rollout.prompts_per_step=16",
-    "rollout.micro_batch=8",
     "loop.steps=6",
     "loop.checkpoint_every=2",
     "loop.evaluation_prompts=40",
