@@ -110,6 +110,7 @@ def _fit(order: FitOrder, inputs: Inputs, log: SnapshotRows, shard: Shard, devic
         heldout=log.heldout,
         states=states,
         strata=log.traits.number,
+        caution=config.caution,
         shard=shard,
         seed=order.seed,
     )

@@ -17,6 +17,7 @@ MethodName = Literal[  # keys of METHODS
     "latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable", "causalrm_ips_surrogate", "causalrm_dr_surrogate",
 ]
 # fmt: on
+ENSEMBLES = ("latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable")  # methods that fit several heads
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 AlgorithmName = Literal["ppo", "grpo", "rloo", "reinforce_pp"]  # keys of ALGORITHMS
 GROUPED = ("grpo", "rloo")  # algorithms that compare an answer with the others to its prompt
@@ -142,8 +143,17 @@ class RewardConfig(Section):
     lr: float = Field(1e-3, gt=0, description="learning rate of reward and propensity models")
     clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity of feedback used in a weight")
     workers: int = Field(2, ge=0, description="Ray Train workers; 0: the reward role fits by itself")
+    caution: float = Field(
+        0.0, ge=0, description="standard deviations of its ensemble that the reward model stays below their mean; 0: the mean"
+    )
     rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
     refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
+
+    @model_validator(mode="after")
+    def _caution_needs_members(self) -> RewardConfig:
+        if self.caution and self.method not in ENSEMBLES:
+            raise ValueError(f"reward.caution needs one of {', '.join(ENSEMBLES)} as reward.method, got {self.method}")
+        return self
 
     @field_validator("rho")
     @classmethod

@@ -19,7 +19,7 @@ from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.fit import FitSettings, Inputs, Objective, Shard, predict
 from causalrm_ray.estimators.problem import Fitted, Problem
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import EnsembleScorer, as_scorer
+from causalrm_ray.models.heads import Cautious, EnsembleScorer, as_scorer
 
 SETTINGS = {  # by the rows from which on they serve; chosen on simulated logs of one data set, seeds apart from those reported
     10_000: FitSettings(60, 3e-3, 1024, 4, 0.1),
@@ -57,17 +57,18 @@ def on_states(problem: Problem, states: Tensor) -> Problem:
     return replace(problem, make_scorer=make, inputs=FeatureRows(states), shard=Shard())
 
 
-def distil(problem: Problem, teacher: Fitted, states: Tensor, start: nn.Module | None = None) -> Fitted:
+def distil(problem: Problem, teacher: Fitted, states: Tensor, start: nn.Module | None = None, caution: float = 0.0) -> Fitted:
     """The problem's own scorer, taught on every training row what `teacher` says of its state.
 
         minimise  mean over D of  bce(s(x), P_teacher(r* = 1 | x))
 
-    Cross-entropy to a probability has the teacher's as its only minimum, so calibration is kept. Hinton et al. 2015, arXiv
-    1503.02531. The student begins as `start`, an earlier one, or fresh: the teacher alone decides what is true, so that a warm
-    start saves steps and cannot hand on what labels it saw. Ranks learn from the first one's teacher, should their arithmetic
-    differ.
+    Cross-entropy to a probability has the teacher's as its only minimum, so calibration is kept, unless `caution` is asked for:
+    then the target is a lower bound (see `lower_logit`). Hinton et al. 2015, arXiv 1503.02531. The student begins as `start`, an
+    earlier one, or fresh: the teacher alone decides what is true, so that a warm start saves steps and cannot hand on what labels
+    it saw. Ranks learn from the first one's teacher, should their arithmetic differ.
     """
-    told = torch.sigmoid(predict(teacher.scorer, FeatureRows(states)))
+    scorer = Cautious(teacher.scorer, caution) if caution else teacher.scorer
+    told = torch.sigmoid(predict(scorer, FeatureRows(states)))
     target = problem.shard.sum(told if problem.shard.rank == 0 else torch.zeros_like(told))
     student = problem.scorer() if start is None else copy.deepcopy(start)
     report = problem.minimise(student, lambda rows: Objective(rows, lambda logit, index: bce(logit, target[index])))

@@ -77,6 +77,7 @@ def fit_reward_models(
     heldout: Tensor | None = None,
     states: Tensor | None = None,
     strata: Tensor | None = None,
+    caution: float = 0.0,
     shard: Shard = SINGLE,
     seed: int = 0,
     on_epoch: Callable[[str, Epoch], None] | None = None,
@@ -91,7 +92,8 @@ def fit_reward_models(
     follows the progress.
     `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
     distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
-    from 0 the observed traits that selection may hang on. The same seed and shard give the same modules.
+    from 0 the observed traits that selection may hang on. `caution` is how many of the members' standard deviations a module that
+    is distilled from an ensemble stays below their mean. The same seed and shard give the same modules.
     The first method's view of who speaks up is what held-out risks are weighted by, its own and the others'.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
@@ -119,7 +121,7 @@ def fit_reward_models(
     for name in methods:
         follow = None if on_epoch is None else partial(on_epoch, name)
         given = replace(problem, nuisances=found.nuisances, on_epoch=follow)
-        fitted[name] = _fit_method(name, given, states, found.proxy, clean_labels, serving)
+        fitted[name] = _fit_method(name, given, states, found.proxy, clean_labels, serving, caution)
     return _judge(problem, found, fitted, serving)
 
 
@@ -172,6 +174,7 @@ def _fit_method(
     proxy: Tensor | None,
     clean: Tensor | None,
     serving: nn.Module | None,
+    caution: float,
 ) -> Fitted:
     if clean is not None and name == ORACLE:
         return fit_oracle(problem, clean)
@@ -184,7 +187,8 @@ def _fit_method(
         return method.fit(on_states(problem, problem.inputs.features))
     if states is None:
         raise ValueError(f"{name} is fitted on states [N, D] of a frozen backbone, got none")
-    return distil(problem, method.fit(replace(on_states(problem, states), spare_heldout=True)), states, start=serving)
+    teacher = method.fit(replace(on_states(problem, states), spare_heldout=True))
+    return distil(problem, teacher, states, start=serving, caution=caution)
 
 
 def _estimate_rates(ranking: Tensor, observations: Observations, seed: int, required: bool) -> NoiseEstimate | None:

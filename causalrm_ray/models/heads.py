@@ -6,7 +6,7 @@ A scorer gives a logit [B] in two parts: states [B, D] of a batch, and a linear 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,21 @@ class Scorer(Protocol):
 
     def states(self, **batch: Tensor) -> Tensor:
         """States [B, D] of a batch."""
+        ...
+
+
+class Opinions(NamedTuple):
+    """Logits of K members and their weights, which sum to 1."""
+
+    logits_BK: Tensor
+    weights_K: Tensor
+
+
+class Ensemble(Protocol):
+    """A scorer of several members."""
+
+    def opinions(self, **batch: Tensor) -> Opinions:
+        """What each member says of a batch."""
         ...
 
 
@@ -112,9 +127,13 @@ class EnsembleScorer(nn.Module):
         hidden = dropout(nn.functional.leaky_relu(inner), self.dropout, self.training)
         return self.bias + x @ self.linear.T + (hidden * self.outer).sum(-1)
 
+    def opinions(self, features: Tensor) -> Opinions:
+        """What each member says; all weigh alike."""
+        return Opinions(self.members(features), torch.full_like(self.bias, 1 / len(self.bias)))
+
     def forward(self, features: Tensor) -> Tensor:
         """Logit [B] of the members' mean probability."""
-        return mean_logit(self.members(features), torch.full_like(self.bias, 1 / len(self.bias)))
+        return mean_logit(*self.opinions(features))
 
 
 class Mixture(nn.Module):
@@ -125,9 +144,15 @@ class Mixture(nn.Module):
         self.scorers = nn.ModuleList(scorers)
         self.register_buffer("weights", torch.tensor(weights))
 
+    def opinions(self, **batch: Tensor) -> Opinions:
+        """What the members of all scorers say, each at its part of its scorer's weight."""
+        parts = [cast(Ensemble, scorer).opinions(**batch) for scorer in self.scorers]
+        weights = [part.weights_K * weight for part, weight in zip(parts, self.weights, strict=True)]
+        return Opinions(torch.cat([part.logits_BK for part in parts], dim=1), torch.cat(weights))
+
     def forward(self, **batch: Tensor) -> Tensor:
         """Logit [B] of the mixture's probability."""
-        return mean_logit(torch.stack([scorer(**batch) for scorer in self.scorers], dim=1), self.weights)
+        return mean_logit(*self.opinions(**batch))
 
 
 class Corrected(nn.Module):
@@ -138,10 +163,41 @@ class Corrected(nn.Module):
         self.base = base.requires_grad_(False)
         self.residual = residual
 
+    def opinions(self, **batch: Tensor) -> Opinions:
+        """What each member makes of the base."""
+        added = self.residual.opinions(**batch)
+        return Opinions(self.base(**batch).unsqueeze(1) + added.logits_BK, added.weights_K)
+
     def forward(self, **batch: Tensor) -> Tensor:
         """Logit [B]."""
-        logits = self.base(**batch).unsqueeze(1) + self.residual.members(**batch)
-        return mean_logit(logits, torch.full_like(self.residual.bias, 1 / len(self.residual.bias)))
+        return mean_logit(*self.opinions(**batch))
+
+
+class Cautious(nn.Module):
+    """An ensemble that says less of what its members do not agree on."""
+
+    def __init__(self, scorer: nn.Module, caution: float) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.caution = caution
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Logit [B] of a lower bound of the probability (see `lower_logit`)."""
+        return lower_logit(*cast(Ensemble, self.scorer).opinions(**batch), self.caution)
+
+
+def lower_logit(logits_BK: Tensor, weights_K: Tensor, caution: float) -> Tensor:
+    """Logit [B] of the weighted mean of K probabilities less `caution` >= 0 of their standard deviations.
+
+        mean_k p_k - caution sqrt(mean_k (p_k - mean p)^2)
+
+    A policy that is rewarded by a mean seeks where its members err upwards; they seldom all do. Coste et al. 2024 (arXiv
+    2310.02743), their uncertainty-weighted objective, with the standard deviation for the variance.
+    """
+    probability_BK = torch.sigmoid(logits_BK)
+    mean_B1 = (probability_BK * weights_K).sum(1, keepdim=True)
+    variance_B = ((probability_BK - mean_B1).square() * weights_K).sum(1)
+    return to_logit(mean_B1.squeeze(1) - caution * variance_B.sqrt())
 
 
 def mean_logit(logits: Tensor, weights: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from causalrm_ray.config import Config, ConfigError, MethodName
+from causalrm_ray.config import ENSEMBLES, Config, ConfigError, MethodName
 from causalrm_ray.estimators.methods import METHODS
 from causalrm_ray.options import dump_config, load_config, options
 from causalrm_ray.types import Sampling
@@ -35,6 +35,7 @@ from causalrm_ray.types import Sampling
         ("learner.kl.stop=0", ["learner.kl.stop", "greater than 0", "0"]),
         ("reward.method=causalrm", ["reward.method", "causalrm_dr", "'causalrm'"]),
         ("reward.rho=[0.6,0.5]", ["reward.rho", "below 1", "0.6"]),
+        ("reward={method: naive, caution: 1}", ["reward.caution needs one of latent, two_stage, auto", "got naive"]),
         ("rollout.engine=sglang", ["rollout.engine", "'vllm' or 'hf'", "'sglang'"]),
         ("rollout.temperature=0", ["rollout.temperature", "greater than or equal to 0.01", "got 0"]),
         ("rollout.temperature=2.5", ["rollout.temperature", "less than or equal to 2", "2.5"]),
@@ -76,6 +77,10 @@ def test_algorithms_that_compare_answers_need_two_to_a_prompt(algorithm: str) ->
         load_config(None, [f"learner.algorithm={algorithm}", "rollout.samples_per_prompt=1"])
     load_config(None, [f"learner.algorithm={algorithm}"])
     load_config(None, ["learner.algorithm=reinforce_pp", "rollout.samples_per_prompt=1"])
+
+
+def test_methods_that_can_be_cautious_are_those_fitted_as_ensembles() -> None:
+    assert set(ENSEMBLES) == {name for name, method in METHODS.items() if "states" in method.needs}
 
 
 def test_every_fault_is_named_at_once() -> None:

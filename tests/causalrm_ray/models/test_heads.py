@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.models.heads import Corrected, EnsembleScorer, Mixture
+from causalrm_ray.models.heads import Cautious, Corrected, EnsembleScorer, Mixture, lower_logit
 
 X = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
 
@@ -50,3 +53,18 @@ def test_mixtures_average_probabilities_and_corrections_add_logits() -> None:
     torch.testing.assert_close(torch.sigmoid(corrected(features=X)), expected)
     assert not any(parameter.requires_grad for parameter in first.parameters())
     assert all(parameter.requires_grad for parameter in second.parameters())
+
+
+def test_a_cautious_ensemble_says_less_of_what_its_members_do_not_agree_on() -> None:
+    logits, weights = torch.tensor([[0.0, 0.0, 0.0], [2.0, -1.0, 0.5]]), torch.tensor([0.5, 0.25, 0.25])
+    found = lower_logit(logits, weights, 1.5)
+    p = [1 / (1 + math.exp(-value)) for value in (2.0, -1.0, 0.5)]
+    mean = 0.5 * p[0] + 0.25 * p[1] + 0.25 * p[2]
+    deviation = math.sqrt(0.5 * (p[0] - mean) ** 2 + 0.25 * (p[1] - mean) ** 2 + 0.25 * (p[2] - mean) ** 2)
+    lower = mean - 1.5 * deviation
+    assert found.tolist() == pytest.approx([0.0, math.log(lower / (1 - lower))], rel=1e-5)
+    mixed = Mixture([ensemble(2), Corrected(ensemble(2), ensemble(3))], [0.25, 0.75])
+    torch.testing.assert_close(Cautious(mixed, 0.0)(features=X), mixed(features=X))
+    assert bool((Cautious(mixed, 1.0)(features=X) < mixed(features=X)).all())
+    opinions = mixed.opinions(features=X)
+    assert opinions.weights_K.tolist() == pytest.approx([0.125, 0.125, 0.25, 0.25, 0.25])
