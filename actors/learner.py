@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from actors.engine_deepspeed import DeepSpeedEngine
+from actors.rank_metrics import Step, add_up, rollout_metrics, step_metrics
 from actors.weight_sync import Weights, pack
 from causalrm_ray.checks import check_finite
 from causalrm_ray.config import GROUPED, LearnerConfig
@@ -38,7 +39,8 @@ from causalrm_ray.losses.experience import (
     pad_tokens,
     stack_rows,
 )
-from causalrm_ray.losses.policy import adapt_kl_coefficient, kl_k1
+from causalrm_ray.losses.micro_batches import deal, of_rank
+from causalrm_ray.losses.policy import adapt_kl_coefficient
 from causalrm_ray.losses.running import RunningMoments
 from causalrm_ray.models.policy import ActorCritic, Reference, TokenOutputs, load_policy
 from causalrm_ray.models.text import load_tokenizer
@@ -55,13 +57,6 @@ class Prepared(NamedTuple):
     logprobs_R: torch.Tensor
     reference_logprobs_R: torch.Tensor
     values_R: torch.Tensor
-
-
-class Step(NamedTuple):
-    """One optimizer step on this rank: [sums of TRAINING, tokens, largest ratio]; the gradient norm."""
-
-    figures: torch.Tensor
-    norm: float
 
 
 class LearnerRank:
@@ -84,14 +79,14 @@ class LearnerRank:
         """Load `model` (folder or hub id) and join the other ranks at `init_method` ("tcp://host:port").
 
         `temperature` > 0 is the engine's: log-probabilities are taken at it. `max_length` bounds prompt + answer in
-        tokens; `tokens_per_micro_batch` // `max_length` rows (at least 1) go through the model together.
+        tokens; rows of about one length go through the model together, at most `tokens_per_micro_batch` with pads.
         """
         policy = load_policy(model, dtype)
         self.version = 0
         self._model, self._config = model, config
         self._temperature, self._seed, self._max_length = temperature, seed, max_length
         self._rank, self._world_size = rank, world_size
-        self._micro_rows = max(1, tokens_per_micro_batch // max_length)
+        self._budget = tokens_per_micro_batch
         self._policy = policy
         self._parameters = policy.num_parameters()
         self._algorithm = ALGORITHMS[config.algorithm]
@@ -107,7 +102,7 @@ class LearnerRank:
         self._reference = Reference(load_policy(model, dtype)).to(self._engine.device)
 
     def prepare(self, completions: Sequence[Completion]) -> None:
-        """Evaluate this rank's share (rows rank, rank + world size, ...) of a micro-batch under the current weights.
+        """Evaluate this rank's share of some answers, about as many tokens as the other ranks', under the current weights.
 
         Raises ValueError, naming the id, for an answer of another policy version, without tokens, too long, or known.
         """
@@ -116,11 +111,11 @@ class LearnerRank:
             self._check(completion)
             if completion.prompt.id in self._owners or completion.prompt.id in ids[:place]:
                 raise ValueError(f"ids must be unique within a step, got {completion.prompt.id!r} twice")
-        self._owners.update((name, place % self._world_size) for place, name in enumerate(ids))
-        mine = list(completions[self._rank :: self._world_size])
-        share = math.ceil(len(completions) / self._world_size)
-        for first in range(0, share, self._micro_rows):
-            rows = mine[first : first + self._micro_rows]
+        lengths = [_length(completion) for completion in completions]
+        owners = deal(lengths, self._world_size)
+        self._owners.update(zip(ids, owners, strict=True))
+        for places in of_rank(lengths, owners, self._rank, self._world_size, self._budget):
+            rows = [completions[place] for place in places]
             old, reference_BR = self._evaluate(rows or [BLANK])
             for row, completion in enumerate(rows):
                 fields = (old.logprobs_BT, reference_BR, old.values_BT)
@@ -207,7 +202,7 @@ class LearnerRank:
         }
 
     def _check(self, completion: Completion) -> None:
-        name, length = completion.prompt.id, len(completion.prompt.token_ids) + len(completion.token_ids)
+        name, length = completion.prompt.id, _length(completion)
         if completion.policy_version != self.version:
             raise ValueError(f"answer {name!r} must come from policy version {self.version}, got {completion.policy_version}")
         if not completion.token_ids or not completion.prompt.token_ids:
@@ -279,8 +274,8 @@ class LearnerRank:
             places_B=torch.tensor(places, dtype=torch.long, device=device),
         )
         groups_N, coefficient = groups_of(completions).to(device), self._kl_coefficient
-        experience = make_experience(answers, rewards_N.to(device), groups_N, self._config, coefficient, _add_up)
-        return experience.with_blank(), self._rollout_metrics(answers, len(scored))
+        experience = make_experience(answers, rewards_N.to(device), groups_N, self._config, coefficient, add_up)
+        return experience.with_blank(), rollout_metrics(answers, len(scored))
 
     def _train(self, scored: Sequence[Scored], experience: Experience) -> dict[str, float]:
         """All optimizer steps on a step's answers, up to where the KL stop ends them; metrics over ranks."""
@@ -296,12 +291,12 @@ class LearnerRank:
             micro_batches = self._micro_batches(places, scored, rows)
             steps.append(self._optimizer_step(micro_batches, completions, experience, objective, count))
             if config.kl.stop is not None:
-                kl = _add_up(steps[-1].figures[TRAINING.index("kl_step")].clone()) / tokens
+                kl = add_up(steps[-1].figures[TRAINING.index("kl_step")].clone()) / tokens
                 stopped = float(kl) > config.kl.stop
             if stopped:
                 break
         counts = {"optimizer_steps": float(len(steps)), "kl_stopped": float(stopped)}
-        return (self._reduce_steps(steps) if steps else {}) | counts
+        return (step_metrics(steps, self._algorithm.critic) if steps else {}) | counts
 
     def _minibatches(self, scored: Sequence[Scored]) -> Iterator[list[int]]:
         """Places of the answers of each optimizer step; none is empty."""
@@ -342,50 +337,20 @@ class LearnerRank:
 
     def _micro_batches(self, places: Sequence[int], scored: Sequence[Scored], rows: Mapping[int, int]) -> list[list[int]]:
         """This rank's rows of a minibatch in as many micro-batches as the busiest rank needs; BLANK's row where none is left."""
-        counts = Counter(self._owners[scored[place].completion.prompt.id] for place in places)
-        mine = [rows[place] for place in places if place in rows]
-        firsts = range(0, max(counts.values()), self._micro_rows)
-        return [mine[first : first + self._micro_rows] or [len(rows)] for first in firsts]
+        completions = [scored[place].completion for place in places]
+        owners = [self._owners[completion.prompt.id] for completion in completions]
+        lengths = [_length(completion) for completion in completions]
+        batches = of_rank(lengths, owners, self._rank, self._world_size, self._budget)
+        return [[rows[places[number]] for number in batch] or [len(rows)] for batch in batches]
 
     def _order(self, answers: int, epoch: int) -> torch.Tensor:
         """A permutation of the answers that depends on (seed, version, epoch) only."""
         entropy = np.random.SeedSequence([self._seed, self.version, epoch])
         return torch.from_numpy(np.random.default_rng(entropy).permutation(answers))
 
-    def _rollout_metrics(self, own: Answers, answers: int) -> dict[str, float]:
-        kl_BR = kl_k1(own.logprobs_BR, own.reference_logprobs_BR)
-        kept = (own.logprobs_BR - own.rollout_logprobs_BR)[own.mask_BR != 0].double()
-        ratio = kept.exp()
-        total = torch.stack(
-            [kl_BR.double().sum(), kept.abs().sum(), ratio.sum(), ratio.square().sum(), own.mask_BR.double().sum()]
-        )
-        largest = torch.cat([kept.abs(), kept.new_zeros(1)]).max()
-        _add_up(total)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        kl, absolute, weight, squared, tokens = total.tolist()
-        return {
-            "kl": kl / answers,
-            "importance_weight_mean": weight / tokens,
-            "importance_weight_ess": weight**2 / squared / tokens,
-            "logprob_mismatch_mean_abs": absolute / tokens,
-            "logprob_mismatch_max_abs": float(largest),
-        }
 
-    def _reduce_steps(self, steps: Sequence[Step]) -> dict[str, float]:
-        figures = torch.stack([step.figures for step in steps])
-        total, largest = _add_up(figures[:, :-1].sum(dim=0)), figures[:, -1].max()
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        *sums, tokens = total.tolist()
-        means = {name: value / tokens for name, value in zip(TRAINING, sums, strict=True)}
-        if not self._algorithm.critic:
-            del means["value_loss"]
-        return means | {"ratio_max": float(largest), "grad_norm": sum(step.norm for step in steps) / len(steps)}
-
-
-def _add_up(value: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place."""
-    torch.distributed.all_reduce(value)
-    return value
+def _length(completion: Completion) -> int:
+    return len(completion.prompt.token_ids) + len(completion.token_ids)
 
 
 def _exhaust(named: Iterator[object]) -> None:
