@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ from causalrm_ray.losses.experience import (
 from causalrm_ray.losses.micro_batches import deal, of_rank
 from causalrm_ray.losses.policy import adapt_kl_coefficient
 from causalrm_ray.losses.running import RunningMoments
+from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
 from causalrm_ray.models.policy import ActorCritic, Reference, TokenOutputs, load_policy
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import Completion, Prompt, Scored
@@ -87,19 +88,21 @@ class LearnerRank:
         self._temperature, self._seed, self._max_length = temperature, seed, max_length
         self._rank, self._world_size = rank, world_size
         self._budget = tokens_per_micro_batch
-        self._policy = policy
+        self._base = policy  # with LoRA, frozen and without the adapter
         self._parameters = policy.num_parameters()
         self._algorithm = ALGORITHMS[config.algorithm]
         self._kl_coefficient = config.kl.coefficient
         self._rewards_seen = RunningMoments()
         self._owners: dict[str, int] = {}  # id -> rank that prepared it, of all rows of the step
         self._prepared: dict[str, Prepared] = {}
-        module = ActorCritic(policy, self._algorithm.critic)
-        groups = [{"params": list(policy.parameters()), "lr": config.lr}]
+        checkpointing = "checkpointing" in config.save_memory
+        module = ActorCritic(policy, self._algorithm.critic, config.lora, seed, checkpointing)
+        groups = [{"params": module.policy_parameters(), "lr": config.lr}]
         if self._algorithm.critic:
             groups.append({"params": module.critic_parameters(), "lr": config.critic_lr})
+        self._policy, self._trained = module.policy, sum(value.numel() for group in groups for value in group["params"])
         self._engine = DeepSpeedEngine(module, groups, config, dtype, rank, world_size, init_method)
-        self._reference = Reference(load_policy(model, dtype)).to(self._engine.device)
+        self._reference = None if config.lora else Reference(load_policy(model, dtype)).to(self._engine.device)
 
     def prepare(self, completions: Sequence[Completion]) -> None:
         """Evaluate this rank's share of some answers, about as many tokens as the other ranks', under the current weights.
@@ -139,11 +142,13 @@ class LearnerRank:
         return metrics
 
     def weights(self) -> Weights | None:
-        """The policy's full weights under their Hugging Face names on rank 0, None elsewhere."""
-        named = self._engine.gathered(self._policy)
-        if self._rank == 0:
-            return pack(self.version, named)
-        return _exhaust(named)
+        """The policy's full weights, an adapter merged in, under their Hugging Face names on rank 0, None elsewhere."""
+        return self._packed(weights_of(self._base, self._policy))
+
+    def adapter(self) -> Weights | None:
+        """The adapter's tensors alone, under the names of peft's files, on rank 0, None elsewhere. ValueError without LoRA."""
+        self._check_lora()
+        return self._packed(adapter_of(self._policy))
 
     def save(self, folder: Path) -> None:
         """Write the exact state under `folder`, which all ranks share: DeepSpeed's files of each rank, and JSON."""
@@ -156,6 +161,7 @@ class LearnerRank:
                 "kl_coefficient": self._kl_coefficient,
                 "rewards_seen": self._rewards_seen,
                 "zero_stage": self._config.zero_stage,
+                "lora": self._config.lora,
                 "world_size": self._world_size,
             }
             (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -173,6 +179,8 @@ class LearnerRank:
             raise ValueError(
                 f"{folder} was saved under ZeRO {state['zero_stage']}, the learner runs ZeRO {self._config.zero_stage}"
             )
+        if state["lora"] != self._config.lora:
+            raise ValueError(f"{folder} was saved with learner.lora={state['lora']}, the learner has {self._config.lora}")
         if self._config.zero_stage > 0 and state["world_size"] != self._world_size:
             raise ValueError(f"{folder} was saved by {state['world_size']} ranks under ZeRO, the learner has {self._world_size}")
         self._engine.load(folder)
@@ -182,16 +190,23 @@ class LearnerRank:
         self._prepared.clear()
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy and its tokenizer as a Hugging Face folder that AutoModelForCausalLM loads."""
-        named = self._engine.gathered(self._policy)
+        """Write the policy and its tokenizer as a Hugging Face folder that AutoModelForCausalLM loads.
+
+        With LoRA its weights are merged, and `adapter/` in it holds the adapter as peft loads it onto the first model.
+        """
+        named = self._engine.gathered(weights_of(self._base, self._policy))
         if self._rank == 0:
-            self._policy.save_pretrained(folder, state_dict=dict(named))
+            self._base.save_pretrained(folder, state_dict=dict(named))
             load_tokenizer(self._model).save_pretrained(folder)
         else:
             _exhaust(named)
+        if self._config.lora:
+            factors = dict(self._engine.gathered(adapter_of(self._policy)))
+            if self._rank == 0:
+                save_adapter(Path(folder) / "adapter", self._policy, factors)
 
     def info(self) -> dict[str, str | int]:
-        """What the learner runs on; `parameters` counts the policy's."""
+        """What the learner runs on; `parameters` counts the policy's, `trained` what the optimizer moves."""
         return {
             "name": "deepspeed",
             "version": self._engine.version,
@@ -199,7 +214,16 @@ class LearnerRank:
             "world_size": self._world_size,
             "device": str(self._engine.device),
             "parameters": self._parameters,
+            "trained": self._trained,
         }
+
+    def _packed(self, parts: Iterable[tuple[str, Weight]]) -> Weights | None:
+        named = self._engine.gathered(parts)
+        return pack(self.version, named) if self._rank == 0 else _exhaust(named)
+
+    def _check_lora(self) -> None:
+        if not self._config.lora:
+            raise ValueError(f"learner.lora must be at least 1 for an adapter, got {self._config.lora}")
 
     def _check(self, completion: Completion) -> None:
         name, length = completion.prompt.id, _length(completion)
@@ -244,7 +268,10 @@ class LearnerRank:
         input_ids, start, positions_BR = pad_tokens(completions, self._engine.device)
         with torch.no_grad():
             outputs = self._engine(input_ids, start, self._temperature)
-            reference_BT = self._reference(input_ids, start, self._temperature)
+            if self._reference is None:
+                reference_BT = self._engine(input_ids, start, self._temperature, True).logprobs_BT
+            else:
+                reference_BT = self._reference(input_ids, start, self._temperature)
         return outputs.at(positions_BR), reference_BT.gather(1, positions_BR)
 
     def _rewards(self, scored: Sequence[Scored]) -> tuple[torch.Tensor, dict[str, float]]:
