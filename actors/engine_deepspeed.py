@@ -130,8 +130,8 @@ class DeepSpeedEngine:
         gets items.
         """
         for name, weight in parts:
-            whole = self._deepspeed.zero.GatheredParameters(list(weight.parameters))
-            with whole if self._zero_stage == 3 else nullcontext():
+            parameters = list(weight.parameters)
+            with self._deepspeed.zero.GatheredParameters(parameters) if self._zero_stage == 3 else nullcontext():
                 value = weight.value().cpu().clone() if self._rank == 0 else None
             if value is not None:
                 yield name, value

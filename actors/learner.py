@@ -147,7 +147,8 @@ class LearnerRank:
 
     def adapter(self) -> Weights | None:
         """The adapter's tensors alone, under the names of peft's files, on rank 0, None elsewhere. ValueError without LoRA."""
-        self._check_lora()
+        if not self._config.lora:
+            raise ValueError(f"learner.lora must be at least 1 for an adapter, got {self._config.lora}")
         return self._packed(adapter_of(self._policy))
 
     def save(self, folder: Path) -> None:
@@ -220,10 +221,6 @@ class LearnerRank:
     def _packed(self, parts: Iterable[tuple[str, Weight]]) -> Weights | None:
         named = self._engine.gathered(parts)
         return pack(self.version, named) if self._rank == 0 else _exhaust(named)
-
-    def _check_lora(self) -> None:
-        if not self._config.lora:
-            raise ValueError(f"learner.lora must be at least 1 for an adapter, got {self._config.lora}")
 
     def _check(self, completion: Completion) -> None:
         name, length = completion.prompt.id, _length(completion)
