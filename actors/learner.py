@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from actors.engine_deepspeed import DeepSpeedEngine
+from actors.rank_metrics import Step, add_up, rollout_metrics, step_metrics
 from actors.weight_sync import Weights, pack
 from causalrm_ray.checks import check_finite
 from causalrm_ray.config import GROUPED, LearnerConfig
@@ -40,8 +41,10 @@ from causalrm_ray.losses.experience import (
     pad_tokens,
     stack_rows,
 )
-from causalrm_ray.losses.policy import adapt_kl_coefficient, kl_k1
+from causalrm_ray.losses.micro_batches import deal, of_rank
+from causalrm_ray.losses.policy import adapt_kl_coefficient
 from causalrm_ray.losses.running import RunningMoments
+from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
 from causalrm_ray.models.policy import ActorCritic, Reference, TokenOutputs, load_policy
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import Completion, Prompt, Scored
@@ -57,13 +60,6 @@ class Prepared(NamedTuple):
     logprobs_R: torch.Tensor
     reference_logprobs_R: torch.Tensor
     values_R: torch.Tensor
-
-
-class Step(NamedTuple):
-    """One optimizer step on this rank: [sums of TRAINING, tokens, largest ratio]; the gradient norm."""
-
-    figures: torch.Tensor
-    norm: float
 
 
 class LearnerRank:
@@ -86,30 +82,32 @@ class LearnerRank:
         """Load `model` (folder or hub id) and join the other ranks at `init_method` ("tcp://host:port").
 
         `temperature` > 0 is the engine's: log-probabilities are taken at it. `max_length` bounds prompt + answer in
-        tokens; `tokens_per_micro_batch` // `max_length` rows (at least 1) go through the model together.
+        tokens; rows of about one length go through the model together, at most `tokens_per_micro_batch` with pads.
         """
         policy = load_policy(model, dtype)
         self.version = 0
         self._model, self._config = model, config
         self._temperature, self._seed, self._max_length = temperature, seed, max_length
         self._rank, self._world_size = rank, world_size
-        self._micro_rows = max(1, tokens_per_micro_batch // max_length)
-        self._policy = policy
+        self._budget = tokens_per_micro_batch
+        self._base = policy  # with LoRA, frozen and without the adapter
         self._parameters = policy.num_parameters()
         self._algorithm = ALGORITHMS[config.algorithm]
         self._kl_coefficient = config.kl.coefficient
         self._rewards_seen = RunningMoments()
         self._owners: dict[str, int] = {}  # id -> rank that prepared it, of all rows of the step
         self._prepared: dict[str, Prepared] = {}
-        module = ActorCritic(policy, self._algorithm.critic)
-        groups = [{"params": list(policy.parameters()), "lr": config.lr}]
+        checkpointing = "checkpointing" in config.save_memory
+        module = ActorCritic(policy, self._algorithm.critic, config.lora, seed, checkpointing)
+        groups = [{"params": module.policy_parameters(), "lr": config.lr}]
         if self._algorithm.critic:
             groups.append({"params": module.critic_parameters(), "lr": config.critic_lr})
+        self._policy, self._trained = module.policy, sum(value.numel() for group in groups for value in group["params"])
         self._engine = DeepSpeedEngine(module, groups, config, dtype, rank, world_size, init_method)
-        self._reference = Reference(load_policy(model, dtype)).to(self._engine.device)
+        self._reference = None if config.lora else Reference(load_policy(model, dtype)).to(self._engine.device)
 
     def prepare(self, completions: Sequence[Completion]) -> None:
-        """Evaluate this rank's share (rows rank, rank + world size, ...) of a micro-batch under the current weights.
+        """Evaluate this rank's share of some answers, about as many tokens as the other ranks', under the current weights.
 
         Raises ValueError, naming the id, for an answer of another policy version, without tokens, too long, or known.
         """
@@ -118,11 +116,11 @@ class LearnerRank:
             check_answer(completion, self.version, self._config.staleness, self._max_length)
             if completion.prompt.id in self._owners or completion.prompt.id in ids[:place]:
                 raise ValueError(f"ids must be unique within a step, got {completion.prompt.id!r} twice")
-        self._owners.update((name, place % self._world_size) for place, name in enumerate(ids))
-        mine = list(completions[self._rank :: self._world_size])
-        share = math.ceil(len(completions) / self._world_size)
-        for first in range(0, share, self._micro_rows):
-            rows = mine[first : first + self._micro_rows]
+        lengths = [_length(completion) for completion in completions]
+        owners = deal(lengths, self._world_size)
+        self._owners.update(zip(ids, owners, strict=True))
+        for places in of_rank(lengths, owners, self._rank, self._world_size, self._budget):
+            rows = [completions[place] for place in places]
             old, reference_BR = self._evaluate(rows or [BLANK])
             for row, completion in enumerate(rows):
                 fields = (old.logprobs_BT, reference_BR, old.values_BT)
@@ -151,11 +149,14 @@ class LearnerRank:
         return metrics
 
     def weights(self) -> Weights | None:
-        """The policy's full weights under their Hugging Face names on rank 0, None elsewhere."""
-        named = self._engine.gathered(self._policy)
-        if self._rank == 0:
-            return pack(self.version, named)
-        return _exhaust(named)
+        """The policy's full weights, an adapter merged in, under their Hugging Face names on rank 0, None elsewhere."""
+        return self._packed(weights_of(self._base, self._policy))
+
+    def adapter(self) -> Weights | None:
+        """The adapter's tensors alone, under the names of peft's files, on rank 0, None elsewhere. ValueError without LoRA."""
+        if not self._config.lora:
+            raise ValueError(f"learner.lora must be at least 1 for an adapter, got {self._config.lora}")
+        return self._packed(adapter_of(self._policy))
 
     def save(self, folder: Path) -> None:
         """Write the exact state under `folder`, which all ranks share: DeepSpeed's files of each rank, and JSON."""
@@ -168,6 +169,7 @@ class LearnerRank:
                 "kl_coefficient": self._kl_coefficient,
                 "rewards_seen": self._rewards_seen,
                 "zero_stage": self._config.zero_stage,
+                "lora": self._config.lora,
                 "world_size": self._world_size,
             }
             (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -185,6 +187,8 @@ class LearnerRank:
             raise ValueError(
                 f"{folder} was saved under ZeRO {state['zero_stage']}, the learner runs ZeRO {self._config.zero_stage}"
             )
+        if state["lora"] != self._config.lora:
+            raise ValueError(f"{folder} was saved with learner.lora={state['lora']}, the learner has {self._config.lora}")
         if self._config.zero_stage > 0 and state["world_size"] != self._world_size:
             raise ValueError(f"{folder} was saved by {state['world_size']} ranks under ZeRO, the learner has {self._world_size}")
         self._engine.load(folder)
@@ -194,16 +198,23 @@ class LearnerRank:
         self._prepared.clear()
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy and its tokenizer as a Hugging Face folder that AutoModelForCausalLM loads."""
-        named = self._engine.gathered(self._policy)
+        """Write the policy and its tokenizer as a Hugging Face folder that AutoModelForCausalLM loads.
+
+        With LoRA its weights are merged, and `adapter/` in it holds the adapter as peft loads it onto the first model.
+        """
+        named = self._engine.gathered(weights_of(self._base, self._policy))
         if self._rank == 0:
-            self._policy.save_pretrained(folder, state_dict=dict(named))
+            self._base.save_pretrained(folder, state_dict=dict(named))
             load_tokenizer(self._model).save_pretrained(folder)
         else:
             _exhaust(named)
+        if self._config.lora:
+            factors = dict(self._engine.gathered(adapter_of(self._policy)))
+            if self._rank == 0:
+                save_adapter(Path(folder) / "adapter", self._policy, factors)
 
     def info(self) -> dict[str, str | int]:
-        """What the learner runs on; `parameters` counts the policy's."""
+        """What the learner runs on; `parameters` counts the policy's, `trained` what the optimizer moves."""
         return {
             "name": "deepspeed",
             "version": self._engine.version,
@@ -211,7 +222,12 @@ class LearnerRank:
             "world_size": self._world_size,
             "device": str(self._engine.device),
             "parameters": self._parameters,
+            "trained": self._trained,
         }
+
+    def _packed(self, parts: Iterable[tuple[str, Weight]]) -> Weights | None:
+        named = self._engine.gathered(parts)
+        return pack(self.version, named) if self._rank == 0 else _exhaust(named)
 
     def _check_step(self, scored: Sequence[Scored]) -> None:
         if len(scored) < self._config.minibatches:
@@ -243,7 +259,10 @@ class LearnerRank:
         input_ids, start, positions_BR = pad_tokens(completions, self._engine.device)
         with torch.no_grad():
             outputs = self._engine(input_ids, start, self._temperature)
-            reference_BT = self._reference(input_ids, start, self._temperature)
+            if self._reference is None:
+                reference_BT = self._engine(input_ids, start, self._temperature, True).logprobs_BT
+            else:
+                reference_BT = self._reference(input_ids, start, self._temperature)
         return outputs.at(positions_BR), reference_BT.gather(1, positions_BR)
 
     def _rewards(self, scored: Sequence[Scored]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -273,8 +292,8 @@ class LearnerRank:
             places_B=torch.tensor(places, dtype=torch.long, device=device),
         )
         groups_N, coefficient = groups_of(completions).to(device), self._kl_coefficient
-        experience = make_experience(answers, rewards_N.to(device), groups_N, self._config, coefficient, _add_up)
-        return experience.with_blank(), self._rollout_metrics(answers, len(scored))
+        experience = make_experience(answers, rewards_N.to(device), groups_N, self._config, coefficient, add_up)
+        return experience.with_blank(), rollout_metrics(answers, len(scored))
 
     def _train(self, scored: Sequence[Scored], experience: Experience) -> dict[str, float]:
         """All optimizer steps on a step's answers, up to where the KL stop ends them; metrics over ranks."""
@@ -290,12 +309,12 @@ class LearnerRank:
             micro_batches = self._micro_batches(places, scored, rows)
             steps.append(self._optimizer_step(micro_batches, completions, experience, objective, count))
             if config.kl.stop is not None:
-                kl = _add_up(steps[-1].figures[TRAINING.index("kl_step")].clone()) / tokens
+                kl = add_up(steps[-1].figures[TRAINING.index("kl_step")].clone()) / tokens
                 stopped = float(kl) > config.kl.stop
             if stopped:
                 break
         counts = {"optimizer_steps": float(len(steps)), "kl_stopped": float(stopped)}
-        return (self._reduce_steps(steps) if steps else {}) | counts
+        return (step_metrics(steps, self._algorithm.critic) if steps else {}) | counts
 
     def _minibatches(self, scored: Sequence[Scored]) -> Iterator[list[int]]:
         """Places of the answers of each optimizer step; none is empty."""
@@ -336,50 +355,20 @@ class LearnerRank:
 
     def _micro_batches(self, places: Sequence[int], scored: Sequence[Scored], rows: Mapping[int, int]) -> list[list[int]]:
         """This rank's rows of a minibatch in as many micro-batches as the busiest rank needs; BLANK's row where none is left."""
-        counts = Counter(self._owners[scored[place].completion.prompt.id] for place in places)
-        mine = [rows[place] for place in places if place in rows]
-        firsts = range(0, max(counts.values()), self._micro_rows)
-        return [mine[first : first + self._micro_rows] or [len(rows)] for first in firsts]
+        completions = [scored[place].completion for place in places]
+        owners = [self._owners[completion.prompt.id] for completion in completions]
+        lengths = [_length(completion) for completion in completions]
+        batches = of_rank(lengths, owners, self._rank, self._world_size, self._budget)
+        return [[rows[places[number]] for number in batch] or [len(rows)] for batch in batches]
 
     def _order(self, answers: int, epoch: int) -> torch.Tensor:
         """A permutation of the answers that depends on (seed, version, epoch) only."""
         entropy = np.random.SeedSequence([self._seed, self.version, epoch])
         return torch.from_numpy(np.random.default_rng(entropy).permutation(answers))
 
-    def _rollout_metrics(self, own: Answers, answers: int) -> dict[str, float]:
-        kl_BR = kl_k1(own.logprobs_BR, own.reference_logprobs_BR)
-        kept = (own.logprobs_BR - own.rollout_logprobs_BR)[own.mask_BR != 0].double()
-        ratio = kept.exp()
-        total = torch.stack(
-            [kl_BR.double().sum(), kept.abs().sum(), ratio.sum(), ratio.square().sum(), own.mask_BR.double().sum()]
-        )
-        largest = torch.cat([kept.abs(), kept.new_zeros(1)]).max()
-        _add_up(total)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        kl, absolute, weight, squared, tokens = total.tolist()
-        return {
-            "kl": kl / answers,
-            "importance_weight_mean": weight / tokens,
-            "importance_weight_ess": weight**2 / squared / tokens,
-            "logprob_mismatch_mean_abs": absolute / tokens,
-            "logprob_mismatch_max_abs": float(largest),
-        }
 
-    def _reduce_steps(self, steps: Sequence[Step]) -> dict[str, float]:
-        figures = torch.stack([step.figures for step in steps])
-        total, largest = _add_up(figures[:, :-1].sum(dim=0)), figures[:, -1].max()
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        *sums, tokens = total.tolist()
-        means = {name: value / tokens for name, value in zip(TRAINING, sums, strict=True)}
-        if not self._algorithm.critic:
-            del means["value_loss"]
-        return means | {"ratio_max": float(largest), "grad_norm": sum(step.norm for step in steps) / len(steps)}
-
-
-def _add_up(value: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place."""
-    torch.distributed.all_reduce(value)
-    return value
+def _length(completion: Completion) -> int:
+    return len(completion.prompt.token_ids) + len(completion.token_ids)
 
 
 def _exhaust(named: Iterator[object]) -> None:

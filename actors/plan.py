@@ -73,7 +73,7 @@ class Plan:
                 raise ConfigError(
                     f"{', '.join(seat.role for seat in inside)} need about {needed / GIB:.1f} GiB on {gpus} GPU, where "
                     f"{room / GIB:.1f} can be planned with: raise learner.zero_stage, learner.ranks or "
-                    "rollout.tensor_parallel, lower model.max_length, or take a smaller model"
+                    "rollout.tensor_parallel, set learner.lora or learner.save_memory, lower model.max_length, or take a smaller model"
                 )
 
 
@@ -122,7 +122,6 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
     rollout, learner, critic = config.rollout, config.learner, ALGORITHMS[config.learner.algorithm].critic
     answers = -(-rollout.prompts_per_step * rollout.samples_per_prompt // rollout.generators)  # of one generator in a step
     tokens = max(TOKENS, longest)
-    training = policy.training_bytes(dtype, learner.ranks, learner.zero_stage, critic)
     scoring = reward.weight_bytes(torch.float32) + reward.activation_bytes(torch.float32, tokens, training=False)
     sizes: dict[str, float] = {}
     if "generators" in parts:
@@ -130,7 +129,9 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
         size = policy.weight_bytes(dtype) + cache + GENERATOR_BYTES[rollout.engine] * (not on_gpu)
         sizes |= {f"generator-{number}": size for number in range(rollout.generators)}
     if "learner" in parts:
-        size = training + policy.weight_bytes(dtype) + policy.activation_bytes(dtype, tokens, critic=critic)
+        offload, checkpointing = ("offload" in learner.save_memory and on_gpu), "checkpointing" in learner.save_memory
+        size = policy.training_bytes(dtype, learner.ranks, learner.zero_stage, critic, learner.lora, offload)
+        size += policy.activation_bytes(dtype, tokens, critic, checkpointing)
         sizes |= {f"learner-{number}": size + PROCESS_BYTES * (not on_gpu) for number in range(learner.ranks)}
     if "reward" in parts:
         folds = 2 * reward.weight_bytes(torch.float32) + reward.training_bytes(torch.float32, 1, 0, critic=False)

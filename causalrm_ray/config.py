@@ -240,6 +240,15 @@ class LearnerConfig(Section):
     algorithm: AlgorithmName = Field("ppo", description="ppo has a critic; grpo, rloo and reinforce_pp have none")
     ranks: int = Field(2, ge=1, description="DeepSpeed ranks")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
+    lora: int = Field(
+        0,
+        ge=0,
+        description="rank of the adapter trained in place of the weights (LoRA, alpha twice that); 0: full tuning",
+    )
+    save_memory: tuple[Literal["checkpointing", "offload"], ...] = Field(
+        (),
+        description="checkpointing: activations computed twice; offload: optimizer (ZeRO 3: and weights) in CPU memory",
+    )
     lr: float = Field(3e-4, ge=0, description="policy learning rate")
     critic_lr: float = Field(1e-3, ge=0, description="critic learning rate (ppo)")
     epochs: int = Field(2, ge=1, description="passes over a step's answers")
@@ -258,6 +267,12 @@ class LearnerConfig(Section):
         1.0, description="answers cut by the token limit: what is taken off their reward; mask: they are left out of the loss"
     )
     kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference policy")
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> LearnerConfig:
+        if "offload" in self.save_memory and self.zero_stage == 0:
+            raise ValueError("learner.zero_stage must be at least 1 with learner.save_memory=offload, got 0")
+        return self
 
 
 class LoopConfig(Section):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from causalrm_ray.losses.policy import entropy, log_distribution, token_logprobs
+from causalrm_ray.models.lora import with_adapter
 
 
 class TokenOutputs(NamedTuple):
@@ -30,31 +33,51 @@ class TokenOutputs(NamedTuple):
 class ActorCritic(nn.Module):
     """A causal language model `policy` and, if asked for, a critic that starts as a copy of its backbone, with a value head at 0.
 
-    They share no weights, so neither objective disturbs the other. The module never enters training mode: dropout would
-    make the ratio of new to old probabilities noise.
+    They share no trained weights, so neither objective disturbs the other. With `lora`, the rank of their adapters, both stand on
+    the frozen model that was given, each with an adapter of its own drawn from `seed`, and that model itself is `reference`.
+    The module never enters training mode: dropout would make the ratio of new to old probabilities noise.
     """
 
-    def __init__(self, policy: PreTrainedModel, critic: bool = True) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, critic: bool = True, lora: int = 0, seed: int = 0, checkpointing: bool = False
+    ) -> None:
         super().__init__()
-        self.policy = policy
-        self.critic = copy.deepcopy(policy.base_model) if critic else None
+        self.policy = with_adapter(policy, lora, seed) if lora else policy
+        self.critic = None
         if critic:
+            backbone: Any = policy.base_model
+            self.critic = with_adapter(backbone, lora, seed) if lora else copy.deepcopy(backbone)
             self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=policy.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        self.reference = Reference(policy) if lora else None
+        if checkpointing:
+            for model in (self.policy, self.critic):
+                if model is not None:
+                    _checkpoint(model)
         self.train(False)
 
     def train(self, mode: bool = True) -> ActorCritic:
         """Stay in evaluation mode whatever `mode` says; gradients flow all the same."""
-        return super().train(False)
+        super().train(False)
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = layer.gradient_checkpointing  # transformers checkpoints in training only; see _checkpoint
+        return self
 
-    def forward(self, input_ids: torch.Tensor, start: int, temperature: float) -> TokenOutputs:
+    def forward(self, input_ids: torch.Tensor, start: int, temperature: float, reference: bool = False) -> TokenOutputs:
         """Outputs [B, T - 1 - start] about the tokens at positions start + 1, ..., T - 1 of `input_ids` [B, T].
 
         Entry k is about token start + 1 + k: its log-probability at `temperature` given all tokens before it, and the
         value of those tokens before it was written. Rows are right-padded with any valid id: attention is causal and
         positions count from the left, so no real token sees a pad and no mask is needed. Entropy carries no gradient.
+        With `reference`, the log-probabilities are the reference's (LoRA only), entropy and values 0.
         """
+        if reference:
+            if self.reference is None:
+                raise ValueError("reference must be False without LoRA, got True")
+            logprobs_BT = self.reference(input_ids, start, temperature)
+            return TokenOutputs(logprobs_BT, torch.zeros_like(logprobs_BT), torch.zeros_like(logprobs_BT))
         log_distribution_BTV, targets_BT = _log_distribution(self.policy, input_ids, start, temperature)
         logprobs_BT = token_logprobs(log_distribution_BTV, targets_BT)
         values_BT = torch.zeros_like(logprobs_BT)
@@ -63,9 +86,29 @@ class ActorCritic(nn.Module):
             values_BT = self.value_head(hidden_BTH).squeeze(-1).float()
         return TokenOutputs(logprobs_BT, entropy(log_distribution_BTV.detach()), values_BT)
 
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The policy's that are trained."""
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
     def critic_parameters(self) -> list[nn.Parameter]:
-        """The critic's, with its head; none without a critic."""
-        return [] if self.critic is None else [*self.critic.parameters(), *self.value_head.parameters()]
+        """The critic's that are trained, with its head; none without a critic."""
+        if self.critic is None:
+            return []
+        critic = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        return [*critic, *self.value_head.parameters()]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without the frozen model, which comes from its own folder."""
+        frozen = self._frozen()
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name not in frozen}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What `state_dict` gave."""
+        return super().load_state_dict({**self._frozen(), **state_dict}, strict, assign)
+
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        named = self.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in named if not parameter.requires_grad}
 
 
 class Reference(nn.Module):
@@ -84,6 +127,22 @@ class Reference(nn.Module):
 def load_policy(model: str, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a local folder or hub id, in `dtype`."""
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+
+
+def _checkpoint(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass, which computes the rest again: Chen et al. 2016.
+
+    The layers seem in training to transformers, which checkpoints in no other mode; inside them it is evaluation again.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"learner.save_memory=checkpointing needs layers that transformers can checkpoint, {type(model)} has none"
+        )
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "training", False))
+        layer.register_forward_hook(lambda layer, *_: setattr(layer, "training", True), always_call=True)
 
 
 def _log_distribution(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 MOMENTS_BYTES = 8  # Adam's two moments of a parameter, float32
@@ -24,27 +25,37 @@ class ModelSize:
     layers: int
     hidden: int
     vocabulary: int
+    linear_widths: int  # inputs and outputs of all linear layers but the output head, added up
     kv_width: int  # numbers kept per token and layer: keys and values of all key-value heads
 
-    def training_bytes(self, dtype: torch.dtype, ranks: int, zero_stage: int, critic: bool) -> int:
-        """Weights, gradients and optimizer state on one of `ranks`, the policy and its critic (a second backbone).
+    def training_bytes(
+        self, dtype: torch.dtype, ranks: int, zero_stage: int, critic: bool, lora: int = 0, offload: bool = False
+    ) -> int:
+        """Weights, gradients and optimizer state on one of `ranks`: the policy, its reference, and its critic, a second backbone.
 
-        Per parameter, bytes: weights w, gradients w, Adam's moments 8, and for 16-bit weights a float32 master 4. ZeRO 1 divides
-        moments and master over ranks, 2 gradients too, 3 weights too. Rajbhandari et al. 2020 (arXiv 1910.02054), section 3.
+        Per trained parameter, bytes: weights w, gradients w, Adam's moments 8, and for 16-bit weights a float32 master 4. ZeRO 1
+        divides moments and master over ranks, 2 gradients too, 3 weights too: Rajbhandari et al. 2020 (arXiv 1910.02054),
+        section 3. With `offload` moments and master (under ZeRO 3 weights, too) lie elsewhere. With adapters of rank `lora`, all
+        three stand on one frozen model.
         """
-        trained = self.parameters + (self.backbone if critic else 0)
         width = dtype.itemsize
-        state = MOMENTS_BYTES + (MASTER_BYTES if width < MASTER_BYTES else 0)
-        parts = [(state, 1), (width, 2), (width, 3)]  # (bytes, the ZeRO stage that divides them)
-        return sum(trained * size // (ranks if zero_stage >= stage else 1) for size, stage in parts)
+        models = self.parameters + (self.backbone if critic else 0)
+        trained = lora * self.linear_widths * (2 if critic else 1) if lora else models
+        state = 0 if offload else MOMENTS_BYTES + (MASTER_BYTES if width < MASTER_BYTES else 0)
+        weights = 0 if offload and zero_stage == 3 else width
+        parts = [(state, 1), (width, 2), (weights, 3)]  # (bytes, the ZeRO stage that divides them)
+        return self.weight_bytes(dtype) + sum(trained * size // (ranks if zero_stage >= stage else 1) for size, stage in parts)
 
-    def activation_bytes(self, dtype: torch.dtype, tokens: int, critic: bool = False, training: bool = True) -> int:
-        """What the backward pass of `tokens` tokens keeps, logits included, without attention's square; or, not `training`, what
-        one layer takes."""
+    def activation_bytes(
+        self, dtype: torch.dtype, tokens: int, critic: bool = False, checkpointing: bool = False, training: bool = True
+    ) -> int:
+        """What the backward pass of `tokens` tokens keeps, logits included, without attention's square; with `checkpointing`, of
+        each layer its input, and all of one; or, not `training`, what one layer takes."""
         width = self.hidden * ACTIVATIONS * dtype.itemsize
         if not training:
             return tokens * width
-        return tokens * (width * self.layers * (2 if critic else 1) + self.vocabulary * LOGIT_COPIES * 4)
+        kept = self.layers * self.hidden * dtype.itemsize + width if checkpointing else width * self.layers
+        return tokens * (kept * (2 if critic else 1) + self.vocabulary * LOGIT_COPIES * 4)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """The weights alone."""
@@ -69,5 +80,8 @@ def model_size(model: str) -> ModelSize:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
+        linear_widths=sum(
+            layer.in_features + layer.out_features for layer in blank.base_model.modules() if isinstance(layer, nn.Linear)
+        ),
         kv_width=2 * heads * head_dim,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from causalrm_ray.data.snapshot import SNAPSHOT_SCHEMA, write_snapshot
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers of the tests of the learner
 
 GOOD, BAD, FILLER = "certainly", "never", ("the", "garden", "river", "stone", "lamp", "winter")
 OBSERVED_SHARE = {GOOD: 0.6, BAD: 0.2}  # users speak up about what they like
@@ -72,3 +75,26 @@ def make_snapshot(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def learner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every scenario on one rank and on two, each rank a process."""
+    from learner_runs import start
+    from learner_scenarios import make_model
+
+    folder = tmp_path_factory.mktemp("learner")
+    make_model(folder / "model")
+    ranks = [
+        *start(1, folder, ["update", "gradient", "algorithms", "guarded", "still", "resume", "lora", "refusals"]),
+        *start(2, folder, ["update", "gradient", "algorithms", "guarded", "resume", "late", "lora", "memory", "half"]),
+    ]
+    try:
+        codes = [rank.wait(timeout=600) for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log-*.txt")))
+    assert codes == [0, 0, 0], logs
+    return folder

@@ -39,7 +39,14 @@ ALGORITHMS: dict[str, dict[str, object]] = {
     "rloo": {"reward_normalisation": True, "kl": {"coefficient": 0.3}},
     "reinforce_pp": {"kl": {"estimator": "k2", "coefficient": 0.3}},
 }
-NARROW = 96  # tokens per micro-batch: 3 rows of 32
+NARROW = 36  # tokens per micro-batch: 3 rows of 12, or 12 of 3
+ADAPTED = BASE | {"lora": 2, "lr": 5e-3, "critic_lr": 5e-3}
+BOTH = ("checkpointing", "offload")
+SAVING: dict[str, dict[str, object]] = {  # scenario -> options; each ends where the one after "saving-" does
+    "saving-update-2": BASE | {"zero_stage": 2, "save_memory": BOTH},
+    "saving-update-3": BASE | {"zero_stage": 3, "save_memory": BOTH},
+    "saving-lora-3": ADAPTED | {"zero_stage": 3, "save_memory": BOTH},
+}
 
 
 def make_model(folder: Path) -> None:
@@ -229,6 +236,48 @@ def written_late(answer: Scored, lag: int = 1) -> Scored:
     return replace(answer, completion=replace(done, policy_version=spans[-1].version, spans=spans))
 
 
+def lora(place: Rank) -> None:
+    """Two updates of adapters, PPO's critic with one of its own; state saved; a third update, and that from the saved state."""
+    for stage, tokens in [(0, 8192)] if place.world_size == 1 else [(2, NARROW), (3, NARROW)]:
+        options = ADAPTED | {"zero_stage": stage}
+        learner = place.learner(tokens, **options)
+        place.keep(f"lora-{stage}", learner, train(learner, 2))
+        learner.save(place.folder / f"state-lora-{stage}")
+        keep_adapter(place, learner, f"lora-{stage}")
+        place.keep(f"uninterrupted-lora-{stage}", learner, train(learner, 1))
+        if stage != 2:
+            resumed = place.learner(tokens, **options)
+            resumed.load(place.folder / f"state-lora-{stage}")
+            place.keep(f"resumed-lora-{stage}", resumed, train(resumed, 1))
+
+
+def keep_adapter(place: Rank, learner: LearnerRank, name: str) -> None:
+    """The published adapter, and what policy and reference say of an answer to come."""
+    folder, answer = place.folder / f"{name}-{place.world_size}", make_step(learner.version)[0].completion
+    learner.prepare([answer])
+    adapter = learner.adapter()
+    if (adapter is None) != (place.rank > 0):
+        raise AssertionError(f"adapters must come from rank 0 alone, rank {place.rank} got {adapter}")
+    if adapter is not None:
+        prepared = learner._prepared[answer.prompt.id]
+        said = {"logprobs": prepared.logprobs_R, "reference": prepared.reference_logprobs_R}
+        save_file(said, folder / "said.safetensors")
+        save_file({name: value.clone() for name, value in unpack(adapter)}, folder / "published.safetensors")
+    learner._prepared.clear()
+    learner._owners.clear()
+
+
+def memory(place: Rank) -> None:
+    """The same updates in less memory."""
+    for name, options in SAVING.items():
+        learner = place.learner(NARROW, **options)
+        optimizer = learner._engine._engine.optimizer
+        flags = (optimizer.offload_optimizer, optimizer.offload_param) if options["zero_stage"] == 3 else (optimizer.cpu_offload,)
+        if not all(flags):
+            raise AssertionError(f"{name} must offload, got {flags}")
+        place.keep(name, learner, train(learner, 2))
+
+
 def half(place: Rank) -> None:
     """Two updates in bfloat16."""
     for stage in (0, 2):
@@ -260,6 +309,15 @@ def refusals(place: Rank) -> None:
             call()
         except ValueError as error:
             messages[name] = str(error)
+    try:
+        learner.adapter()
+    except ValueError as error:
+        messages["adapter"] = str(error)
+    learner.save(place.folder / "state-refused")
+    try:
+        place.learner(**ADAPTED).load(place.folder / "state-refused")
+    except ValueError as error:
+        messages["lora"] = str(error).removeprefix(str(place.folder))
     lonely = place.learner(**BASE, algorithm="grpo")
     lonely.prepare([answer.completion for answer in scored])
     try:
@@ -269,7 +327,9 @@ def refusals(place: Rank) -> None:
     (place.folder / "refusals.json").write_text(json.dumps(messages))
 
 
-SCENARIOS = {run.__name__: run for run in (update, gradient, algorithms, guarded, still, resume, late, half, refusals)}
+SCENARIOS = {
+    run.__name__: run for run in (update, gradient, algorithms, guarded, still, resume, late, lora, memory, half, refusals)
+}
 
 if __name__ == "__main__":
     rank, world_size, port, folder, *names = sys.argv[1:]

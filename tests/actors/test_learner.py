@@ -1,75 +1,20 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from learner_runs import TOLERANCE, distance, metrics_of, vector, weights_of
+from learner_scenarios import ALGORITHMS, BASE, NARROW, SLOW, TEMPERATURE, make_groups, make_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCENARIOS = Path(__file__).with_name("learner_scenarios.py")
-sys.path.insert(0, str(SCENARIOS.parent))
-from learner_scenarios import ALGORITHMS, BASE, SLOW, TEMPERATURE, make_groups, make_model, make_step  # noqa: E402
-
-TOLERANCE = 1e-5  # relative, of the norm
-
-
-def start(world_size: int, folder: Path, names: Sequence[str]) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = SCENARIOS.parents[2]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    ranks = []
-    for rank in range(world_size):
-        command = [sys.executable, str(SCENARIOS), str(rank), str(world_size), str(port), str(folder), *names]
-        with (folder / f"log-{world_size}-{rank}.txt").open("w") as log:
-            ranks.append(subprocess.Popen(command, env=env, cwd=root, stdout=log, stderr=subprocess.STDOUT))
-    return ranks
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every scenario on one rank and on two, each rank a process."""
-    folder = tmp_path_factory.mktemp("learner")
-    make_model(folder / "model")
-    ranks = [
-        *start(1, folder, ["update", "gradient", "algorithms", "guarded", "still", "resume", "refusals"]),
-        *start(2, folder, ["update", "gradient", "algorithms", "guarded", "resume", "late", "half"]),
-    ]
-    try:
-        codes = [rank.wait(timeout=280) for rank in ranks]
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log-*.txt")))
-    assert codes == [0, 0, 0], logs
-    return folder
-
-
-def vector(file: Path) -> torch.Tensor:
-    tensors = load_file(file)
-    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
-
-
-def weights_of(folder: Path, name: str) -> torch.Tensor:
-    return vector(folder / name / "model.safetensors")
-
-
-def metrics_of(folder: Path, name: str) -> list[dict[str, float]]:
-    return json.loads((folder / name / "metrics.json").read_text())
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def folder(learner_folder: Path) -> Path:
+    return learner_folder
 
 
 class NaivePPO:
@@ -267,7 +212,7 @@ def test_two_ranks_in_narrow_micro_batches_end_where_one_rank_does_under_every_z
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("case", ["96-1", "8192-2", "96-2"])
+@pytest.mark.parametrize("case", [f"{NARROW}-1", "8192-2", f"{NARROW}-2"])
 def test_gradient_is_invariant_to_ranks_and_micro_batches(folder: Path, case: str) -> None:
     assert distance(vector(folder / f"gradient-{case}.safetensors"), vector(folder / "gradient-8192-1.safetensors")) <= TOLERANCE
 
@@ -351,4 +296,6 @@ def test_answers_that_must_not_be_trained_on_are_refused_by_name(folder: Path) -
         "infinite": "reward must be finite, got inf at position 0",
         "lonely": "grpo needs at least 2 answers to each prompt, got 1 to that of '0-0'",
         "few": "update needs an answer per minibatch, got 1 answers for 2",
+        "adapter": "learner.lora must be at least 1 for an adapter, got 0",
+        "lora": "/state-refused was saved with learner.lora=0, the learner has 2",
     }

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from actors.plan import DEVICE_SHARE, GIB, Plan, make_plan
 from actors.roles import ALL_ROLES
 from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.size import ModelSize, model_size
 from causalrm_ray.options import load_config
 
-SIZE = ModelSize(parameters=1000, backbone=800, layers=2, hidden=10, vocabulary=20, kv_width=6)
-LARGE = ModelSize(8_000_000_000, 7_500_000_000, layers=32, hidden=4096, vocabulary=128_000, kv_width=2048)
+SIZE = ModelSize(parameters=1000, backbone=800, layers=2, hidden=10, vocabulary=20, linear_widths=50, kv_width=6)
+LARGE = ModelSize(
+    8_000_000_000, 7_500_000_000, layers=32, hidden=4096, vocabulary=128_000, linear_widths=2_000_000, kv_width=2048
+)
 
 
 def config(*options: str) -> Config:
@@ -29,16 +32,23 @@ def plan(gpus: int, *options: str) -> Plan:
 @pytest.mark.parametrize(
     ("dtype", "ranks", "stage", "critic", "expected"),
     [
-        (torch.float32, 1, 0, False, 16_000),  # weights 4, gradients 4, moments 8 bytes of each
-        (torch.float32, 4, 0, True, 16 * 1800),  # the critic is a backbone more
-        (torch.bfloat16, 1, 0, False, 16_000),  # 2 + 2 + 8 + 4 of the float32 copy
-        (torch.bfloat16, 4, 1, False, 7_000),  # 2 + 2 + 12 / 4
-        (torch.bfloat16, 4, 2, False, 5_500),
-        (torch.bfloat16, 4, 3, False, 4_000),
+        (torch.float32, 1, 0, False, 4_000 + 16_000),  # the reference 4; weights 4, gradients 4, moments 8 bytes of each
+        (torch.float32, 4, 0, True, 4_000 + 16 * 1800),  # the critic is a backbone more
+        (torch.bfloat16, 1, 0, False, 2_000 + 16_000),  # 2 + 2 + 8 + 4 of the float32 copy
+        (torch.bfloat16, 4, 1, False, 2_000 + 7_000),  # 2 + 2 + 12 / 4
+        (torch.bfloat16, 4, 2, False, 2_000 + 5_500),
+        (torch.bfloat16, 4, 3, False, 2_000 + 4_000),
     ],
 )
 def test_training_bytes_by_hand(dtype: torch.dtype, ranks: int, stage: int, critic: bool, expected: int) -> None:
     assert SIZE.training_bytes(dtype, ranks, stage, critic) == expected
+
+
+def test_what_adapters_and_offload_leave_by_hand() -> None:
+    assert SIZE.training_bytes(torch.float32, 1, 0, True, lora=3) == 4_000 + 16 * 2 * 3 * 50
+    assert SIZE.training_bytes(torch.bfloat16, 4, 1, False, offload=True) == 2_000 + 4_000
+    assert SIZE.training_bytes(torch.bfloat16, 4, 3, False, offload=True) == 2_000 + 500
+    assert SIZE.activation_bytes(torch.bfloat16, 5, checkpointing=True) == 5 * (2 * 2 * 10 + 34 * 10 + 20 * 4 * 4)
 
 
 def test_activation_and_cache_bytes_by_hand() -> None:
@@ -56,6 +66,8 @@ def test_a_size_is_that_of_the_loaded_model(tied: bool, tmp_path: Path) -> None:
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert size.backbone == sum(parameter.numel() for parameter in model.base_model.parameters())
     assert (size.layers, size.hidden, size.vocabulary) == (3, 64, 50)
+    adapted = with_adapter(model, rank=3, seed=0)
+    assert 3 * size.linear_widths == sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     kept = model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
     bytes_kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     assert size.cache_bytes(torch.float32, 7) == bytes_kept

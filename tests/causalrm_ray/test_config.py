@@ -44,6 +44,9 @@ from causalrm_ray.types import Sampling
         ("rollout.stop=[-3]", ["rollout.stop", "token ids >= 0", "-3"]),
         ("learner.truncation=-1", ["learner.truncation", "greater than or equal to 0", "-1"]),
         ("learner.truncation=drop", ["learner.truncation", "'mask'", "'drop'"]),
+        ("learner.save_memory=[offload]", ["learner.zero_stage must be at least 1 with learner.save_memory=offload, got 0"]),
+        ("learner.save_memory=[disk]", ["learner.save_memory", "'checkpointing' or 'offload'", "'disk'"]),
+        ("learner.lora=-1", ["learner.lora", "greater than or equal to 0", "-1"]),
     ],
 )
 def test_a_wrong_option_is_refused_by_name_rule_and_value(override: str, parts: list[str]) -> None:
