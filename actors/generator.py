@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from actors.adapters import Merger, is_adapter
 from actors.engine import Engine, EngineSettings
 from actors.engine_hf import HfEngine, hf_env
 from actors.engine_vllm import VllmEngine, vllm_env
@@ -27,6 +31,8 @@ class Generator:
 
     def __init__(self, engine: str, settings: EngineSettings, sampling: Sampling) -> None:
         self._sampling = sampling
+        self._settings = settings
+        self._merger: Merger | None = None
         self._max_length = settings.max_length
         self._engine = ENGINES[engine](settings)
 
@@ -45,8 +51,17 @@ class Generator:
             stream.close()
 
     def take_weights(self, weights: Weights) -> SyncReport:
-        """Switch to new weights between two engine steps."""
-        return self._engine.load_weights(weights)
+        """Switch to new weights between two engine steps: whole ones, or an adapter, which is merged here.
+
+        The report's bytes are those that came.
+        """
+        if not is_adapter(weights):
+            return self._engine.load_weights(weights)
+        if self._merger is None:
+            dtype, rank = getattr(torch, self._settings.dtype), weights.index[0].shape[0]
+            self._merger = Merger(self._settings.model, dtype, rank)
+        report = self._engine.load_weights(self._merger.merge(weights))
+        return dataclasses.replace(report, bytes=weights.num_bytes)
 
     def info(self) -> Mapping[str, str | int]:
         """`name` and `version` of the engine, `policy_version` and `device`."""

@@ -73,7 +73,7 @@ class Plan:
                 raise ConfigError(
                     f"{', '.join(seat.role for seat in inside)} need about {needed / GIB:.1f} GiB on {gpus} GPU, where "
                     f"{room / GIB:.1f} can be planned with: raise learner.zero_stage, learner.ranks or "
-                    "rollout.tensor_parallel, set learner.lora or learner.save_memory, lower model.max_length, or take a smaller model"
+                    "rollout.tensor_parallel, set learner.lora or learner.save_memory, or lower model.max_length"
                 )
 
 

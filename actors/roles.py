@@ -159,14 +159,17 @@ class Roles:
 
     def publish(self) -> dict[str, float]:
         """Give the learner's weights to every generator. Raises RuntimeError unless every checksum agrees."""
-        weights, *_ = [rank.weights.remote() for rank in self.learners]  # every rank must be called: ZeRO-3 gathers
+        verb = "adapter" if self._config.learner.lora else "weights"
+        weights, *_ = [getattr(rank, verb).remote() for rank in self.learners]  # every rank must be called: ZeRO-3 gathers
         reports = self._wait([generator.take_weights.remote(weights) for generator in self.generators.values()], "sync weights")
         for name, report in zip(self.generators, reports, strict=True):
             if not report.checksum_ok:
                 raise RuntimeError(f"{name}: weights of version {report.version} do not match the learner's checksum")
+        slowest = max(report.seconds for report in reports)
         return {
             "sync_bytes": float(reports[0].bytes),
-            "sync_seconds": max(report.seconds for report in reports),
+            "sync_seconds": slowest,
+            "sync_gb_per_s": reports[0].bytes / slowest / 1e9,
             "sync_checksum_ok": float(all(report.checksum_ok for report in reports)),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from actors.engine import EngineSettings
 from actors.generator import ENGINES, Generator, engine_env
 from actors.weight_sync import SyncReport, Weights, pack
 from causalrm_ray.config import RunConfig
+from causalrm_ray.models.lora import adapter_of, with_adapter
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
 
 VOCAB = 200
@@ -285,6 +287,28 @@ def test_new_weights_replace_old_ones_and_their_cached_prefixes(
     assert (report.version, report.bytes) == (6, 4 * sum(parameter.numel() for parameter in new.parameters()))
     assert list(report.phases) == PHASES[generator.engine]
     assert 0 < sum(report.phases.values()) <= report.seconds
+
+
+def test_an_adapter_travels_alone_and_is_merged_where_it_arrives(generator: Remote | Local, old: LlamaForCausalLM) -> None:
+    merged = copy.deepcopy(old)
+    adapted = with_adapter(copy.deepcopy(old), rank=3, seed=1)
+    noise = torch.Generator().manual_seed(2)
+    factors = {name: torch.randn(weight.value().shape, generator=noise) / 10 for name, weight in adapter_of(adapted)}
+    for name, module in merged.named_modules():
+        a = factors.get(f"base_model.model.{name}.lora_A.weight")
+        if a is not None:  # W + 2 B A, the scale being twice the rank over the rank
+            module.weight.data += (2 * factors[f"base_model.model.{name}.lora_B.weight"].double() @ a.double()).float()
+    adapter = pack(7, factors.items())
+    report = generator.take(adapter)
+    completions = generator.generate(requests(8))
+    assert error(merged, completions) <= 1e-4
+    assert error(old, completions) > 0.1
+    assert (report.version, report.bytes, report.checksum_ok) == (7, adapter.num_bytes, True)
+    assert adapter.num_bytes * 4 < pack(7, old.named_parameters()).num_bytes
+    other = pack(8, ((name.replace("layers.0", "layers.9"), value) for name, value in factors.items()))
+    with pytest.raises(ValueError, match=r"factor base_model\.model\.model\.layers\.0.* must be \(3, .*\), got nothing"):
+        generator.take(other)
+    assert generator.generate(requests(1))[0].policy_version == 7
 
 
 def test_answers_stream_and_those_in_flight_go_on_with_new_weights(

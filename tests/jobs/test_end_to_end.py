@@ -23,7 +23,7 @@ OPTIONS = [
     "loop.checkpoint_every=2",
     "loop.evaluation_prompts=40",
 ]
-TIMINGS = ("seconds", "sync_seconds")
+TIMINGS = ("seconds", "sync_seconds", "sync_gb_per_s")
 
 
 def command(folder: Path, name: str, *options: str) -> list[str]:
