@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import ray
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.engine import EngineSettings
 from actors.engine_vllm import raw_engine, sampling_params
@@ -56,9 +57,8 @@ class PlainLearner:
 
     def __init__(self, model: str, config: LearnerConfig, temperature: float, rows: int) -> None:
         """`rows` go through the model together."""
-        from causalrm_ray.models.policy import load_policy
-
-        self._policy, self._reference = (load_policy(model, torch.float32).eval() for _ in range(2))
+        load = AutoModelForCausalLM.from_pretrained
+        self._policy, self._reference = (load(model, dtype=torch.float32).eval() for _ in range(2))
         self._reference.requires_grad_(False)
         self._optimizer = torch.optim.AdamW(self._policy.parameters(), lr=config.lr, weight_decay=0.0)
         self._config, self._temperature, self._rows = config, temperature, rows

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from causalrm_ray.losses.policy import entropy, log_distribution, token_logprobs
+from causalrm_ray.models.linear import use_onednn
 
 
 class TokenOutputs(NamedTuple):
@@ -83,7 +84,9 @@ class Reference(nn.Module):
 
 def load_policy(model: str, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a local folder or hub id, in `dtype`."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    use_onednn(policy)
+    return policy
 
 
 def _log_distribution(
