@@ -49,7 +49,7 @@ class RawVllm:
 
 
 class PlainLearner:
-    """One GRPO step in plain torch: the loss of our learner (k3 in it, clipped both ways, importance weights), one optimizer step.
+    """One GRPO step in plain torch: our learner's loss (k3 in it, clipped both ways, importance weights), one optimizer step.
 
     As one would write it by hand: the answers' logits only, log-probabilities by logsumexp, and no second look at the old
     policy, which is the new one before the only step.

@@ -60,7 +60,7 @@ class ActorCritic(nn.Module):
         logprobs_BT = token_logprobs(log_distribution_BTV, targets_BT)
         values_BT = torch.zeros_like(logprobs_BT)
         if self.critic is not None:
-            hidden_BTH = self.critic(input_ids=input_ids, use_cache=False).last_hidden_state[:, start:-1]
+            hidden_BTH = self.critic(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state[:, start:]
             values_BT = self.value_head(hidden_BTH).squeeze(-1).float()
         return TokenOutputs(logprobs_BT, entropy(log_distribution_BTV.detach()), values_BT)
 
@@ -95,5 +95,5 @@ def _log_distribution(
     length = input_ids.shape[1]
     if not 0 <= start < length - 1:
         raise ValueError(f"start must be in [0, {length - 2}] for rows of {length} tokens, got {start}")
-    logits_BTV = policy(input_ids=input_ids, use_cache=False, logits_to_keep=length - start).logits[:, :-1]
+    logits_BTV = policy(input_ids=input_ids[:, :-1], use_cache=False, logits_to_keep=length - 1 - start).logits
     return log_distribution(logits_BTV, temperature), input_ids[:, start + 1 :]

@@ -1,4 +1,4 @@
-"""Randomly initialised Llamas of known sizes, which speak the embedded world's tokens: for measuring speed, never for learning."""
+"""Randomly initialised Llamas of known sizes, which speak the embedded world's tokens: for measuring speed only."""
 
 from __future__ import annotations
 
