@@ -9,6 +9,7 @@ A reading is affected by whatever else the machine does; the load is noted with 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from actors.perf import PlainLearner, RawVllm, TokenReward, role_spans, token_re
 from actors.perf_trl import TrlTrainer, check_trl
 from actors.placement import place, ray_cluster, resolve
 from actors.roles import CPU_THREADS, Roles
+from actors.weight_sync import unpack
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config
@@ -36,7 +38,7 @@ from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.options import dump_config, validate
 from causalrm_ray.perf import Figure, Pair, draw_figures, figure, speed, sync_figure, uncovered
 from causalrm_ray.perf_config import SAMPLES, WARM_STEPS, Case, PerfConfig
-from causalrm_ray.types import Scored
+from causalrm_ray.types import Completion, Scored
 from causalrm_ray.world.blank import ensure_blank
 from causalrm_ray.world.grammar import train_prompts
 from jobs.benchmark import write_markdown
@@ -173,28 +175,40 @@ def measure_sync(bench: Bench) -> Figure:
 def measure_learner(bench: Bench) -> Figure:
     """One rank under DeepSpeed, called by the driver, against a plain torch loop, both on one thread and the same answers."""
     config = validate(_changed(bench.config, learner={"ranks": 1}))
-    roles = Roles(config, bench.model, bench.model, parts=("generators", "learner"))
-    scored = [Scored(done, token_reward(done.token_ids), 1) for done in roles.sample(bench.task.step_requests(0))]
-    rows = max(1, 8192 // config.model.max_length)
-    arguments = (bench.model, config.learner, config.rollout.temperature, rows)
+    roles = Roles(config, bench.model, bench.model, parts=("learner",))
+    arguments = (bench.model, config.learner, config.rollout.temperature, max(1, 8192 // config.model.max_length))
     plain = place(PlainLearner, *arguments, env=CPU_THREADS)
-    size, version = config.rollout.micro_batch, 0
+    scored = _random_answers(bench)
+    steps = iter(range(10**6))
 
     def ours() -> float:
-        nonlocal version
+        version = next(steps)
         now = [replace(answer, completion=replace(answer.completion, policy_version=version)) for answer in scored]
         began = time.perf_counter()
-        for first in range(0, len(now), size):
-            chunk = [answer.completion for answer in now[first : first + size]]
+        for first in range(0, len(now), config.rollout.micro_batch):
+            chunk = [answer.completion for answer in now[first : first + config.rollout.micro_batch]]
             resolve([rank.prepare.remote(chunk) for rank in roles.learners], "prepare", bench.timeout_s)
         roles.update(now)
-        version += 1
         return time.perf_counter() - began
 
     def other() -> float:
         return resolve(plain.step.remote(scored), "plain step", bench.timeout_s)
 
-    return speed("learner", bench.name, bench.interleave(ours, other), 0.9)
+    pairs = bench.interleave(ours, other)
+    weights, theirs = resolve([roles.learners[0].weights.remote(), plain.weights.remote()], "compare weights", bench.timeout_s)
+    apart = [float((tensor - theirs[name]).norm() / theirs[name].norm()) for name, tensor in unpack(weights)]
+    return speed("learner", bench.name, pairs, 0.9, weights_differ=max(apart))
+
+
+def _random_answers(bench: Bench) -> list[Scored]:
+    """A step's answers of random tokens, all of the full length, as an engine that knows nothing would have drawn them."""
+    rng, size = np.random.default_rng(0), len(load_tokenizer(bench.model))
+    logprobs = (-math.log(size),) * bench.tokens
+    answers = []
+    for request in bench.task.step_requests(0):
+        tokens = tuple(rng.integers(size, size=bench.tokens).tolist())
+        answers.append(Scored(Completion(request.prompt, "", tokens, logprobs, "length", 0), token_reward(tokens), 1))
+    return answers
 
 
 def measure_driver(bench: Bench) -> Figure:
