@@ -19,7 +19,7 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" or input.dtype != torch.float32 or self.weight.dtype != torch.float32:
             return super().forward(input)
-        product = _Product.apply(input.reshape(-1, input.shape[-1]), self.weight)
+        product = (_Product.apply if torch.is_grad_enabled() else _product)(input.reshape(-1, input.shape[-1]), self.weight)
         output = product if self.bias is None else product + self.bias
         return output.view(*input.shape[:-1], output.shape[-1])
 

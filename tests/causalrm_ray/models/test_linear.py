@@ -26,6 +26,8 @@ def test_values_and_gradients_are_those_of_a_linear_layer(bias: bool, shape: tup
     found, expected = fast(x), exact(y)
     assert found.shape == expected.shape
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(fast(x), found)
     factors = torch.randn(found.shape)
     (found * factors).sum().backward()
     (expected * factors.double()).sum().backward()
