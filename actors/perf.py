@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import ray
@@ -141,7 +142,8 @@ def role_spans(begin: float, end: float, calls: int) -> list[tuple[float, float]
     """
     deadline = time.monotonic() + SPANS_WAIT_S
     while True:
-        told = [event for event in ray.timeline() if event["cat"] == "task:execute"]
+        events: list[dict[str, Any]] = ray.timeline() or []
+        told = [event for event in events if event["cat"] == "task:execute"]
         spans = [(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6) for event in told]
         spans = [span for span in spans if begin <= span[0] <= end]
         if len(spans) >= calls:

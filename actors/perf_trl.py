@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import queue
 import threading
@@ -11,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from actors.perf import token_reward
@@ -33,11 +35,9 @@ class TrlTrainer:
         self, model: str, prompts: Sequence[str], folder: str, *, answers: int, samples: int, tokens: int, threads: int
     ) -> None:
         """`answers` per step, `samples` of them to each prompt, of up to `tokens`."""
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
-
+        trl: Any = importlib.import_module("trl")
         torch.set_num_threads(threads)
-        config = GRPOConfig(
+        config = trl.GRPOConfig(
             output_dir=folder,
             use_cpu=True,
             bf16=False,
@@ -59,7 +59,7 @@ class TrlTrainer:
         )
         rows = Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts])
         self._steps = _Steps()
-        trainer = GRPOTrainer(model, reward_funcs=_reward, args=config, train_dataset=rows, callbacks=[self._steps])
+        trainer = trl.GRPOTrainer(model, reward_funcs=_reward, args=config, train_dataset=rows, callbacks=[self._steps])
         threading.Thread(target=self._run, args=(trainer,), daemon=True).start()
 
     def step(self) -> float:

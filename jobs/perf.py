@@ -226,8 +226,9 @@ def measure_driver(bench: Bench) -> Figure:
         walls.append(time.perf_counter() - wall)
         windows.append((first, time.time()))
         bench.progress.task(max(0, number + 1 - WARM), f"{walls[-1]:.3f} s")
-    batches = -(-bench.answers // bench.config.rollout.micro_batch)
-    methods = bench.told.generators * 2 + bench.told.ranks * (batches + 2) + batches * 3
+    generators = bench.told.generators
+    batches = generators * -(-bench.answers // (generators * bench.config.rollout.micro_batch))
+    methods = generators * 2 + bench.told.ranks * (batches + 2) + batches * 3
     spans = role_spans(began, time.time(), len(windows) * methods)
     shares = [uncovered(spans, *window) for window in windows[WARM:]]
     return figure("driver", bench.name, shares, 0.05, False, step_s=float(np.median(walls[WARM:])))

@@ -42,9 +42,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
         rows_MK, weight_NK = ctx.saved_tensors
-        grad_MN = grad_MN.contiguous()  # an expanded one has strides of 0
+        grad_MN = grad_outputs[0].contiguous()  # an expanded one has strides of 0
         of_rows = _product(grad_MN, weight_NK.t()) if ctx.needs_input_grad[0] else None
         return of_rows, _product(grad_MN.t(), rows_MK.t()) if ctx.needs_input_grad[1] else None
 
