@@ -81,7 +81,7 @@ class _VllmCore:
             self._llm.reset_prefix_cache(reset_running_requests=True)
         for request_id, request in requests.items():
             prompt: Any = {"prompt_token_ids": list(request.prompt.token_ids)}
-            self._llm.add_request(request_id, prompt, _sampling_params(sampling, request.seed, self._tokenizer.eos_token_id))
+            self._llm.add_request(request_id, prompt, sampling_params(sampling, request.seed, self._tokenizer.eos_token_id))
 
     def step(self) -> list[tuple[str, Any]]:
         return [(output.request_id, output) for output in self._llm.step() if output.finished]
@@ -115,6 +115,14 @@ class _VllmCore:
 
     def shutdown(self) -> None:
         self._llm.engine_core.shutdown()
+
+
+def raw_engine(settings: EngineSettings) -> tuple[Any, int]:
+    """(an LLMEngine with the arguments of ours, the end-of-sequence id), for comparison."""
+    os.environ.update(vllm_env(settings.model, settings.cache, torch.cuda.is_available()))
+    from vllm import EngineArgs, LLMEngine
+
+    return LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings))), load_tokenizer(settings.model).eos_token_id
 
 
 def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -156,7 +164,8 @@ def _kv_cache_bytes(model: str, max_length: int, dtype: str) -> int:
     return min(max(per_token * max_length * _CPU_NUM_SEQS, 64 * _MIB), 4096 * _MIB)
 
 
-def _sampling_params(sampling: Sampling, seed: int, eos_token_id: int) -> Any:
+def sampling_params(sampling: Sampling, seed: int, eos_token_id: int) -> Any:
+    """vLLM's parameters of a request: only a whole answer is of use, so nothing before it is put together."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -49,6 +50,14 @@ class Generator:
             yield from (completion for completion in stream)  # a generator throughout: Ray sends into what it streams from
         finally:
             stream.close()
+
+    def micro_batches(
+        self, requests: Sequence[Request], size: int, sampling: Sampling | None = None
+    ) -> Iterator[list[Completion]]:
+        """As `generate`, but `size` answers at a time (the last time what is left): each is one object for Ray to pass on."""
+        answers = self.generate(requests, sampling)
+        while batch := list(itertools.islice(answers, size)):
+            yield batch
 
     def take_weights(self, weights: Weights) -> SyncReport:
         """Switch to new weights between two engine steps: whole ones, or an adapter, which is merged here.

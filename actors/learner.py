@@ -8,13 +8,14 @@ A completion must carry the learner's own version, or one at most `staleness` ol
 arithmetic, was more or less likely to say is corrected token by token by the importance weight. Losses are divided by the token
 (or answer) count of the whole minibatch over all ranks, and a prompt's answers are compared over all ranks, so the gradient does
 not depend on the number of ranks or micro-batches. There is no random state: shuffles are drawn from (seed, version, epoch).
+A learner that `looks_once` leaves the old logprobs to the step itself.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from causalrm_ray.losses.experience import (
     check_answer,
     groups_of,
     kl_estimator,
+    looks_once,
     make_experience,
     pad_tokens,
     stack_rows,
@@ -45,7 +47,7 @@ from causalrm_ray.losses.micro_batches import deal, of_rank
 from causalrm_ray.losses.policy import adapt_kl_coefficient
 from causalrm_ray.losses.running import RunningMoments
 from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
-from causalrm_ray.models.policy import ActorCritic, Reference, TokenOutputs, load_policy
+from causalrm_ray.models.policy import ActorCritic, Reference, load_policy
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import Completion, Prompt, Scored
 
@@ -55,7 +57,7 @@ BLANK = Completion(Prompt("", "", (0,)), "", (0,), (0.0,), "stop", 0)  # the row
 
 
 class Prepared(NamedTuple):
-    """One answer as the policy saw it before the update; tensors [R] over its tokens."""
+    """One answer as the policy saw it before the update (or, until it looks, the engine); tensors [R] over its tokens."""
 
     logprobs_R: torch.Tensor
     reference_logprobs_R: torch.Tensor
@@ -93,6 +95,7 @@ class LearnerRank:
         self._base = policy  # with LoRA, frozen and without the adapter
         self._parameters = policy.num_parameters()
         self._algorithm = ALGORITHMS[config.algorithm]
+        self._looks_once = looks_once(config)
         self._kl_coefficient = config.kl.coefficient
         self._rewards_seen = RunningMoments()
         self._owners: dict[str, int] = {}  # id -> rank that prepared it, of all rows of the step
@@ -121,9 +124,8 @@ class LearnerRank:
         self._owners.update(zip(ids, owners, strict=True))
         for places in of_rank(lengths, owners, self._rank, self._world_size, self._budget):
             rows = [completions[place] for place in places]
-            old, reference_BR = self._evaluate(rows or [BLANK])
+            fields = self._evaluate(rows or [BLANK])
             for row, completion in enumerate(rows):
-                fields = (old.logprobs_BT, reference_BR, old.values_BT)
                 self._prepared[completion.prompt.id] = Prepared(*(field[row, : len(completion.token_ids)] for field in fields))
 
     def update(self, scored: Sequence[Scored]) -> dict[str, float]:
@@ -133,13 +135,11 @@ class LearnerRank:
         """
         self._check_step(scored)
         rewards_N, seen = self._rewards(scored)
-        experience, metrics = self._experience(scored, rewards_N)
-        metrics |= (
-            self._train(scored, experience)
-            | answer_metrics(scored, self.version)
-            | seen
-            | {"kl_coefficient": self._kl_coefficient}
-        )
+        answers, experience = self._experience(scored, rewards_N)
+        metrics = self._train(scored, experience)
+        answers = answers._replace(logprobs_BR=experience.logprobs_BR[:-1])  # those of a learner that looked in the step
+        metrics |= rollout_metrics(answers, len(scored)) | answer_metrics(scored, self.version) | seen
+        metrics["kl_coefficient"] = self._kl_coefficient
         target = self._config.kl.target
         if target is not None:
             self._kl_coefficient = adapt_kl_coefficient(self._kl_coefficient, metrics["kl"], target, len(scored), KL_HORIZON)
@@ -207,7 +207,7 @@ class LearnerRank:
             self._base.save_pretrained(folder, state_dict=dict(named))
             load_tokenizer(self._model).save_pretrained(folder)
         else:
-            _exhaust(named)
+            deque(named, maxlen=0)
         if self._config.lora:
             factors = dict(self._engine.gathered(adapter_of(self._policy)))
             if self._rank == 0:
@@ -227,7 +227,10 @@ class LearnerRank:
 
     def _packed(self, parts: Iterable[tuple[str, Weight]]) -> Weights | None:
         named = self._engine.gathered(parts)
-        return pack(self.version, named) if self._rank == 0 else _exhaust(named)
+        if self._rank == 0:
+            return pack(self.version, named)
+        deque(named, maxlen=0)  # takes part in the gathering
+        return None
 
     def _check_step(self, scored: Sequence[Scored]) -> None:
         if len(scored) < self._config.minibatches:
@@ -249,21 +252,24 @@ class LearnerRank:
         sizes = Counter(answer.completion.prompt.token_ids for answer in scored)
         for answer in scored:
             if sizes[answer.completion.prompt.token_ids] == 1:
-                raise ValueError(
-                    f"{self._config.algorithm} needs at least 2 answers to each prompt, got 1 to that of "
-                    f"{answer.completion.prompt.id!r}"
-                )
+                needs = f"{self._config.algorithm} needs at least 2 answers to each prompt"
+                raise ValueError(f"{needs}, got 1 to that of {answer.completion.prompt.id!r}")
 
-    def _evaluate(self, completions: Sequence[Completion]) -> tuple[TokenOutputs, torch.Tensor]:
-        """(outputs, reference logprobs), [B, R], under the current weights."""
+    def _evaluate(self, completions: Sequence[Completion]) -> Prepared:
+        """The fields [B, R] under the current weights; for a learner that looks once, as the engine saw them."""
         input_ids, start, positions_BR = pad_tokens(completions, self._engine.device)
         with torch.no_grad():
-            outputs = self._engine(input_ids, start, self._temperature)
             if self._reference is None:
                 reference_BT = self._engine(input_ids, start, self._temperature, True).logprobs_BT
             else:
                 reference_BT = self._reference(input_ids, start, self._temperature)
-        return outputs.at(positions_BR), reference_BT.gather(1, positions_BR)
+            reference_BR = reference_BT.gather(1, positions_BR)
+            if self._looks_once:
+                rollout = [torch.tensor(completion.logprobs) for completion in completions]
+                logprobs_BR = stack_rows(rollout, positions_BR.shape[1], self._engine.device)
+                return Prepared(logprobs_BR, reference_BR, torch.zeros_like(logprobs_BR))
+            old = self._engine(input_ids, start, self._temperature).at(positions_BR)
+        return Prepared(old.logprobs_BT, reference_BR, old.values_BT)
 
     def _rewards(self, scored: Sequence[Scored]) -> tuple[torch.Tensor, dict[str, float]]:
         """Rewards [N] of the whole step, normalised if so configured; and by what. Every rank computes the same."""
@@ -274,8 +280,8 @@ class LearnerRank:
         seen = {"reward_seen_mean": self._rewards_seen.mean, "reward_seen_std": self._rewards_seen.variance**0.5}
         return self._rewards_seen.normalise(rewards_N), seen
 
-    def _experience(self, scored: Sequence[Scored], rewards_N: torch.Tensor) -> tuple[Experience, dict[str, float]]:
-        """This rank's rows in the order of `scored`, then BLANK's; and the metrics of the rollout over all ranks."""
+    def _experience(self, scored: Sequence[Scored], rewards_N: torch.Tensor) -> tuple[Answers, Experience]:
+        """This rank's rows in the order of `scored`; and what it trains on, with BLANK's row behind them."""
         device = self._engine.device
         completions = [answer.completion for answer in scored]
         places = self._mine(range(len(scored)), scored)
@@ -293,7 +299,7 @@ class LearnerRank:
         )
         groups_N, coefficient = groups_of(completions).to(device), self._kl_coefficient
         experience = make_experience(answers, rewards_N.to(device), groups_N, self._config, coefficient, add_up)
-        return experience.with_blank(), rollout_metrics(answers, len(scored))
+        return answers, experience.with_blank()
 
     def _train(self, scored: Sequence[Scored], experience: Experience) -> dict[str, float]:
         """All optimizer steps on a step's answers, up to where the KL stop ends them; metrics over ranks."""
@@ -339,6 +345,9 @@ class LearnerRank:
             input_ids, start, positions_BR = pad_tokens([completions[row] for row in rows], self._engine.device)
             new = self._engine(input_ids, start, self._temperature).at(positions_BR)
             old = experience.select(rows, positions_BR.shape[1])
+            if self._looks_once:
+                old = old.now_seen(new.logprobs_BT.detach())
+                experience.logprobs_BR[list(rows), : positions_BR.shape[1]] = old.logprobs_BR
             loss, figure = objective.loss(new.logprobs_BT, new.entropy_BT, new.values_BT, old, count)
             self._engine.backward(loss * self._world_size, last=number == len(micro_batches))  # the engine averages over ranks
             figures.append(figure)
@@ -369,9 +378,3 @@ class LearnerRank:
 
 def _length(completion: Completion) -> int:
     return len(completion.prompt.token_ids) + len(completion.token_ids)
-
-
-def _exhaust(named: Iterator[object]) -> None:
-    """Take part in the gathering on a rank that gets nothing from it."""
-    for _ in named:
-        pass

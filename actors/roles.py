@@ -1,6 +1,6 @@
 """The running roles, and what the driver asks of them.
 
-    requests -> generators ==completions as each finishes==> micro-batches -+-> reward.score  ----------> rewards
+    requests -> generators ==========micro-batches as each is full==========+-> reward.score  ----------> rewards
                (one stream each, in its own order)                          +-> learner.prepare            |
                                                                             +-> users.react -> log.append  |
     update <- answers in request order <-------------------------------------------------------------------+
@@ -252,22 +252,19 @@ class Roles:
         return self._wait(self.reward.score_with.remote(str(model), rows), "score")
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling | None = None) -> dict[str, Any]:
-        """Set every generator to its share; the streams of their answers."""
-        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": self._config.rollout.buffer}
+        """Set every generator to its share; the streams of their micro-batches."""
+        size, buffer = self._config.rollout.micro_batch, self._config.rollout.buffer
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": buffer // size}
         shares = zip(self.generators.items(), _even_shares(requests, len(self.generators)), strict=True)
         return {
-            name: generator.generate.options(**options).remote(share, sampling) for (name, generator), share in shares if share
+            name: generator.micro_batches.options(**options).remote(share, size, sampling)
+            for (name, generator), share in shares
+            if share
         }
 
     def _micro_batches(self, calls: Mapping[str, Any]) -> Iterator[list[Completion]]:
-        size = self._config.rollout.micro_batch
-        waiting: dict[str, list[Completion]] = {name: [] for name in calls}
-        for name, completion in stream(calls, "generate", self._timeout_s):
-            waiting[name].append(completion)
-            if len(waiting[name]) == size:
-                yield waiting[name]
-                waiting[name] = []
-        yield from (rest for rest in waiting.values() if rest)
+        for _, chunk in stream(calls, "generate", self._timeout_s):
+            yield chunk
 
     def _finish(self, chunk: Sequence[Completion], rewards: Any, effects: Sequence[Any]) -> list[Scored]:
         logits, version = self._wait(rewards, "score")

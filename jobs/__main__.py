@@ -20,6 +20,7 @@ from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config, ConfigError, RunFolder
 from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.options import find_run, load_tree, options
+from causalrm_ray.perf_config import PerfConfig
 
 
 class Job(NamedTuple):
@@ -29,7 +30,7 @@ class Job(NamedTuple):
 
     module: str
     meaning: str
-    tree: type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] = Config
+    tree: type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] | type[PerfConfig] = Config
     writes: bool = True
     revisits: bool = False
 
@@ -50,6 +51,7 @@ JOBS = {
     "replay": Job(
         "jobs.replay", "train the learner alone on what a run kept, from its checkpoint, and compare", writes=False, revisits=True
     ),
+    "perf": Job("jobs.perf", "how fast every part of a step is, against the same work done without us", PerfConfig),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
 }
 

@@ -47,6 +47,12 @@ class Experience(NamedTuple):
         """These rows, up to `width` tokens."""
         return Experience(*(field[list(rows), :width] for field in self))
 
+    def now_seen(self, logprobs_BR: torch.Tensor) -> Experience:
+        """These rows with the policy's log-probabilities for the engine's, which stood in their place, 0 where the mask is."""
+        logprobs_BR = logprobs_BR * self.mask_BR
+        weights_BR = importance_weight(logprobs_BR, self.logprobs_BR, IMPORTANCE_CAP)
+        return self._replace(logprobs_BR=logprobs_BR, weights_BR=weights_BR)
+
     def with_blank(self) -> Experience:
         """One more row, all 0."""
         return Experience(*(torch.nn.functional.pad(field, (0, 0, 0, 1)) for field in self))
@@ -115,6 +121,15 @@ def make_experience(
         values_BR=answers.values_BR,
         returns_BR=returns_BR,
     )
+
+
+def looks_once(config: LearnerConfig) -> bool:
+    """Whether the old policy's log-probabilities are needed only in a step's one optimizer step, which computes them of itself.
+
+    So no advantage may rest on them or on values, and no answer may stay out of the step.
+    """
+    whole = config.epochs * config.minibatches == 1 and config.truncation != "mask"
+    return whole and not ALGORITHMS[config.algorithm].critic and kl_estimator(config) in LOSS_KL
 
 
 def kl_estimator(config: LearnerConfig) -> KLEstimator:

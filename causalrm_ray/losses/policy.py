@@ -11,7 +11,8 @@ def log_distribution(logits_BTV: torch.Tensor, temperature: float) -> torch.Tens
     """Float32 log-probabilities [B, T, V] of the distribution sampled at `temperature` > 0: log_softmax(logit / temperature)."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return torch.log_softmax(logits_BTV.float() / temperature, dim=-1)
+    logits_BTV = logits_BTV.float() if temperature == 1 else logits_BTV.float() / temperature
+    return torch.log_softmax(logits_BTV, dim=-1)
 
 
 def token_logprobs(log_distribution_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:

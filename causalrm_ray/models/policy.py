@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from causalrm_ray.losses.policy import entropy, log_distribution, token_logprobs
+from causalrm_ray.models.linear import use_onednn
 from causalrm_ray.models.lora import with_adapter
 
 
@@ -82,7 +83,7 @@ class ActorCritic(nn.Module):
         logprobs_BT = token_logprobs(log_distribution_BTV, targets_BT)
         values_BT = torch.zeros_like(logprobs_BT)
         if self.critic is not None:
-            hidden_BTH = self.critic(input_ids=input_ids, use_cache=False).last_hidden_state[:, start:-1]
+            hidden_BTH = self.critic(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state[:, start:]
             values_BT = self.value_head(hidden_BTH).squeeze(-1).float()
         return TokenOutputs(logprobs_BT, entropy(log_distribution_BTV.detach()), values_BT)
 
@@ -126,7 +127,9 @@ class Reference(nn.Module):
 
 def load_policy(model: str, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a local folder or hub id, in `dtype`."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    use_onednn(policy)
+    return policy
 
 
 def _checkpoint(model: PreTrainedModel) -> None:
@@ -151,5 +154,5 @@ def _log_distribution(
     length = input_ids.shape[1]
     if not 0 <= start < length - 1:
         raise ValueError(f"start must be in [0, {length - 2}] for rows of {length} tokens, got {start}")
-    logits_BTV = policy(input_ids=input_ids, use_cache=False, logits_to_keep=length - start).logits[:, :-1]
+    logits_BTV = policy(input_ids=input_ids[:, :-1], use_cache=False, logits_to_keep=length - 1 - start).logits
     return log_distribution(logits_BTV, temperature), input_ids[:, start + 1 :]

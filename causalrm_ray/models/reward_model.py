@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from causalrm_ray.models.linear import use_onednn
+
 GROUP = 16  # rows that share one pass through the backbone
 
 
@@ -49,6 +51,7 @@ class SequenceScorer(nn.Module):
             raise ValueError(f"the weights of {source} must cover the backbone, missing {sorted(foreign)[:3]}")
         if missing:
             nn.init.zeros_(scorer.head.weight)
+        use_onednn(scorer.model.base_model)
         return scorer
 
     @property

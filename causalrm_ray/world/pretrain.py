@@ -92,7 +92,7 @@ def pretrain(
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(_llama_config(tokenizer, settings))
+        model = LlamaForCausalLM(llama_config(tokenizer, settings))
         _train(model, rows, tokenizer.get_vocab(), settings, rng, on_progress)
     _sharpen(model, settings.sharpening)
     return tokenizer, model.eval()
@@ -127,7 +127,8 @@ def train_tokenizer(lines: Sequence[str], settings: PretrainSettings) -> PreTrai
     )
 
 
-def _llama_config(tokenizer: PreTrainedTokenizerBase, settings: PretrainSettings) -> LlamaConfig:
+def llama_config(tokenizer: PreTrainedTokenizerBase, settings: PretrainSettings) -> LlamaConfig:
+    """The architecture of these settings over the tokenizer's vocabulary."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,

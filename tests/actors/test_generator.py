@@ -120,6 +120,9 @@ class Remote:
     def take(self, weights: Weights) -> SyncReport:
         return ray.get(self.actor.take_weights.remote(ray.put(weights)))
 
+    def micro_batches(self, batch: Sequence[Request], size: int) -> list[list[Completion]]:
+        return [ray.get(part) for part in self.actor.micro_batches.options(num_returns="streaming").remote(batch, size)]
+
     def info(self) -> dict:
         return dict(ray.get(self.actor.info.remote()))
 
@@ -144,6 +147,9 @@ class Local:
 
     def generate(self, batch: Sequence[Request], sampling: Sampling | None = None) -> list[Completion]:
         return list(self.stream(batch, sampling))
+
+    def micro_batches(self, batch: Sequence[Request], size: int) -> list[list[Completion]]:
+        return list(self.generator.micro_batches(batch, size))
 
     def abandon(self, batch: Sequence[Request]) -> None:
         answers = self.generator.generate(batch)
@@ -331,6 +337,11 @@ def test_answers_stream_and_those_in_flight_go_on_with_new_weights(
         assert (before, after, old_tokens + new_tokens) == (5, 6, len(logprob))
         assert old_tokens in turns, f"{completion.prompt.id} is not {old_tokens} old tokens followed by new ones"
     assert any(completion.spans for completion in crossing)
+
+
+def test_micro_batches_are_the_answers_in_their_order_some_at_a_time(generator: Remote | Local) -> None:
+    answers = generator.generate(requests(10))
+    assert generator.micro_batches(requests(10), 4) == [answers[:4], answers[4:8], answers[8:]]
 
 
 def test_abandoned_stream_frees_the_engine(generator: Remote | Local) -> None:
