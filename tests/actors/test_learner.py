@@ -183,6 +183,15 @@ def test_metrics_do_not_depend_on_the_ranks_and_tell_of_no_critic(folder: Path, 
         assert "value_loss" not in found
 
 
+def test_metrics_of_the_rollout_rest_on_the_policy_s_own_logprobs_where_it_looks_in_the_step(folder: Path) -> None:
+    first = metrics_of(folder, "reinforce_pp-2")[0]  # the policy is still the reference, and the engine disagrees
+    assert first["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["logprob_mismatch_mean_abs"] > 0.5
+    eager = metrics_of(folder, "grpo-2")[0]  # on the same answers, looked at before the step
+    for name in ("logprob_mismatch_mean_abs", "logprob_mismatch_max_abs", "importance_weight_mean", "importance_weight_ess"):
+        assert first[name] == pytest.approx(eager[name], rel=1e-4)
+
+
 def test_normalised_rewards_rest_on_all_that_was_seen(folder: Path) -> None:
     seen = [answer.reward for version in range(2) for answer in make_groups(version)]
     last = metrics_of(folder, "rloo-2")[1]

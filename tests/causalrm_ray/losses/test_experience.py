@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from causalrm_ray.config import KLConfig, LearnerConfig
-from causalrm_ray.losses.experience import Answers, Experience, Objective, groups_of, kl_estimator, make_experience
+from causalrm_ray.losses.experience import Answers, Experience, Objective, groups_of, kl_estimator, looks_once, make_experience
 from causalrm_ray.losses.policy import kl_k1
 from causalrm_ray.types import Completion, Prompt
 
@@ -48,6 +48,35 @@ def test_the_estimator_is_the_algorithm_s_own_unless_one_is_named() -> None:
     own = {name: kl_estimator(LearnerConfig(algorithm=name)) for name in ("ppo", "grpo", "rloo", "reinforce_pp")}
     assert own == {"ppo": "k1", "grpo": "k3", "rloo": "k1", "reinforce_pp": "k1"}
     assert kl_estimator(LearnerConfig(algorithm="grpo", kl=KLConfig(estimator="k2"))) == "k2"
+
+
+def test_a_learner_that_looks_in_the_step_trains_on_what_one_trains_on_that_looked_before() -> None:
+    given, config = answers(), LearnerConfig(algorithm="grpo")
+    others = (torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3).long(), config, 0.1, lambda value: value)
+    before = make_experience(given, *others)
+    unseen = make_experience(given._replace(logprobs_BR=given.rollout_logprobs_BR), *others)
+    assert torch.equal(unseen.weights_BR, torch.ones(3, 4))
+    seen = unseen.now_seen(given.logprobs_BR + 9 * (1 - MASK))  # the model says something of pads, too
+    assert all(torch.equal(found, expected) for found, expected in zip(seen, before, strict=True))
+
+
+ONCE = {"epochs": 1, "minibatches": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (ONCE | {"algorithm": "grpo"}, True),
+        (ONCE | {"algorithm": "rloo", "kl": {"estimator": "k2"}}, True),
+        ({"algorithm": "grpo", "epochs": 2, "minibatches": 1}, False),
+        ({"algorithm": "grpo", "epochs": 1, "minibatches": 2}, False),
+        (ONCE | {"algorithm": "grpo", "truncation": "mask"}, False),  # answers that are left out are never seen in the step
+        (ONCE | {"algorithm": "grpo", "kl": {"estimator": "k1"}}, False),  # in the reward: needed before
+        (ONCE | {"algorithm": "ppo", "kl": {"estimator": "k2"}}, False),  # the old values are needed before
+    ],
+)
+def test_the_old_policy_is_looked_at_once_only_where_nothing_needs_it_before(options: dict, expected: bool) -> None:
+    assert looks_once(LearnerConfig(**options)) is expected
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
