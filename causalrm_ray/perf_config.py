@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from causalrm_ray.config import ClusterConfig, RunFolder, Section
 
-Part = Literal["rollout", "sync", "learner", "driver", "trl", "memory"]
+Part = Literal["rollout", "sync", "learner", "driver", "trl", "asynchronous", "memory"]
 Case = tuple[Literal["0.94M", "26M"], int, int]
 SAMPLES = 8  # answers per prompt
 WARM_STEPS = 20  # of the memory part, after which nothing should grow
@@ -18,7 +18,7 @@ class PerfConfig(Section):
     """How fast the parts of a step are, each against the same work done without us, on randomly initialised Llamas."""
 
     parts: tuple[Part, ...] = Field(
-        ("rollout", "sync", "learner", "driver", "trl", "memory"),
+        ("rollout", "sync", "learner", "driver", "trl", "asynchronous", "memory"),
         min_length=1,
         description="what to measure; trl needs the extra [perf]",
     )

@@ -3,6 +3,7 @@
 rollout  our streamed tokens/s over raw vLLM's               sync    a whole publish against a plain copy of its bytes
 learner  our update's speed over a plain torch loop's        driver  share of a step in which no role works
 trl      a whole step's speed over TRL's GRPOTrainer         memory  growth of the driver over many steps
+asynchronous  the speed of steps whose answers are written during the step before, over that of steps in turn
 
 A reading is affected by whatever else the machine does; the load is noted with each. The tests never judge it.
 """
@@ -48,6 +49,7 @@ from jobs.train_policy import policy_step
 from jobs.truth import Truth
 
 PROMPT_TOKENS = 32  # room for the longest prompt and the end
+BLOCK = 6  # steps that are measured together where one reaches into the next
 WARM = 2  # steps of each side before it is measured
 SMALLEST: Case = ("0.94M", 32, 64)  # mostly what every call costs: here we must only not be slower than TRL
 COLUMNS = ("figure", "case", "median", "least", "largest", "n", "target", "met", "details")
@@ -88,8 +90,12 @@ class Bench:
 
     @cached_property
     def loop(self) -> Roles:
-        """All roles of the loop, with a reward model that nobody fitted."""
-        roles = Roles(self.config, self.model, self.model)
+        """All roles of the loop."""
+        return self.start(self.config)
+
+    def start(self, config: Config) -> Roles:
+        """All roles of the loop under `config`, with a reward model that nobody fitted."""
+        roles = Roles(config, self.model, self.model)
         folder = self.config.run.path / "reward" / "blank"
         scorer = SequenceScorer.from_pretrained(self.model)
         torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
@@ -279,12 +285,29 @@ def measure_memory(bench: Bench) -> Figure:
     )
 
 
+def measure_asynchronous(bench: Bench) -> Figure:
+    """Steps in which the next answers are written while the learner trains, against steps one after the other, of one loop."""
+    roles, truth = bench.start(validate(_changed(bench.config, learner={"staleness": 1}))), Truth(bench.config)
+    blocks = iter(range(10**6))
+
+    def steps(ahead: bool) -> float:
+        first = next(blocks) * BLOCK
+        began = time.perf_counter()
+        for number in range(BLOCK):
+            policy_step(bench.task, truth, roles, first + number, shown=False, ahead=ahead and number + 1 < BLOCK)
+        return time.perf_counter() - began
+
+    pairs = bench.interleave(partial(steps, True), partial(steps, False), warm=1)
+    return speed("asynchronous", bench.name, pairs, 1.3, steps=BLOCK)
+
+
 MEASURES: dict[str, Callable[[Bench], Figure]] = {
     "rollout": measure_rollout,
     "sync": measure_sync,
     "learner": measure_learner,
     "driver": measure_driver,
     "trl": measure_trl,
+    "asynchronous": measure_asynchronous,
     "memory": measure_memory,
 }
 

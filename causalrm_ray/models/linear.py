@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class OneDnnLinear(nn.Linear):
@@ -41,7 +40,6 @@ class _Product(torch.autograd.Function):
         return _product(rows_MK, weight_NK)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
         rows_MK, weight_NK = ctx.saved_tensors
         grad_MN = grad_outputs[0].contiguous()  # an expanded one has strides of 0

@@ -20,7 +20,7 @@ def test_every_part_leaves_its_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(perf, "ray_cluster", lambda *_: nullcontext())
-    told = [*TINY, "parts=[rollout,learner,sync,driver,memory]", f"run.dir={tmp_path}", f"run.cache={tmp_path / 'cache'}"]
+    told = [*TINY, "parts=[rollout,learner,sync,driver,asynchronous,memory]", f"run.dir={tmp_path}", f"run.cache={tmp_path / 'cache'}"]
     assert main(["perf", *told]) == 0
     folder = tmp_path / "perf"
     figures = {found["name"]: found for found in json.loads((folder / "perf.json").read_text(encoding="utf-8"))["figures"]}
