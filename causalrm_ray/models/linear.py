@@ -18,7 +18,7 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" or input.dtype != torch.float32 or self.weight.dtype != torch.float32:
             return super().forward(input)
-        product = (_Product.apply if torch.is_grad_enabled() else _product)(input.reshape(-1, input.shape[-1]), self.weight)
+        product = _multiply(input.reshape(-1, input.shape[-1]), self.weight)
         output = product if self.bias is None else product + self.bias
         return output.view(*input.shape[:-1], output.shape[-1])
 
@@ -40,11 +40,15 @@ class _Product(torch.autograd.Function):
         return _product(rows_MK, weight_NK)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         rows_MK, weight_NK = ctx.saved_tensors
         grad_MN = grad_outputs[0].contiguous()  # an expanded one has strides of 0
-        of_rows = _product(grad_MN, weight_NK.t()) if ctx.needs_input_grad[0] else None
-        return of_rows, _product(grad_MN.t(), rows_MK.t()) if ctx.needs_input_grad[1] else None
+        of_rows = _multiply(grad_MN, weight_NK.t()) if ctx.needs_input_grad[0] else None
+        return of_rows, _multiply(grad_MN.t(), rows_MK.t()) if ctx.needs_input_grad[1] else None
+
+
+def _multiply(left_MK: Tensor, right_NK: Tensor) -> Any:
+    return (_Product.apply if torch.is_grad_enabled() else _product)(left_MK, right_NK)
 
 
 def _product(left_MK: Tensor, right_NK: Tensor) -> Tensor:

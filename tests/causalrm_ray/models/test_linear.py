@@ -46,6 +46,17 @@ def test_slices_and_expanded_gradients_are_read_right() -> None:
     torch.testing.assert_close(fast.weight.grad.double(), exact.weight.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_second_derivatives_are_right() -> None:
+    fast, exact = both(bias=False)
+    x = torch.randn(3, 37, requires_grad=True)
+    y = x.detach().double().requires_grad_()
+    for layer, rows in ((fast, x), (exact, y)):
+        (slope,) = torch.autograd.grad(layer(rows).square().sum(), rows, create_graph=True)
+        slope.square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.weight.grad.double(), exact.weight.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_a_frozen_layer_passes_the_gradient_on_and_gets_none() -> None:
     fast, _ = both(bias=False)
     fast.requires_grad_(False)
