@@ -225,7 +225,8 @@ def late(place: Rank) -> None:
     try:
         learner.prepare([written_late(make_step(2)[1], 2).completion])
     except ValueError as error:
-        (place.folder / f"late-{place.world_size}" / "refusal").write_text(str(error))
+        if place.rank == 0:
+            (place.folder / f"late-{place.world_size}" / "refusal").write_text(str(error))
 
 
 def written_late(answer: Scored, lag: int = 1) -> Scored:
