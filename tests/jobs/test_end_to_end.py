@@ -18,6 +18,7 @@ OPTIONS = [
     "world.impressions=1200",
     "reward.epochs=3",
     "reward.refit_every=3",
+    "reward.compare=[]",
     "rollout.prompts_per_step=16",
     "loop.steps=6",
     "loop.checkpoint_every=2",
@@ -102,7 +103,7 @@ def test_policy_and_reward_model_load_with_stock_transformers(runs: Path) -> Non
 def test_asynchronous_steps_of_learning_rate_zero_drift_nowhere(tmp_path: Path) -> None:
     """The log-probabilities of an engine that gets weights while it writes stay the learner's; every answer is shown."""
     still = ["learner.staleness=1", "learner.lr=0", "learner.critic_lr=0", "rollout.generators=1", "learner.ranks=1"]
-    plain = ["reward.method=naive", "reward.compare=[]", "reward.refit_every=0", "loop.steps=20", "loop.checkpoint_every=0"]
+    plain = ["reward.method=naive", "reward.compare=[oracle]", "reward.refit_every=0", "loop.steps=20", "loop.checkpoint_every=0"]
     subprocess.run(command(tmp_path, "run", *still, *plain), check=True, timeout=600)
     rows = metrics(tmp_path / "run")
     assert max(row["logprob_mismatch_mean_abs"] for row in rows) <= 1e-5
