@@ -103,7 +103,14 @@ def test_policy_and_reward_model_load_with_stock_transformers(runs: Path) -> Non
 def test_asynchronous_steps_of_learning_rate_zero_drift_nowhere(tmp_path: Path) -> None:
     """The log-probabilities of an engine that gets weights while it writes stay the learner's; every answer is shown."""
     still = ["learner.staleness=1", "learner.lr=0", "learner.critic_lr=0", "rollout.generators=1", "learner.ranks=1"]
-    plain = ["reward.method=naive", "reward.compare=[oracle]", "reward.refit_every=0", "loop.steps=20", "loop.checkpoint_every=0"]
+    plain = [
+        "world.impressions=600",
+        "reward.method=naive",
+        "reward.compare=[oracle]",
+        "reward.refit_every=0",
+        "loop.steps=20",
+        "loop.checkpoint_every=0",
+    ]
     subprocess.run(command(tmp_path, "run", *still, *plain), check=True, timeout=600)
     rows = metrics(tmp_path / "run")
     assert max(row["logprob_mismatch_mean_abs"] for row in rows) <= 1e-5
@@ -111,4 +118,4 @@ def test_asynchronous_steps_of_learning_rate_zero_drift_nowhere(tmp_path: Path) 
     assert rows[0]["staleness"] == 0.0
     assert all(0 < row["staleness"] <= 1 for row in rows[1:])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
-    assert (summary["policy_version"], summary["feedback"]["impressions"]) == (20, 1200 + 20 * 32)
+    assert (summary["policy_version"], summary["feedback"]["impressions"]) == (20, 600 + 20 * 32)

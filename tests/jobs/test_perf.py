@@ -20,13 +20,13 @@ def test_every_part_leaves_its_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(perf, "ray_cluster", lambda *_: nullcontext())
-    parts = ["rollout", "learner", "sync", "driver", "asynchronous", "memory"]
+    parts = ["rollout", "learner", "sync", "driver", "memory"]
     told = [*TINY, f"parts=[{','.join(parts)}]", f"run.dir={tmp_path}", f"run.cache={tmp_path / 'cache'}"]
     assert main(["perf", *told]) == 0
     folder = tmp_path / "perf"
     figures = {found["name"]: found for found in json.loads((folder / "perf.json").read_text(encoding="utf-8"))["figures"]}
     assert list(figures) == parts
-    assert [found["count"] for found in figures.values()] == [2, 2, 2, 2, 2, 1]
+    assert [found["count"] for found in figures.values()] == [2, 2, 2, 2, 1]
     assert all(found["low"] <= found["value"] <= found["high"] for found in figures.values())
     assert figures["rollout"]["details"]["tokens"] <= 16 * 6
     assert 3.5 < figures["sync"]["details"]["mbytes"] < 4.0
