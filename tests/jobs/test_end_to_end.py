@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 OPTIONS = [
-    "world.impressions=1200",
-    "reward.epochs=3",
+    "world.impressions=600",
+    "reward.epochs=2",
     "reward.refit_every=3",
     "reward.compare=[]",
     "rollout.prompts_per_step=16",
@@ -82,7 +82,7 @@ def test_the_summary_tells_the_whole_story(runs: Path) -> None:
     assert summary["steps"] == 6
     assert summary["policy_version"] == 6
     assert summary["feedback"]["lost"] == summary["feedback"]["duplicated"] == 0
-    assert summary["feedback"]["impressions"] == 1200 + 6 * 32
+    assert summary["feedback"]["impressions"] == 600 + 6 * 32
     assert (
         summary["logprob_mismatch"]["max_abs"] <= 1e-4
     )  # fp32 engines of one model differ by rounding only: 2.4e-6 was measured
