@@ -10,6 +10,9 @@ from typing import Protocol
 from actors.weight_sync import SyncReport, Weights
 from causalrm_ray.types import Completion, Request, Sampling
 
+MAX_SEQUENCES = 128  # that an engine writes at once on a CPU, and memory is planned for
+DEVICE_SHARE = 0.9  # of a GPU's memory that may be planned with
+
 
 class EngineDeadError(RuntimeError):
     """The engine failed earlier and serves no more; `__cause__` holds what killed it where it happened in this process."""
@@ -33,7 +36,7 @@ class EngineSettings:
     buffer: int
     version: int = 0
     tensor_parallel: int = 1
-    gpu_memory: float = 0.9
+    gpu_memory: float = DEVICE_SHARE
 
 
 class CompletionStream(Iterator[Completion], Protocol):

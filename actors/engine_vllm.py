@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from actors.engine import EngineSettings
+from actors.engine import MAX_SEQUENCES, EngineSettings
 from actors.step_thread import Phase, StepThreadEngine
 from actors.weight_sync import Weights
+from causalrm_ray.models.size import kv_width
 from causalrm_ray.models.text import decode_response, load_tokenizer
 from causalrm_ray.types import Completion, Request, Sampling, Span
 
@@ -31,7 +32,6 @@ CPU_ENV = {
 }
 
 _MIB = 1 << 20
-_CPU_NUM_SEQS = 128
 
 
 def vllm_env(model: str, cache: str | Path, gpu: bool) -> dict[str, str]:
@@ -148,7 +148,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     return common | {
         "enforce_eager": True,
         "block_size": 32,
-        "max_num_seqs": _CPU_NUM_SEQS,
+        "max_num_seqs": MAX_SEQUENCES,
         "kv_cache_memory_bytes": _kv_cache_bytes(model, max_length, dtype),
         "enable_chunked_prefill": False,  # a seeded request crashes the CPU sampler when its prompt is split
         "max_num_batched_tokens": max(4096, max_length),
@@ -158,10 +158,8 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 def _kv_cache_bytes(model: str, max_length: int, dtype: str) -> int:
     """Room for a full batch of longest answers, between 64 MiB and 4 GiB."""
     config = AutoConfig.from_pretrained(model).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * getattr(torch, dtype).itemsize
-    return min(max(per_token * max_length * _CPU_NUM_SEQS, 64 * _MIB), 4096 * _MIB)
+    per_token = config.num_hidden_layers * kv_width(config) * getattr(torch, dtype).itemsize
+    return min(max(per_token * max_length * MAX_SEQUENCES, 64 * _MIB), 4096 * _MIB)
 
 
 def sampling_params(sampling: Sampling, seed: int, eos_token_id: int) -> Any:

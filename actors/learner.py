@@ -43,7 +43,7 @@ from causalrm_ray.losses.experience import (
     pad_tokens,
     stack_rows,
 )
-from causalrm_ray.losses.micro_batches import deal, of_rank
+from causalrm_ray.losses.micro_batches import TOKEN_BUDGET, deal, of_rank
 from causalrm_ray.losses.policy import adapt_kl_coefficient
 from causalrm_ray.losses.running import RunningMoments
 from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
@@ -79,7 +79,7 @@ class LearnerRank:
         world_size: int,
         init_method: str,
         max_length: int,
-        tokens_per_micro_batch: int = 8192,
+        tokens_per_micro_batch: int = TOKEN_BUDGET,
     ) -> None:
         """Load `model` (folder or hub id) and join the other ranks at `init_method` ("tcp://host:port").
 

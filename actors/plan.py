@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.engine import DEVICE_SHARE, MAX_SEQUENCES
 from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.losses.algorithms import ALGORITHMS
+from causalrm_ray.losses.micro_batches import TOKEN_BUDGET
+from causalrm_ray.models.reward_model import GROUP
 from causalrm_ray.models.size import ModelSize
 
 GIB = 1 << 30
-TOKENS = 8192  # that a learner rank trains on together, and a reward model scores
-SEQUENCES = 128  # that a generator answers at once
-DEVICE_SHARE = 0.9  # of a GPU's memory that roles may plan with
 GENERATOR_BYTES = {"vllm": 0.75 * GIB, "hf": 0.45 * GIB}  # of a process with a tiny model, measured on a CPU
 PROCESS_BYTES = 0.5 * GIB
 
@@ -121,17 +121,16 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
     dtype, longest = getattr(torch, config.model.dtype), config.model.max_length
     rollout, learner, critic = config.rollout, config.learner, ALGORITHMS[config.learner.algorithm].critic
     answers = -(-rollout.prompts_per_step * rollout.samples_per_prompt // rollout.generators)  # of one generator in a step
-    tokens = max(TOKENS, longest)
-    scoring = reward.weight_bytes(torch.float32) + reward.activation_bytes(torch.float32, tokens, training=False)
+    scoring = reward.weight_bytes(torch.float32) + reward.activation_bytes(torch.float32, GROUP * longest, training=False)
     sizes: dict[str, float] = {}
     if "generators" in parts:
-        cache = policy.cache_bytes(dtype, longest * min(SEQUENCES, answers))
+        cache = policy.cache_bytes(dtype, longest * min(MAX_SEQUENCES, answers))
         size = policy.weight_bytes(dtype) + cache + GENERATOR_BYTES[rollout.engine] * (not on_gpu)
         sizes |= {f"generator-{number}": size for number in range(rollout.generators)}
     if "learner" in parts:
         offload, checkpointing = ("offload" in learner.save_memory and on_gpu), "checkpointing" in learner.save_memory
         size = policy.training_bytes(dtype, learner.ranks, learner.zero_stage, critic, learner.lora, offload)
-        size += policy.activation_bytes(dtype, tokens, critic, checkpointing)
+        size += policy.activation_bytes(dtype, max(TOKEN_BUDGET, longest), critic, checkpointing)
         sizes |= {f"learner-{number}": size + PROCESS_BYTES * (not on_gpu) for number in range(learner.ranks)}
     if "reward" in parts:
         folds = 2 * reward.weight_bytes(torch.float32) + reward.training_bytes(torch.float32, 1, 0, critic=False)

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.engine import EngineSettings
+from actors.engine import DEVICE_SHARE, EngineSettings
 from actors.feedback import FeedbackRole
 from actors.fit_order import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.generator import Generator, engine_env
 from actors.learner import LearnerRank
 from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserve, resolve, stream
-from actors.plan import DEVICE_SHARE, Plan, make_plan
+from actors.plan import Plan, make_plan
 from actors.propensity import PropensityActor, read_propensities
 from actors.reward import RewardActor
 from actors.users import UsersRole

@@ -38,11 +38,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in _files(aside):
             _flush(aside / file)
         write_json(aside / MANIFEST, {file: _sha256(aside / file) for file in _files(aside)})
-    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        aside.replace(path)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(path, ignore_errors=True)
-    aside.replace(path)
     _flush(path.parent)
 
 

@@ -34,6 +34,7 @@ from actors.weight_sync import unpack
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config
+from causalrm_ray.losses.micro_batches import TOKEN_BUDGET
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.options import dump_config, validate
@@ -183,7 +184,7 @@ def measure_learner(bench: Bench) -> Figure:
     """One rank under DeepSpeed, called by the driver, against a plain torch loop, both on one thread and the same answers."""
     config = validate(_changed(bench.config, learner={"ranks": 1}))
     roles = Roles(config, bench.model, bench.model, parts=("learner",))
-    arguments = (bench.model, config.learner, config.rollout.temperature, max(1, 8192 // config.model.max_length))
+    arguments = (bench.model, config.learner, config.rollout.temperature, max(1, TOKEN_BUDGET // config.model.max_length))
     plain = place(PlainLearner, *arguments, env=CPU_THREADS)
     scored = _random_answers(bench)
     steps = iter(range(10**6))

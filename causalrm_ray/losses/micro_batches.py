@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+TOKEN_BUDGET = 8192  # tokens, pads included, that go through a policy together in training
+
 
 def deal(lengths: Sequence[int], ranks: int) -> list[int]:
     """The rank of each row, so that ranks get about as many tokens: the longest row left goes to the rank with the fewest.

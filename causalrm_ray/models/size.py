@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 MOMENTS_BYTES = 8  # Adam's two moments of a parameter, float32
 MASTER_BYTES = 4  # the float32 copy that bfloat16 weights are updated in
@@ -72,8 +72,6 @@ def model_size(model: str) -> ModelSize:
     text = config.get_text_config()
     with torch.device("meta"):
         blank = AutoModelForCausalLM.from_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelSize(
         parameters=blank.num_parameters(),
         backbone=blank.base_model.num_parameters(),
@@ -83,5 +81,11 @@ def model_size(model: str) -> ModelSize:
         linear_widths=sum(
             layer.in_features + layer.out_features for layer in blank.base_model.modules() if isinstance(layer, nn.Linear)
         ),
-        kv_width=2 * heads * head_dim,
+        kv_width=kv_width(text),
     )
+
+
+def kv_width(config: PretrainedConfig) -> int:
+    """Numbers kept per token and layer, keys and values of all key-value heads, by a text model's configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

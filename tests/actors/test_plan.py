@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.plan import DEVICE_SHARE, GIB, Plan, make_plan
+from actors.engine import DEVICE_SHARE
+from actors.plan import GIB, Plan, make_plan
 from actors.roles import ALL_ROLES
 from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.models.lora import with_adapter
