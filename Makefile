@@ -7,7 +7,7 @@ demo: setup
 	.venv/bin/causalrm-ray train-policy --config jobs/configs/demo.yaml
 
 test: setup lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .

@@ -40,7 +40,6 @@ from causalrm_ray.losses.experience import (
     kl_estimator,
     looks_once,
     make_experience,
-    pad_tokens,
     stack_rows,
 )
 from causalrm_ray.losses.micro_batches import TOKEN_BUDGET, deal, of_rank
@@ -49,6 +48,7 @@ from causalrm_ray.losses.running import RunningMoments
 from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
 from causalrm_ray.models.policy import ActorCritic, Reference, load_policy
 from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.models.token_batch import make_batch
 from causalrm_ray.types import Completion, Prompt, Scored
 
 KL_HORIZON = 5000  # answers over which the adaptive KL coefficient reacts
@@ -105,6 +105,8 @@ class LearnerRank:
         groups = [{"params": module.policy_parameters(), "lr": config.lr}]
         if self._algorithm.critic:
             groups.append({"params": module.critic_parameters(), "lr": config.critic_lr})
+        # Under ZeRO-3 all ranks must call each layer alike, and one may have no prompt to share where another has.
+        self._shares_prompts = module.shares_prompts and config.zero_stage < 3
         self._policy, self._trained = module.policy, sum(value.numel() for group in groups for value in group["params"])
         self._engine = DeepSpeedEngine(module, groups, config, dtype, rank, world_size, init_method)
         self._reference = None if config.lora else Reference(load_policy(model, dtype)).to(self._engine.device)
@@ -257,19 +259,18 @@ class LearnerRank:
 
     def _evaluate(self, completions: Sequence[Completion]) -> Prepared:
         """The fields [B, R] under the current weights; for a learner that looks once, as the engine saw them."""
-        input_ids, start, positions_BR = pad_tokens(completions, self._engine.device)
+        batch = make_batch(completions, self._engine.device, self._shares_prompts)
         with torch.no_grad():
             if self._reference is None:
-                reference_BT = self._engine(input_ids, start, self._temperature, True).logprobs_BT
+                reference_BR = self._engine(batch, self._temperature, True).logprobs_BR
             else:
-                reference_BT = self._reference(input_ids, start, self._temperature)
-            reference_BR = reference_BT.gather(1, positions_BR)
+                reference_BR = self._reference(batch, self._temperature)
             if self._looks_once:
                 rollout = [torch.tensor(completion.logprobs) for completion in completions]
-                logprobs_BR = stack_rows(rollout, positions_BR.shape[1], self._engine.device)
+                logprobs_BR = stack_rows(rollout, reference_BR.shape[1], self._engine.device)
                 return Prepared(logprobs_BR, reference_BR, torch.zeros_like(logprobs_BR))
-            old = self._engine(input_ids, start, self._temperature).at(positions_BR)
-        return Prepared(old.logprobs_BT, reference_BR, old.values_BT)
+            old = self._engine(batch, self._temperature)
+        return Prepared(old.logprobs_BR, reference_BR, old.values_BR)
 
     def _rewards(self, scored: Sequence[Scored]) -> tuple[torch.Tensor, dict[str, float]]:
         """Rewards [N] of the whole step, normalised if so configured; and by what. Every rank computes the same."""
@@ -342,13 +343,14 @@ class LearnerRank:
         """One step on a minibatch of `count` tokens or answers over all ranks."""
         figures = []
         for number, rows in enumerate(micro_batches, start=1):
-            input_ids, start, positions_BR = pad_tokens([completions[row] for row in rows], self._engine.device)
-            new = self._engine(input_ids, start, self._temperature).at(positions_BR)
-            old = experience.select(rows, positions_BR.shape[1])
+            batch = make_batch([completions[row] for row in rows], self._engine.device, self._shares_prompts)
+            new = self._engine(batch, self._temperature)
+            width = new.logprobs_BR.shape[1]
+            old = experience.select(rows, width)
             if self._looks_once:
-                old = old.now_seen(new.logprobs_BT.detach())
-                experience.logprobs_BR[list(rows), : positions_BR.shape[1]] = old.logprobs_BR
-            loss, figure = objective.loss(new.logprobs_BT, new.entropy_BT, new.values_BT, old, count)
+                old = old.now_seen(new.logprobs_BR.detach())
+                experience.logprobs_BR[list(rows), :width] = old.logprobs_BR
+            loss, figure = objective.loss(new.logprobs_BR, new.entropy_BR, new.values_BR, old, count)
             self._engine.backward(loss * self._world_size, last=number == len(micro_batches))  # the engine averages over ranks
             figures.append(figure)
         norm = self._engine.step()

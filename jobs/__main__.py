@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _alone(config.run) if job.writes else contextlib.nullcontext():
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
-        Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
 
 

@@ -151,19 +151,6 @@ def stack_rows(rows: Sequence[torch.Tensor], width: int, device: torch.device) -
     return padded
 
 
-def pad_tokens(completions: Sequence[Completion], device: torch.device) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """(input ids [B, T] right-padded, first position needed, positions [B, R] of the answer tokens in the model's outputs)."""
-    rows = [completion.prompt.token_ids + completion.token_ids for completion in completions]
-    offsets_B = torch.tensor([len(completion.prompt.token_ids) - 1 for completion in completions])
-    lengths_B = torch.tensor([len(completion.token_ids) for completion in completions])
-    length = max(len(row) for row in rows)
-    input_ids = torch.tensor([row + (0,) * (length - len(row)) for row in rows], device=device)
-    start = int(offsets_B.min())
-    steps_R = torch.arange(int(lengths_B.max()))
-    positions_BR = (offsets_B - start)[:, None] + torch.minimum(steps_R, lengths_B[:, None] - 1)  # past the end: the last token
-    return input_ids, start, positions_BR.to(device)
-
-
 def check_answer(completion: Completion, version: int, staleness: int, max_length: int) -> None:
     """Raise ValueError, naming the id, unless policy `version` may learn from it: written by weights at most `staleness` versions
     older, at most `max_length` tokens with its prompt, a log-probability for each of its own."""

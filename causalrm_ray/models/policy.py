@@ -14,21 +14,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from causalrm_ray.losses.policy import entropy, log_distribution, token_logprobs
 from causalrm_ray.models.linear import use_onednn
 from causalrm_ray.models.lora import with_adapter
+from causalrm_ray.models.token_batch import TokenBatch, read, shares_prompts
 
 
 class TokenOutputs(NamedTuple):
-    """What the model says of each token: its log-probability, the entropy there (nats), and the value of the text before it.
+    """What the model says of each token of an answer: its log-probability, the entropy there (nats), and the value of the text
+    before it, 0 without a critic."""
 
-    Without a critic, values are 0.
-    """
-
-    logprobs_BT: torch.Tensor
-    entropy_BT: torch.Tensor
-    values_BT: torch.Tensor
-
-    def at(self, positions_BR: torch.Tensor) -> TokenOutputs:
-        """The entries [B, R] at these positions of each row."""
-        return TokenOutputs(*(field.gather(1, positions_BR) for field in self))
+    logprobs_BR: torch.Tensor
+    entropy_BR: torch.Tensor
+    values_BR: torch.Tensor
 
 
 class ActorCritic(nn.Module):
@@ -52,6 +47,8 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self.reference = Reference(policy) if lora else None
+        # A layer that is computed again would put its keys and values into the cache again.
+        self.shares_prompts = shares_prompts(policy) and not checkpointing
         if checkpointing:
             for model in (self.policy, self.critic):
                 if model is not None:
@@ -66,26 +63,25 @@ class ActorCritic(nn.Module):
                 layer.training = layer.gradient_checkpointing  # transformers checkpoints in training only; see _checkpoint
         return self
 
-    def forward(self, input_ids: torch.Tensor, start: int, temperature: float, reference: bool = False) -> TokenOutputs:
-        """Outputs [B, T - 1 - start] about the tokens at positions start + 1, ..., T - 1 of `input_ids` [B, T].
+    def forward(self, batch: TokenBatch, temperature: float, reference: bool = False) -> TokenOutputs:
+        """Outputs [B, R] about the answers' tokens; past an answer's end those of its last token.
 
-        Entry k is about token start + 1 + k: its log-probability at `temperature` given all tokens before it, and the
-        value of those tokens before it was written. Rows are right-padded with any valid id: attention is causal and
-        positions count from the left, so no real token sees a pad and no mask is needed. Entropy carries no gradient.
-        With `reference`, the log-probabilities are the reference's (LoRA only), entropy and values 0.
+        The log-probability of each at `temperature` given all tokens before it, and the value of those before it was written.
+        Entropy carries no gradient. With `reference` (LoRA only) the log-probabilities are the reference's, all else is 0.
         """
         if reference:
             if self.reference is None:
                 raise ValueError("reference must be False without LoRA, got True")
-            logprobs_BT = self.reference(input_ids, start, temperature)
-            return TokenOutputs(logprobs_BT, torch.zeros_like(logprobs_BT), torch.zeros_like(logprobs_BT))
-        log_distribution_BTV, targets_BT = _log_distribution(self.policy, input_ids, start, temperature)
-        logprobs_BT = token_logprobs(log_distribution_BTV, targets_BT)
-        values_BT = torch.zeros_like(logprobs_BT)
+            logprobs_BR = self.reference(batch, temperature)
+            return TokenOutputs(logprobs_BR, torch.zeros_like(logprobs_BR), torch.zeros_like(logprobs_BR))
+        log_distribution_BKV = _log_distribution(self.policy, batch, temperature)
+        logprobs_BK = token_logprobs(log_distribution_BKV, batch.targets_BK)
+        values_BK = torch.zeros_like(logprobs_BK)
         if self.critic is not None:
-            hidden_BTH = self.critic(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state[:, start:]
-            values_BT = self.value_head(hidden_BTH).squeeze(-1).float()
-        return TokenOutputs(logprobs_BT, entropy(log_distribution_BTV.detach()), values_BT)
+            hidden_BKH = read(self.critic, batch).last_hidden_state[:, -batch.targets_BK.shape[1] :]
+            values_BK = self.value_head(hidden_BKH).squeeze(-1).float()
+        outputs = (logprobs_BK, entropy(log_distribution_BKV.detach()), values_BK)
+        return TokenOutputs(*(field.gather(1, batch.answer_BR) for field in outputs))
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The policy's that are trained."""
@@ -120,9 +116,10 @@ class Reference(nn.Module):
         self.policy = policy.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, input_ids: torch.Tensor, start: int, temperature: float) -> torch.Tensor:
-        """Log-probabilities [B, T - 1 - start], laid out as those of ActorCritic."""
-        return token_logprobs(*_log_distribution(self.policy, input_ids, start, temperature))
+    def forward(self, batch: TokenBatch, temperature: float) -> torch.Tensor:
+        """Log-probabilities [B, R], laid out as those of ActorCritic."""
+        logprobs_BK = token_logprobs(_log_distribution(self.policy, batch, temperature), batch.targets_BK)
+        return logprobs_BK.gather(1, batch.answer_BR)
 
 
 def load_policy(model: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -148,11 +145,6 @@ def _checkpoint(model: PreTrainedModel) -> None:
         layer.register_forward_hook(lambda layer, *_: setattr(layer, "training", True), always_call=True)
 
 
-def _log_distribution(
-    policy: PreTrainedModel, input_ids: torch.Tensor, start: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    length = input_ids.shape[1]
-    if not 0 <= start < length - 1:
-        raise ValueError(f"start must be in [0, {length - 2}] for rows of {length} tokens, got {start}")
-    logits_BTV = policy(input_ids=input_ids[:, :-1], use_cache=False, logits_to_keep=length - 1 - start).logits
-    return log_distribution(logits_BTV, temperature), input_ids[:, start + 1 :]
+def _log_distribution(policy: PreTrainedModel, batch: TokenBatch, temperature: float) -> torch.Tensor:
+    """[B, K, V] over the tokens that stand in the places of the batch's targets."""
+    return log_distribution(read(policy, batch, logits_to_keep=batch.targets_BK.shape[1]).logits, temperature)

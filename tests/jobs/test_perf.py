@@ -16,6 +16,7 @@ TINY = ("cases=[[0.94M,16,6]]", "pairs=2", "engine=hf", "memory_steps=21")
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.timeout(900)
 def test_every_part_leaves_its_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

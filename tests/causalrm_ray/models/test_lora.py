@@ -14,8 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from causalrm_ray.models.lora import adapter_of, save_adapter, weights_of, with_adapter
 from causalrm_ray.models.policy import ActorCritic
+from causalrm_ray.models.token_batch import make_batch
+from causalrm_ray.types import Completion, Prompt
 
 TOKENS = torch.tensor([[3, 7, 1, 4, 9, 2], [5, 5, 8, 0, 0, 0]])
+ANSWERS = [Completion(Prompt("", "", tuple(row[:2])), "", tuple(row[2:]), (0.0,) * 4, "stop", 0) for row in TOKENS.tolist()]
+BATCH = make_batch(ANSWERS, torch.device("cpu"))
 RANK = 3
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -131,28 +135,28 @@ def test_peft_loads_the_adapter_folder_onto_the_plain_model(tmp_path: Path) -> N
 
 
 def test_reference_is_the_adapter_switched_off_and_each_objective_moves_its_own_adapter() -> None:
-    expected = ActorCritic(llama())(TOKENS, 1, 0.7).logprobs_BT
+    expected = ActorCritic(llama())(BATCH, 0.7).logprobs_BR
     module = ActorCritic(llama(), lora=RANK)
     module.value_head.weight.data.fill_(0.1)
     move(module)
-    found = module(TOKENS, 1, 0.7, reference=True)
-    assert torch.equal(found.logprobs_BT, expected)
-    assert not found.logprobs_BT.requires_grad
-    outputs = module(TOKENS, 1, 0.7)
-    assert not torch.allclose(outputs.logprobs_BT, expected, atol=1e-2)
+    found = module(BATCH, 0.7, reference=True)
+    assert torch.equal(found.logprobs_BR, expected)
+    assert not found.logprobs_BR.requires_grad
+    outputs = module(BATCH, 0.7)
+    assert not torch.allclose(outputs.logprobs_BR, expected, atol=1e-2)
     policy, critic = module.policy_parameters(), module.critic_parameters()
-    outputs.values_BT.sum().backward()
+    outputs.values_BR.sum().backward()
     assert all(parameter.grad is None for parameter in policy)
     assert all(parameter.grad is not None for parameter in critic)
     module.zero_grad(set_to_none=True)
-    module(TOKENS, 1, 0.7).logprobs_BT.sum().backward()
+    module(BATCH, 0.7).logprobs_BR.sum().backward()
     assert all(parameter.grad is None for parameter in critic)
     assert {id(value) for value in module.parameters() if value.grad is not None} == {id(value) for value in policy}
 
 
 def test_without_lora_there_is_no_reference_inside() -> None:
     with pytest.raises(ValueError, match="reference must be False without LoRA, got True"):
-        ActorCritic(llama())(TOKENS, 1, 0.7, reference=True)
+        ActorCritic(llama())(BATCH, 0.7, reference=True)
 
 
 def test_the_state_holds_what_is_trained_and_goes_onto_another_module_over_the_same_model() -> None:
@@ -160,7 +164,7 @@ def test_the_state_holds_what_is_trained_and_goes_onto_another_module_over_the_s
     state = copy.deepcopy(module.state_dict())
     assert len(state) == len(module.policy_parameters()) + len(module.critic_parameters())
     other.load_state_dict(state)
-    for found, expected in zip(other(TOKENS, 0, 1.0), module(TOKENS, 0, 1.0), strict=True):
+    for found, expected in zip(other(BATCH, 1.0), module(BATCH, 1.0), strict=True):
         assert torch.equal(found, expected)
     state.popitem()
     with pytest.raises(RuntimeError, match=r"Missing key.*value_head"):
@@ -176,8 +180,8 @@ def gradients(module: ActorCritic) -> tuple[dict[str, torch.Tensor], int]:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        outputs = module(TOKENS.repeat(8, 1), 0, 0.7)
-    (outputs.logprobs_BT.sum() + outputs.values_BT.square().sum()).backward()
+        outputs = module(make_batch(ANSWERS * 8, torch.device("cpu")), 0.7)
+    (outputs.logprobs_BR.sum() + outputs.values_BR.square().sum()).backward()
     weights = {parameter.data_ptr() for parameter in module.parameters()}
     return (
         {name: value.grad for name, value in module.named_parameters() if value.grad is not None},

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from causalrm_ray.models.policy import ActorCritic, Reference
+from causalrm_ray.models.token_batch import TokenBatch, make_batch
+from causalrm_ray.types import Completion, Prompt
 
 ROWS = [[3, 7, 1, 4, 9, 2], [5, 5, 8]]
 TEMPERATURE = 0.7
@@ -27,47 +30,51 @@ def make_policy(dropout: float = 0.0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def padded(pad: int = 0) -> torch.Tensor:
-    return torch.tensor([row + [pad] * (6 - len(row)) for row in ROWS])
+def answer(row: Sequence[int], prompt: int) -> Completion:
+    tokens = tuple(row[prompt:])
+    return Completion(Prompt("", "", tuple(row[:prompt])), "", tokens, (0.0,) * len(tokens), "stop", 0)
+
+
+def batch(prompt: int = 1, rows: Sequence[Sequence[int]] = ROWS) -> TokenBatch:
+    """Rows of which the first so many tokens are the prompt."""
+    return make_batch([answer(row, prompt) for row in rows], torch.device("cpu"))
 
 
 def test_logprobs_and_entropy_equal_one_row_at_a_time_without_padding() -> None:
     module = ActorCritic(make_policy())
-    outputs = module(padded(), 0, TEMPERATURE)
+    outputs = module(batch(), TEMPERATURE)
     for b, row in enumerate(ROWS):
         logits = module.policy(torch.tensor([row])).logits[0].double() / TEMPERATURE
         for t, token in enumerate(row[1:]):
             probs = [math.exp(float(logit)) for logit in logits[t]]
-            assert float(outputs.logprobs_BT[b, t]) == pytest.approx(math.log(probs[token] / sum(probs)), rel=1e-4, abs=1e-5)
+            assert float(outputs.logprobs_BR[b, t]) == pytest.approx(math.log(probs[token] / sum(probs)), rel=1e-4, abs=1e-5)
             expected = -sum(p / sum(probs) * math.log(p / sum(probs)) for p in probs)
-            assert float(outputs.entropy_BT[b, t]) == pytest.approx(expected, rel=1e-4)
+            assert float(outputs.entropy_BR[b, t]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_pads_change_no_real_token() -> None:
+def test_pads_change_no_real_token_and_past_its_end_an_answer_repeats_its_last() -> None:
     module = ActorCritic(make_policy())
     module.value_head.weight.data.fill_(0.1)
-    first, second = module(padded(0), 0, 1.0), module(padded(11), 0, 1.0)
-    for field in ("logprobs_BT", "values_BT", "entropy_BT"):
-        assert torch.equal(getattr(first, field)[0], getattr(second, field)[0])
-        assert torch.equal(getattr(first, field)[1, :2], getattr(second, field)[1, :2])
+    zeros, others = batch(), batch()
+    others.inputs_BT[1, 3:] = 11
+    for first, second in zip(module(zeros, 1.0), module(others, 1.0), strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first[1, 2:], first[1, 1].expand(3))
 
 
-def test_start_leaves_out_leading_positions_only() -> None:
+def test_a_longer_prompt_leaves_out_leading_tokens_only() -> None:
     module = ActorCritic(make_policy())
-    for whole, late in zip(module(padded(), 0, 1.0), module(padded(), 2, 1.0), strict=True):
-        assert late.shape == (2, 3)
-        torch.testing.assert_close(late, whole[:, 2:])
-    with pytest.raises(ValueError, match=r"start must be in \[0, 4\] for rows of 6 tokens, got 5"):
-        module(padded(), 5, 1.0)
+    for whole, late in zip(module(batch(), 1.0), module(batch(2), 1.0), strict=True):
+        torch.testing.assert_close(late[0], whole[0, 1:])
+        torch.testing.assert_close(late[1, 0], whole[1, 1])
 
 
 def test_values_start_at_zero_and_read_only_tokens_before_the_action() -> None:
     module = ActorCritic(make_policy())
-    assert module(padded(), 0, 1.0).values_BT.abs().max() == 0
+    assert module(batch(), 1.0).values_BR.abs().max() == 0
     module.value_head.weight.data.fill_(0.1)
-    other = padded()
-    other[0, 3] = 12  # token 3 is the action of entry 2
-    first, second = module(padded(), 0, 1.0).values_BT, module(other, 0, 1.0).values_BT
+    other = batch(rows=[[*ROWS[0][:3], 12, *ROWS[0][4:]], ROWS[1]])  # token 3 is the action of entry 2
+    first, second = module(batch(), 1.0).values_BR, module(other, 1.0).values_BR
     assert torch.equal(first[0, :3], second[0, :3])
     assert not torch.equal(first[0, 3:], second[0, 3:])
 
@@ -85,23 +92,23 @@ def test_critic_starts_as_the_policys_backbone_and_shares_nothing_with_it() -> N
 def test_each_objective_moves_only_its_own_parameters() -> None:
     module = ActorCritic(make_policy())
     module.value_head.weight.data.fill_(0.1)
-    module(padded(), 0, 1.0).values_BT.sum().backward()
+    module(batch(), 1.0).values_BR.sum().backward()
     assert all(parameter.grad is None for parameter in module.policy.parameters())
     module.zero_grad(set_to_none=True)
-    module(padded(), 0, 1.0).logprobs_BT.sum().backward()
+    module(batch(), 1.0).logprobs_BR.sum().backward()
     assert all(parameter.grad is None for parameter in module.critic.parameters())
     assert all(parameter.grad is not None for parameter in module.policy.parameters())
 
 
 def test_training_mode_has_no_dropout() -> None:
     module = ActorCritic(make_policy(dropout=0.5)).train()
-    assert torch.equal(module(padded(), 0, 1.0).logprobs_BT, module(padded(), 0, 1.0).logprobs_BT)
+    assert torch.equal(module(batch(), 1.0).logprobs_BR, module(batch(), 1.0).logprobs_BR)
 
 
 def test_reference_equals_the_untrained_policy_and_takes_no_gradient() -> None:
     module, reference = ActorCritic(make_policy()), Reference(make_policy())
-    found = reference(padded(), 1, TEMPERATURE)
-    assert torch.equal(found, module(padded(), 1, TEMPERATURE).logprobs_BT)
+    found = reference(batch(), TEMPERATURE)
+    assert torch.equal(found, module(batch(), TEMPERATURE).logprobs_BR)
     assert not found.requires_grad
     assert not any(parameter.requires_grad for parameter in reference.parameters())
 
@@ -110,8 +117,8 @@ def test_without_a_critic_there_are_no_parameters_of_one_and_values_are_zero() -
     with_one, without = ActorCritic(make_policy()), ActorCritic(make_policy(), critic=False)
     assert [name for name, _ in without.named_parameters() if not name.startswith("policy.")] == []
     assert without.critic_parameters() == []
-    expected, found = with_one(padded(), 0, 1.0), without(padded(), 0, 1.0)
-    assert torch.equal(found.logprobs_BT, expected.logprobs_BT)
-    assert torch.equal(found.entropy_BT, expected.entropy_BT)
-    assert found.values_BT.shape == expected.values_BT.shape
-    assert bool((found.values_BT == 0).all())
+    expected, found = with_one(batch(), 1.0), without(batch(), 1.0)
+    assert torch.equal(found.logprobs_BR, expected.logprobs_BR)
+    assert torch.equal(found.entropy_BR, expected.entropy_BR)
+    assert found.values_BR.shape == expected.values_BR.shape
+    assert bool((found.values_BR == 0).all())
