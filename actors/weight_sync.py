@@ -60,12 +60,15 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     Does not change if tensors are split, joined, transposed, reordered or padded with zeros, so an engine that fuses
     parameters can be compared with the model they came from.
     """
-    total = 0
-    for tensor in tensors:
-        bits = tensor.detach().view(_BITS[tensor.element_size()])
-        negative = int((bits < 0).sum())  # torch sums the patterns as signed: each of these is 2^(its bits) too low
-        total += int(bits.sum(dtype=torch.int64)) + negative * (1 << 8 * tensor.element_size())
-    return total % (1 << 64)
+    return sum(_bit_sum(tensor.detach()) for tensor in tensors) % (1 << 64)
+
+
+def _bit_sum(tensor: torch.Tensor) -> int:
+    bits = tensor.view(_BITS[tensor.element_size()])
+    if bits.device.type == "cpu":
+        return int(bits.numpy().view(f"uint{8 * tensor.element_size()}").sum(dtype=np.uint64))
+    negative = int((bits < 0).sum())  # torch sums the patterns as signed: each of these is 2^(its bits) too low
+    return int(bits.sum(dtype=torch.int64)) + negative * (1 << 8 * tensor.element_size())
 
 
 def pack(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Weights:
