@@ -11,6 +11,7 @@ import numpy as np
 from causalrm_ray.config import RewardConfig
 
 REPORT = "report.json"
+LOSS = "bce"  # cross-entropy on the logit
 BATCH_SIZE = 64  # rows per optimizer step over all workers, of reward and propensity models
 PROPENSITY_EPOCHS = 2  # most passes: all impressions teach it, the reward model only those with feedback
 

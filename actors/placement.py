@@ -16,7 +16,7 @@ import psutil
 import ray
 import torch
 import transformers
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -33,7 +33,11 @@ _in_process: ContextVar[bool] = ContextVar("in_process", default=False)
 
 
 class RoleDiedError(RuntimeError):
-    """A role's process ended; the message names the role and what it was doing."""
+    """A role's process ended, or its node; the message says in which phase. `role` is its name where calls were named."""
+
+    def __init__(self, message: str, role: str | None = None) -> None:
+        super().__init__(message)
+        self.role = role
 
 
 class RoleTimeoutError(TimeoutError):
@@ -60,7 +64,7 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
                 torch.distributed.destroy_process_group()
         return
     if config.address is None:
-        _own_token(cache)
+        own_token(cache)
         ray.init(
             address="local",
             logging_level=logging.ERROR,
@@ -91,17 +95,20 @@ def place(
     concurrency: int = 1,
     beside_driver: bool = False,
     bundle: tuple[PlacementGroup, int] | None = None,
+    restarts: int = 0,
     **kwargs: Any,
 ) -> Any:
     """Start `role(*args, **kwargs)` as a Ray actor and return its handle.
 
     `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node; `bundle`
-    seats it in that bundle of a placement group.
+    seats it in that bundle of a placement group. A role that dies is started again up to `restarts` times, and what it was
+    asked is asked again: its methods must bear that, and its constructor find what it knew (see `restarted`).
     """
     if in_process():
         os.environ.update(env or {})
         return Handle(role(*args, **kwargs))
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": concurrency}
+    options |= {"max_restarts": restarts, "max_task_retries": restarts}
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
     if beside_driver:
@@ -113,8 +120,13 @@ def place(
     return ray.remote(role).options(**options).remote(*args, **kwargs)
 
 
-def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
-    """The value (or list of values) behind `refs`.
+def restarted() -> bool:
+    """Whether this process is that of a role that had died."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def resolve(refs: Any, phase: str, timeout_s: float, role: str | None = None) -> Any:
+    """The value (or list of values) behind `refs`, asked of `role` if one is named.
 
     Raises RoleTimeoutError or RoleDiedError that names the phase. A role's own error passes, an InputError in its plain form.
     """
@@ -125,11 +137,13 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
     except GetTimeoutError as error:
         raise RoleTimeoutError(f"{phase}: no answer within cluster.timeout_s={timeout_s:g} s") from error
     except (RayActorError, WorkerCrashedError) as error:
-        raise RoleDiedError(f"{phase}: the role's process died: {error}") from error
+        raise RoleDiedError(f"{phase}: the role's process died: {error}", role) from error
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
+    except ObjectLostError as error:
+        raise RoleDiedError(f"{phase}: what a role had made was lost with its node: {error}", role) from error
 
 
 def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:
@@ -147,7 +161,8 @@ def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[t
         generator = ready[0]
         reference = next(generator, None)
         if reference is not None:
-            yield names[generator], resolve(reference, f"{phase} ({names[generator]})", timeout_s)
+            name = names[generator]
+            yield name, resolve(reference, f"{phase} ({name})", timeout_s, name)
             waiting = [*waiting, generator]
 
 
@@ -185,7 +200,7 @@ def _meeting_point(host: str | None = None) -> str:
         return f"tcp://{host or ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
-def _own_token(cache: Path) -> None:
+def own_token(cache: Path) -> None:
     """Give the clusters that we start a token of their own: Ray would share ~/.ray/auth_token with all others."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return

@@ -21,6 +21,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from actors.placement import restarted
 from actors.snapshot_rows import load_rows
 from causalrm_ray.checkpoint import atomic_folder, verify_folder, write_json
 from causalrm_ray.data.collate import TokenRows
@@ -48,9 +49,18 @@ class _Serving:
 class PropensityActor:
     """Fits, serves and diagnoses propensities. Versions count fits, from 1; 0 is none."""
 
-    def __init__(self, backbone: str, settings: FitSettings, clip: float, *, max_length: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        backbone: str,
+        settings: FitSettings,
+        clip: float,
+        *,
+        max_length: int,
+        device: str = "cpu",
+        memory: Path | None = None,
+    ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens; `clip` in (0, 1) is the
-        lowest propensity used in a weight."""
+        lowest propensity used in a weight. In the file `memory` is noted what is served, for a role that restarts."""
         torch.set_num_threads(1)  # sums in one order, so that a repeated fit repeats its bits
         self._backbone = backbone
         self._settings, self._clip = settings, clip
@@ -58,6 +68,9 @@ class PropensityActor:
         self._device = device
         self._tokenizer = load_tokenizer(backbone)
         self._serving: _Serving | None = None
+        self._memory = memory
+        if memory and memory.exists() and restarted():
+            self.load(Path(json.loads(memory.read_text(encoding="utf-8"))["folder"]))
 
     @property
     def version(self) -> int:
@@ -80,8 +93,8 @@ class PropensityActor:
         version = self.version + 1
         report = {"version": version, **asdict(propensity.report)}
         self._save(folder, models, propensity, report)
-        self._serving = self._read(folder)
-        return self._serving.report
+        self.load(folder)
+        return self.diagnostics()
 
     def predict(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Propensity [B] in [clip, 1] of rows of token ids: the fold models' mean probability, calibrated and clipped.
@@ -100,6 +113,8 @@ class PropensityActor:
         """Serve the version in `folder` again. Returns its version; raises CheckpointError for an incomplete folder."""
         verify_folder(folder)
         self._serving = self._read(folder)
+        if self._memory:
+            write_json(self._memory, {"folder": str(folder.resolve())})
         return self.version
 
     def _require(self) -> _Serving:

@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from ray.train import Result
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # how a worker that died is told
 from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # ray.train names a union of both versions
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.fit_order import REPORT, FitOrder
-from causalrm_ray.checkpoint import atomic_folder, verify_folder
+from actors.placement import restarted
+from causalrm_ray.checkpoint import atomic_folder, verify_folder, write_json
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import RewardConfig
 from causalrm_ray.data.snapshot import check_log, read_snapshot
@@ -32,6 +35,8 @@ from causalrm_ray.models.reward_model import SequenceScorer, padding_token, scor
 from causalrm_ray.models.text import load_tokenizer
 
 GATE_TOLERANCE = 0.01  # a refit serves if its held-out observed risk is at most this above the serving model's
+SERVING = "serving.json"
+WORKER_FAILURES = 3  # times that a fit starts anew where a worker died
 SCRATCH = ".ray_train"  # where Ray Train keeps a fit's checkpoint until it is moved to its place
 
 
@@ -91,6 +96,8 @@ class RewardActor:
         self._serving: Path | None = None
         self._version = 0
         padding_token(load_tokenizer(backbone))  # saving would fail without one: better now than after a fit
+        if restarted() and (self._folder / SERVING).exists():
+            self.load(**json.loads((self._folder / SERVING).read_text(encoding="utf-8")))
 
     @property
     def version(self) -> int:
@@ -145,6 +152,8 @@ class RewardActor:
         folder = self._folder / candidate
         verify_folder(folder)
         figures = _figures(folder)
+        if self._serving == (folder / self._config.method).resolve():  # asked again after a restart
+            return Promotion(True, "it serves already", self._version)
         if figures["serving_version"] != self._version:
             raise ValueError(
                 f"{candidate} must have been measured against serving version {self._version}, got {figures['serving_version']}"
@@ -180,11 +189,12 @@ class RewardActor:
         return {"folder": str(self._serving) if self._serving else None, "version": self._version}
 
     def load(self, folder: str | Path, version: int) -> None:
-        """Serve the model saved in `folder` (of one method) as `version`."""
+        """Serve the model saved in `folder` (of one method) as `version`; what is served is noted for a role that restarts."""
         verify_folder(Path(folder).resolve().parent)
         self._scorers.clear()
         self._serving, self._version = Path(folder).resolve(), version
         self._scorers[str(self._serving)] = SequenceScorer.from_pretrained(self._serving).to(self._device)
+        write_json(self._folder / SERVING, self.state())
 
     def _promoted(self, folder: Path, reason: str) -> Promotion:
         self.load(folder / self._config.method, self._version + 1)
@@ -212,7 +222,6 @@ class RewardActor:
             work(loop["order"])
 
         scratch = self._folder / SCRATCH
-        shutil.rmtree(scratch / candidate, ignore_errors=True)  # Ray Train would resume what a killed run left there
         trainer = TorchTrainer(
             train_function,
             train_loop_config={"order": order},
@@ -225,19 +234,30 @@ class RewardActor:
             torch_config=TorchConfig("cpu:gloo,cuda:nccl" if self._use_gpu else "gloo", timeout_s=int(self._timeout_s)),
             run_config=RunConfig(name=candidate, storage_path=str(scratch), logging_config=LoggingConfig(log_level="ERROR")),
         )
-        try:
-            result = trainer.fit()
-        except WorkerGroupError as error:
-            for failure in error.worker_failures.values():
-                if isinstance(failure, InputError):  # every worker reads the same log and meets the same fault
-                    raise failure from error
-            raise
+        result = _fit_again_where_workers_die(trainer, scratch / candidate)
         if result.checkpoint is None or result.metrics is None:
             raise RuntimeError(f"Ray Train ended fit {candidate} without a checkpoint")
         with result.checkpoint.as_directory() as saved, atomic_folder(folder) as aside:
             shutil.copytree(saved, aside, dirs_exist_ok=True)
         shutil.rmtree(scratch / candidate)
         return result.metrics["train_seconds"]
+
+
+def _fit_again_where_workers_die(trainer: TorchTrainer, scratch: Path) -> Result:
+    """The result of a fit that begins anew up to WORKER_FAILURES times; what a worker itself raises ends it."""
+    failures = 0
+    while True:
+        shutil.rmtree(scratch, ignore_errors=True)  # Ray Train would resume what a killed run left there
+        try:
+            return trainer.fit()
+        except WorkerGroupError as error:
+            causes = error.worker_failures.values()
+            for cause in causes:
+                if isinstance(cause, InputError):  # every worker reads the same log and meets the same fault
+                    raise cause from error
+            failures += 1
+            if failures > WORKER_FAILURES or not any(isinstance(cause, WorkerHealthCheckFailedError) for cause in causes):
+                raise
 
 
 def _figures(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ its own bound.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -28,8 +27,9 @@ from actors.engine import DEVICE_SHARE, EngineSettings
 from actors.feedback import FeedbackRole
 from actors.fit_order import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.generator import Generator, engine_env
+from actors.generators import Call, Generators
 from actors.learner import LearnerRank
-from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserve, resolve, stream
+from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserve, resolve
 from actors.plan import Plan, make_plan
 from actors.propensity import PropensityActor, read_propensities
 from actors.reward import RewardActor
@@ -37,7 +37,7 @@ from actors.users import UsersRole
 from causalrm_ray.config import Config
 from causalrm_ray.estimators.fit import FitSettings
 from causalrm_ray.models.size import model_size
-from causalrm_ray.types import Completion, Impression, Request, Sampling, Scored
+from causalrm_ray.types import Completion, Impression, Request, Scored
 
 ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -46,7 +46,12 @@ Show = Callable[[Sequence[Completion]], list[Impression]]
 
 
 class Roles:
-    """Handles on all running roles. Every wait has a time-out and names the phase; a dead role raises RoleDiedError."""
+    """Handles on all running roles. Every wait has a time-out and names the phase.
+
+    A generator that dies is replaced (see Generators); the log, users, reward and propensity roles are restarted by Ray, and
+    find again what they served. A learner's rank cannot be replaced: its death, like too many others, raises RoleDiedError,
+    after which the run can go on from its checkpoint.
+    """
 
     def __init__(
         self,
@@ -55,29 +60,34 @@ class Roles:
         reward: str,
         parts: Collection[str] = ALL_ROLES,
         announce: Callable[[Plan], None] = lambda plan: None,
+        tell: Callable[[str], None] = lambda event: None,
     ) -> None:
         """Start the roles named in `parts` and wait until each answers. `policy` and `reward` are model folders or hub ids.
 
-        `announce` is told where they will run before the first of them starts. Raises ConfigError where they do not fit.
+        `announce` is told where they will run before the first of them starts, `tell` of every role that was replaced.
+        Raises ConfigError where they do not fit.
         """
         self.plan = plan_roles(config, policy, reward, parts)
         announce(self.plan)
         self._bundles = reserve(self.plan.bundles, config.cluster.timeout_s)
-        self._config = config
+        self._config, self._policy = config, policy
         self._folder = config.run.path
         self._timeout_s = config.cluster.timeout_s
         self._propensity_folder: Path | None = None
-        self._begun: tuple[str, dict[str, Any]] | None = None
+        self._begun: tuple[str, dict[str, Call]] | None = None
         self._fitted_position = 0  # of the log, when it was last fitted
-        common: dict[str, Any] = {"max_length": config.model.max_length}
+        restarts: dict[str, Any] = {"restarts": config.loop.max_failures}
+        common: dict[str, Any] = {"max_length": config.model.max_length, **restarts}
         if "log" in parts:
-            self.log = place(FeedbackRole, config.log_url, dict(config.feedback.signals), beside_driver=True)
+            self.log = place(FeedbackRole, config.log_url, dict(config.feedback.signals), beside_driver=True, **restarts)
         if "users" in parts:
-            self.users = place(UsersRole, config.world, config.run.seed)
+            self.users = place(UsersRole, config.world, config.run.seed, **restarts)
         if "reward" in parts:
             common |= {"device": "cuda" if self.plan.bundles else "cpu", "env": CPU_THREADS}
             settings = FitSettings(PROPENSITY_EPOCHS, config.reward.lr, BATCH_SIZE, seed=config.run.seed)
-            self.propensity = place(PropensityActor, reward, settings, config.reward.clip, **self._seat("propensity"), **common)
+            memory = self._folder / "propensity" / "serving.json"
+            arguments = (reward, settings, config.reward.clip)
+            self.propensity = place(PropensityActor, *arguments, memory=memory, **self._seat("propensity"), **common)
             common |= {
                 "seed": config.run.seed,
                 "folder": self._folder / "reward",
@@ -86,17 +96,15 @@ class Roles:
             }
             self.reward = place(RewardActor, reward, config.reward, **self._seat("reward"), **common)
         if "generators" in parts:
-            names = [f"generator-{number}" for number in range(config.rollout.generators)]
-            self.generators = {name: self._generator(policy, name) for name in names}
-        if "learner" in parts:
-            self.learners = self._learner_ranks(policy)
+            self.generators = Generators(config, self._generator, tell)
+        self.learners = self._learner_ranks(policy) if "learner" in parts else []
         self.engines = self._start(parts)
 
     def _start(self, parts: Collection[str]) -> dict[str, Any]:
         """Wait for the roles with heavy engines; what each runs on."""
         engines: dict[str, Any] = {}
         if "generators" in parts:
-            engines["rollout"] = self._wait([role.info.remote() for role in self.generators.values()], "start generators")[0]
+            engines["rollout"] = self.generators.info()[0]
         if "learner" in parts:
             engines["learner"] = self._wait([role.info.remote() for role in self.learners], "start learner")[0]
         if "reward" in parts:
@@ -107,13 +115,13 @@ class Roles:
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """Answers to `requests`, in their order, sampled as evaluations are."""
         sampling = self._config.rollout.sampling(evaluation=True)
-        done = [completion for chunk in self._micro_batches(self._generate(requests, sampling)) for completion in chunk]
+        done = [completion for chunk in self._micro_batches(self.generators.generate(requests, sampling)) for completion in chunk]
         return sorted(done, key=lambda completion: completion.prompt.id)
 
     def begin_rollout(self, requests: Sequence[Request]) -> None:
         """Let the generators begin on `requests`, which `rollout` is asked for next: under the weights that they have, and
         under those that come meanwhile."""
-        self._begun = (requests[0].prompt.id, self._generate(requests))
+        self._begun = (requests[0].prompt.id, self.generators.generate(requests))
 
     def rollout(self, requests: Sequence[Request], show: Show) -> list[Scored]:
         """Generate, score, prepare for learning and show to users, all as answers finish; answers in request order.
@@ -125,7 +133,7 @@ class Roles:
             raise RuntimeError(f"the rollout that was begun with {begun[0]} must come first, got {requests[0].prompt.id}")
         in_flight: deque[tuple[list[Completion], Any, list[Any]]] = deque()
         scored: list[Scored] = []
-        for chunk in self._micro_batches(begun[1] if begun else self._generate(requests)):
+        for chunk in self._micro_batches(begun[1] if begun else self.generators.generate(requests)):
             rewards = self.reward.score.remote([done.prompt.token_ids + done.token_ids for done in chunk])
             effects = [rank.prepare.remote(chunk) for rank in self.learners] + [self.show(show(chunk))]
             in_flight.append((chunk, rewards, effects))
@@ -143,7 +151,7 @@ class Roles:
         """Generate answers to `requests`, show them to users as they finish, and return how many were shown."""
         waiting: deque[Any] = deque()
         shown = 0
-        for chunk in self._micro_batches(self._generate(requests)):
+        for chunk in self._micro_batches(self.generators.generate(requests)):
             impressions = show(chunk)
             shown += len(impressions)
             waiting.append(self.show(impressions))
@@ -159,12 +167,7 @@ class Roles:
 
     def publish(self) -> dict[str, float]:
         """Give the learner's weights to every generator. Raises RuntimeError unless every checksum agrees."""
-        verb = "adapter" if self._config.learner.lora else "weights"
-        weights, *_ = [getattr(rank, verb).remote() for rank in self.learners]  # every rank must be called: ZeRO-3 gathers
-        reports = self._wait([generator.take_weights.remote(weights) for generator in self.generators.values()], "sync weights")
-        for name, report in zip(self.generators, reports, strict=True):
-            if not report.checksum_ok:
-                raise RuntimeError(f"{name}: weights of version {report.version} do not match the learner's checksum")
+        reports = self.generators.publish(self._weights)
         slowest = max(report.seconds for report in reports)
         return {
             "sync_bytes": float(reports[0].bytes),
@@ -172,6 +175,12 @@ class Roles:
             "sync_gb_per_s": reports[0].bytes / slowest / 1e9,
             "sync_checksum_ok": float(all(report.checksum_ok for report in reports)),
         }
+
+    def _weights(self) -> Any:
+        """The learner's newest weights, or its adapter."""
+        verb = "adapter" if self._config.learner.lora else "weights"
+        weights, *_ = [getattr(rank, verb).remote() for rank in self.learners]  # every rank must be called: ZeRO-3 gathers
+        return weights
 
     def refit(
         self,
@@ -251,20 +260,8 @@ class Roles:
             return self._wait(self.reward.score.remote(rows), "score")[0]
         return self._wait(self.reward.score_with.remote(str(model), rows), "score")
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling | None = None) -> dict[str, Any]:
-        """Set every generator to its share; the streams of their micro-batches."""
-        size, buffer = self._config.rollout.micro_batch, self._config.rollout.buffer
-        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": buffer // size}
-        shares = zip(self.generators.items(), _even_shares(requests, len(self.generators)), strict=True)
-        return {
-            name: generator.micro_batches.options(**options).remote(share, size, sampling)
-            for (name, generator), share in shares
-            if share
-        }
-
-    def _micro_batches(self, calls: Mapping[str, Any]) -> Iterator[list[Completion]]:
-        for _, chunk in stream(calls, "generate", self._timeout_s):
-            yield chunk
+    def _micro_batches(self, calls: dict[str, Call]) -> Iterator[list[Completion]]:
+        return self.generators.micro_batches(calls, self._weights if self.learners else None)
 
     def _finish(self, chunk: Sequence[Completion], rewards: Any, effects: Sequence[Any]) -> list[Scored]:
         logits, version = self._wait(rewards, "score")
@@ -276,10 +273,10 @@ class Roles:
         seat = self.plan.seats[role]
         return {"gpus": seat.gpus, "bundle": (self._bundles, seat.bundle) if self._bundles and seat.bundle is not None else None}
 
-    def _generator(self, policy: str, role: str) -> Any:
+    def _generator(self, role: str) -> Any:
         rollout, model, cache, seat = self._config.rollout, self._config.model, self._config.run.cache, self._seat(role)
         settings = EngineSettings(
-            model=policy,
+            model=self._policy,
             max_length=model.max_length,
             dtype=model.dtype,
             cache=cache,
@@ -288,7 +285,7 @@ class Roles:
             tensor_parallel=rollout.tensor_parallel,
             gpu_memory=DEVICE_SHARE * min(1.0, seat["gpus"]),
         )
-        env = engine_env(rollout.engine, policy, cache, gpu=seat["gpus"] > 0)
+        env = engine_env(rollout.engine, self._policy, cache, gpu=seat["gpus"] > 0)
         return place(Generator, rollout.engine, settings, rollout.sampling(), env=env, concurrency=2, **seat)
 
     def _learner_ranks(self, policy: str) -> list[Any]:
@@ -317,12 +314,6 @@ class Roles:
 
     def _wait(self, refs: Any, phase: str) -> Any:
         return resolve(refs, phase, self._timeout_s)
-
-
-def _even_shares(requests: Sequence[Request], parts: int) -> list[Sequence[Request]]:
-    """Contiguous shares: samples of one prompt stay with one generator, whose prefix cache then serves them."""
-    bounds = np.linspace(0, len(requests), parts + 1).astype(int)
-    return [requests[first:last] for first, last in itertools.pairwise(bounds)]
 
 
 def plan_roles(config: Config, policy: str, reward: str, parts: Collection[str] = ALL_ROLES) -> Plan:

@@ -15,7 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from actors.fit_order import BATCH_SIZE, REPORT, FitOrder
+from actors.fit_order import BATCH_SIZE, LOSS, REPORT, FitOrder
 from actors.snapshot_rows import SnapshotRows, load_rows
 from causalrm_ray.checkpoint import write_json
 from causalrm_ray.data.collate import TokenRows
@@ -60,7 +60,7 @@ def describe(fits: RewardFits, order: FitOrder, inputs: Inputs, log: SnapshotRow
     """Figures of a fit as JSON, with the diagnostics of the model that may serve; the same fit gives the same figures."""
     config, observations = order.config, log.observations
     logit = predict(fits.fits[config.method].module, inputs, fits.heldout)
-    diagnostics = diagnose_fit(fits, config.method, observations, torch.tensor(order.propensity), logit, config.loss, order.seed)
+    diagnostics = diagnose_fit(fits, config.method, observations, torch.tensor(order.propensity), logit, LOSS, order.seed)
     opinion = fits.fits[config.method].opinion
     groups = {
         name: asdict(diagnose_groups(fits.ranking, opinion, observations, fits.rates, groups, order.seed))
@@ -103,7 +103,7 @@ def _fit(order: FitOrder, inputs: Inputs, log: SnapshotRows, shard: Shard, devic
         torch.tensor(order.propensity),
         order.methods,
         FitSettings(config.epochs, config.lr, BATCH_SIZE),
-        loss=config.loss,
+        loss=LOSS,
         rates=None if config.rho is None else NoiseRates(*config.rho),
         clean_labels=None if order.clean_labels is None else torch.tensor(order.clean_labels),
         serving=None if order.serving is None else SequenceScorer.from_pretrained(order.serving).to(device),

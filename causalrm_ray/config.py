@@ -136,9 +136,6 @@ class RewardConfig(Section):
     compare: tuple[MethodName | Literal["oracle"], ...] = Field(
         ("naive", "oracle"), description="further estimators fitted once, for the report only; oracle: on true preferences"
     )
-    loss: Literal["bce", "mse"] = Field(
-        "bce", description="pointwise loss: cross-entropy on the logit, or squared error on the probability"
-    )
     epochs: int = Field(4, ge=1, description="most passes over the log")
     lr: float = Field(1e-3, gt=0, description="learning rate of reward and propensity models")
     clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity of feedback used in a weight")
@@ -283,6 +280,9 @@ class LoopConfig(Section):
 
     steps: int = Field(24, ge=1, description="policy steps")
     checkpoint_every: int = Field(8, ge=0, description="steps between checkpoints; 0 only at the end")
+    max_failures: int = Field(
+        3, ge=0, description="deaths that are made good: of generators, and of the whole job, which goes on from its checkpoint"
+    )
     evaluation_prompts: int = Field(240, ge=20, description="held-out prompts of the oracle evaluation")
 
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
 from causalrm_ray.benchmark_config import BenchmarkConfig, NoiseStudyConfig
+from causalrm_ray.chaos_config import ChaosConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError, RunFolder
+from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.options import find_run, load_tree, options
 from causalrm_ray.perf_config import PerfConfig
+from jobs.lock import alone
 
 
 class Job(NamedTuple):
@@ -30,13 +29,15 @@ class Job(NamedTuple):
 
     module: str
     meaning: str
-    tree: type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] | type[PerfConfig] = Config
+    tree: (
+        type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] | type[PerfConfig] | type[ChaosConfig]
+    ) = Config
     writes: bool = True
     revisits: bool = False
 
 
 JOBS = {
-    "train-policy": Job("jobs.train_policy", "tune a policy on observational feedback, end to end"),
+    "train-policy": Job("jobs.supervise", "tune a policy on observational feedback, end to end", writes=False),  # its driver does
     "fit-reward": Job("jobs.fit_reward", "feedback log in, reward model out"),
     "simulate-feedback": Job("jobs.simulate_feedback", "let simulated users react to a policy's answers; write the log"),
     "evaluate": Job("jobs.evaluate", "score a policy and a reward model against the embedded oracle"),
@@ -52,6 +53,7 @@ JOBS = {
         "jobs.replay", "train the learner alone on what a run kept, from its checkpoint, and compare", writes=False, revisits=True
     ),
     "perf": Job("jobs.perf", "how fast every part of a step is, against the same work done without us", PerfConfig),
+    "chaos": Job("jobs.chaos", "kill roles, drivers and nodes of a small run, and audit what is left of it", ChaosConfig),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
 }
 
@@ -71,32 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not file.exists():
                 raise InputError(f"{'run.name' if job.revisits else 'resume=true'}: {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
-        with _alone(config.run) if job.writes else contextlib.nullcontext():
+        with alone(config.run) if job.writes else contextlib.nullcontext():
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
-
-
-@contextlib.contextmanager
-def _alone(run: RunFolder) -> Iterator[None]:
-    """Keep this machine's other processes out of a run's folder while the block lasts; a killed process holds no lock."""
-    lock = lock_of(run)
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"run.name: another process works in {run.path}: wait for its end, or choose another name") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def lock_of(run: RunFolder) -> FileLock:
-    """The lock of a run's folder; it lies in the cache."""
-    name = hashlib.sha256(str(run.path).encode()).hexdigest()[:16]
-    return FileLock(run.cache.expanduser() / "locks" / f"{name}.lock")
 
 
 def print_help(job: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import psutil
@@ -18,18 +19,21 @@ from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config
 from causalrm_ray.options import dump_config
 
+STOPPED = 128 + signal.SIGTERM  # exit status of a job that was asked to stop, and saved
+
 console = Console(highlight=False)
 
 
 class Run:
-    """One run's artefacts. A new run must not exist yet; with `run.resume` it goes on from its newest complete checkpoint."""
+    """One run's artefacts. A new run must not exist yet, unless it is begun `again`; with `run.resume` it goes on from its
+    newest complete checkpoint."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, again: bool = False) -> None:
         self.path = config.run.path
         self.checkpoint: Path | None = None
         if config.run.resume:
             self._find_checkpoint()
-        elif any((self.path / mark).exists() for mark in ("checkpoints", "summary.json", "feedback.db")):
+        elif not again and any((self.path / mark).exists() for mark in ("checkpoints", "summary.json", "feedback.db")):
             resume = "continue it with resume=true, " if (self.path / "checkpoints").exists() else ""
             raise InputError(f"{self.path} holds a run already: {resume}remove it, or choose another run.name")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,17 @@ class Run:
 def read_facts(checkpoint: Path) -> dict[str, Any]:
     """What a verified checkpoint says of its run: the first fit, the starting evaluation, the serving versions."""
     return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8"))
+
+
+class StopRequest:
+    """SIGTERM from now on: noted, so that a step can be ended and saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
 
 
 class MemoryMonitor:

@@ -15,28 +15,25 @@ from typing import Any
 from actors.placement import ray_cluster
 from actors.roles import Roles
 from causalrm_ray.checkpoint import atomic_folder, write_json
-from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.config import Config
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
 from causalrm_ray.data.store import FeedbackLog
 from causalrm_ray.report import write_report
 from causalrm_ray.types import Scored
 from jobs.feedback import import_feedback, simulate_feedback
+from jobs.lock import alone
 from jobs.progress import Progress
-from jobs.run import MemoryMonitor, Run, read_facts
+from jobs.run import STOPPED, MemoryMonitor, Run, StopRequest, read_facts
 from jobs.summary import judge_start, promotion_metrics, summarise
 from jobs.task import Task, find_models
 from jobs.truth import Truth
 
 
-def run(config: Config) -> int:
-    """Run the job; its artefacts are in runs/<name>."""
+def run(config: Config, again: bool = False) -> int:
+    """Run the job; its artefacts are in runs/<name>. `again`: begin anew over what is left of an attempt without a checkpoint."""
     began = time.perf_counter()
-    if config.world.users != "none" and (config.feedback.source or config.feedback.prompts):
-        raise ConfigError(
-            "world.users must be none with feedback.source or feedback.prompts: simulated users know the embedded world only"
-        )
-    run = Run(config)
-    with MemoryMonitor() as memory, Progress() as progress:
+    with alone(config.run), MemoryMonitor() as memory, Progress() as progress:
+        run = Run(config, again)
         models = find_models(config, progress.pretraining)
         task = Task(config, models)
         if not config.has_truth:
@@ -45,8 +42,10 @@ def run(config: Config) -> int:
             FeedbackLog(config.feedback.url, config.feedback.signals).close()
         with ray_cluster(config.cluster, config.run.cache):
             progress.phase("starting roles")
-            roles = Roles(config, models.policy, models.reward, announce=progress.plan)
+            roles = Roles(config, models.policy, models.reward, announce=progress.plan, tell=progress.phase)
             summary = train(config, run, task, roles, progress)
+    if summary is None:
+        return STOPPED
     summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
     run.summarise(summary)
     write_report(run.path, run.metrics(), summary)
@@ -54,8 +53,8 @@ def run(config: Config) -> int:
     return 0
 
 
-def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress) -> dict[str, Any]:
-    """The loop. Returns the summary."""
+def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress) -> dict[str, Any] | None:
+    """The loop. Returns the summary; none where SIGTERM ended it after a checkpoint."""
     truth = Truth(config)
     if run.checkpoint:
         facts = read_facts(run.checkpoint)
@@ -64,7 +63,7 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         facts = prepare(config, task, truth, roles, progress)
         save(run, roles, facts, 0)
 
-    saved = run.first_step
+    saved, stop = run.first_step, StopRequest()
     for step in progress.steps(run.first_step, config.loop.steps):
         ahead = config.learner.staleness > 0 and step + 1 < config.loop.steps
         keep = partial(write_rollout, path=rollout_path(run.path, step))
@@ -75,11 +74,14 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
             metrics |= promotion_metrics(refit)
         run.log(step, metrics)
         progress.step(step, metrics)
-        if due(step, config.loop.checkpoint_every) or step + 1 == config.loop.steps:
+        if due(step, config.loop.checkpoint_every) or step + 1 == config.loop.steps or stop.asked:
             save(run, roles, facts, step + 1)
             forget_rollouts(run.path, before=saved)  # those since the checkpoint before this one can be replayed
             saved = step + 1
             progress.phase(f"checkpoint step-{step + 1}")
+        if stop.asked and step + 1 < config.loop.steps:
+            progress.phase("stopped by SIGTERM; go on with resume=true")
+            return None
 
     progress.phase("evaluating")
     return summarise(config, run, roles, task, truth, facts)

@@ -10,8 +10,9 @@ import pytest
 from causalrm_ray.config import RunFolder
 from causalrm_ray.options import load_config, options
 from causalrm_ray.types import Completion, Prompt
-from jobs.__main__ import JOBS, lock_of, main
+from jobs.__main__ import JOBS, main
 from jobs.doctor import rollout_engines
+from jobs.lock import lock_of
 from jobs.run import Run
 from jobs.task import Task, find_models
 
@@ -83,13 +84,13 @@ def test_a_log_that_cannot_be_opened_is_named_without_its_password(
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = refusal(capsys, "train-policy", f"model.policy={tmp_path / 'nowhere'}", f"run.dir={tmp_path}")
+    told = refusal(capsys, "train-policy", "loop.max_failures=0", f"model.policy={tmp_path / 'nowhere'}", f"run.dir={tmp_path}")
     assert "nowhere must be a Hugging Face folder or hub id with a tokenizer" in told
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Run(load_config(None, [f"run.dir={tmp_path}", "run.name=mine"])).summarise({})
-    assert "holds a run already" in refusal(capsys, "train-policy", f"run.dir={tmp_path}", "run.name=mine")
+    assert "holds a run already" in refusal(capsys, "train-policy", "loop.max_failures=0", f"run.dir={tmp_path}", "run.name=mine")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,14 @@ def test_a_log_that_cannot_be_fitted_is_refused_before_ray_starts(
 def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "ok"}) + "\n" + json.dumps({"prompt": "word " * 200}) + "\n", encoding="utf-8")
-    told = refusal(capsys, "train-policy", f"feedback.prompts={prompts}", "world.users=none", f"run.dir={tmp_path / 'runs'}")
+    told = refusal(
+        capsys,
+        "train-policy",
+        "loop.max_failures=0",
+        f"feedback.prompts={prompts}",
+        "world.users=none",
+        f"run.dir={tmp_path / 'runs'}",
+    )
     assert "prompt 2" in told
     assert "at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in told
 

@@ -1,0 +1,241 @@
+"""Kill roles, drivers and nodes of a run, one after another, and audit what is left: is anything lost, or there twice?
+
+undisturbed run -> its reward
+attacked run    -> kill, wait for the next step, kill again ... -> audit of log, steps, versions; reward against the other's
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from actors.local_cluster import LocalCluster, local_cluster
+from causalrm_ray.chaos_config import ChaosConfig
+from causalrm_ray.checkpoint import write_json
+from causalrm_ray.checks import InputError
+from causalrm_ray.config import Config
+from causalrm_ray.data.store import FeedbackLog
+from causalrm_ray.options import dump_config, load_tree
+from causalrm_ray.types import Impression
+from causalrm_ray.world.users import SimulatedUsers
+from jobs.benchmark import write_markdown
+from jobs.progress import Progress
+from jobs.run import Run
+from jobs.supervise import ROOT
+from jobs.task import Task, find_models
+
+LONGEST_PAUSE_S = 4.0  # between a step and the next kill: it may hit any phase of the steps that follow
+POLL_S = 0.2
+KNOWN = ("prompt", "response", "policy_version", "time")  # of an impression, to its user
+NOISE = 3.0  # standard errors between the two runs' rewards that chance may make
+
+
+def run(config: ChaosConfig) -> int:
+    """Run the job. Returns 0 if nothing was lost or doubled, else 1."""
+    folder = config.run.path
+    if (folder / "chaos.json").exists():
+        raise InputError(f"{folder} holds figures already: remove it, or choose another run.name")
+    if "train worker" in config.victims and config.train_workers == 0:
+        raise InputError("victims must not hold 'train worker' with train_workers=0")
+    dump_config(config, folder / "config.yaml")
+    with Progress() as progress, local_cluster(config.nodes, config.run.cache) as cluster:
+        calm = main_config(config, cluster.address, "calm")
+        progress.phase("undisturbed run")
+        _start(calm).wait()
+        attacked = main_config(config, cluster.address, "attacked")
+        progress.phase(f"attacked run, {config.kills} kills")
+        driver = _start(attacked)
+        try:
+            kills = attack(config, attacked, driver, cluster, progress)
+            status = driver.wait()
+        finally:
+            _end(driver)
+    faults = audit(attacked, calm)
+    if status:
+        faults.append(f"the job ended with status {status}")
+    if len(kills) < config.kills:
+        faults.append(f"only {len(kills)} of {config.kills} kills before the run's end")
+    _conclude(config, kills, faults)
+    return 1 if faults else 0
+
+
+def main_config(config: ChaosConfig, address: str, name: str) -> Config:
+    """The main tree of a small run on the cluster: synchronous, a checkpoint every second step."""
+    overrides = {
+        "run.name": name,
+        "run.dir": config.run.path,
+        "run.cache": config.run.cache,
+        "run.seed": config.run.seed,
+        "cluster.address": address,
+        "cluster.timeout_s": config.timeout_s,
+        "world.impressions": 600,
+        "reward.epochs": 2,
+        "reward.compare": "[]",
+        "reward.refit_every": max(2, config.steps // 6),
+        "reward.workers": config.train_workers,
+        "rollout.engine": config.engine,
+        "rollout.prompts_per_step": 16,
+        "loop.steps": config.steps,
+        "loop.checkpoint_every": 2,
+        "loop.evaluation_prompts": 120,
+        "loop.max_failures": config.kills,
+    }
+    return load_tree(Config, None, [f"{key}={value}" for key, value in overrides.items()])
+
+
+def attack(
+    config: ChaosConfig, attacked: Config, driver: subprocess.Popen[bytes], cluster: LocalCluster, progress: Progress
+) -> list[dict[str, Any]]:
+    """Kill one victim after another while `driver` runs; who, when, and how long until the next step was done."""
+    rng = random.Random(config.run.seed)
+    plan = [config.victims[number % len(config.victims)] for number in range(config.kills)]
+    rng.shuffle(plan)
+    kills: list[dict[str, Any]] = []
+    path = attacked.run.path
+    _wait(lambda: _steps(path) > 0, driver, config.timeout_s, "the first step")
+    progress.tasks("kills", len(plan))
+    for victim in plan:
+        time.sleep(rng.uniform(0.0, LONGEST_PAUSE_S))
+        if not _wait(partial(_kill, victim, driver, cluster, rng), driver, config.timeout_s, f"a {victim} to kill"):
+            break
+        began, before = time.monotonic(), _steps(path)
+        if not _wait(partial(_went_on, path, before), driver, config.timeout_s, f"a step after the death of {victim}"):
+            break
+        kills.append({"victim": victim, "at_step": before, "seconds": time.monotonic() - began})
+        progress.task(len(kills), f"{victim} at step {before}, next step after {kills[-1]['seconds']:.1f} s")
+    return kills
+
+
+def audit(attacked: Config, calm: Config) -> list[str]:
+    """What is wrong with the attacked run; nothing, as a rule."""
+    faults = []
+    metrics = Run.read_metrics(attacked.run.path)
+    if [row["step"] for row in metrics] != list(range(attacked.loop.steps)):
+        faults.append(f"steps must be 0 to {attacked.loop.steps - 1}, each once, got {[row['step'] for row in metrics]}")
+    versions = [row["reward_version"] for row in metrics]
+    if versions != sorted(versions):
+        faults.append(f"versions of the reward model must never fall, got {versions}")
+    found = {name: _summary(config.run.path) for name, config in (("attacked", attacked), ("calm", calm))}
+    if None in found.values():
+        return [*faults, f"runs without a summary: {[name for name, summary in found.items() if summary is None]}"]
+    rewards = [summary["oracle_reward"] for summary in found.values() if summary]
+    apart = abs(rewards[0]["after"] - rewards[1]["after"])
+    noise = NOISE * sum(reward["stderr"] ** 2 for reward in rewards) ** 0.5
+    if apart > noise:
+        faults.append(f"the final rewards must be within {noise:.2f}, got {apart:.2f}")
+    return [*faults, *audit_log(attacked)]
+
+
+def audit_log(config: Config) -> list[str]:
+    """Is every prompt of the log and of each step shown exactly once, and every reaction of its user logged exactly once?"""
+    task = Task(config, find_models(config))
+    requests = [*task.log_requests(), *(request for step in range(config.loop.steps) for request in task.step_requests(step))]
+    log = FeedbackLog(config.log_url, config.feedback.signals)
+    rows, logged = log.snapshot().to_list(), [event for _, event in log.stream()]
+    log.close()
+    shown = Counter(row["impression_id"].rsplit("/", 1)[0] for row in rows)
+    faults = _differences("prompts", Counter(request.prompt.id for request in requests), shown)
+    users = SimulatedUsers(config.world, config.run.seed)
+    shown_to = [Impression(id=row["impression_id"], **{name: row[name] for name in KNOWN}) for row in rows]
+    expected = Counter(event.id for impression in shown_to for event in users.react(impression))
+    return faults + _differences("feedback events", expected, Counter(event.id for event in logged))
+
+
+def _differences(what: str, expected: Counter[str], found: Counter[str]) -> list[str]:
+    lost, extra = expected - found, found - expected
+    faults = [f"{lost.total()} {what} lost, such as {min(lost)}"] if lost else []
+    return faults + ([f"{extra.total()} {what} too many, such as {min(extra)}"] if extra else [])
+
+
+def _kill(victim: str, driver: subprocess.Popen[bytes], cluster: LocalCluster, rng: random.Random) -> bool:
+    """kill -9; False where there is no such process now."""
+    if victim == "node":
+        cluster.lose_node()
+        return True
+    found = psutil.Process(driver.pid).children() if victim == "driver" else cluster.processes(victim)
+    if not found:
+        return False
+    rng.choice(sorted(found, key=lambda process: process.pid)).kill()
+    return True
+
+
+def _went_on(path: Path, before: int) -> bool:
+    """Whether a step was done since: a resumed run first takes back those after its checkpoint."""
+    return _steps(path) > before or _summary(path) is not None
+
+
+def _wait(true: Callable[[], bool], driver: subprocess.Popen[bytes], timeout_s: float, what: str) -> bool:
+    """Wait until `true`; False if the run ends first. Raises TimeoutError that names `what`."""
+    deadline = time.monotonic() + timeout_s
+    while driver.poll() is None:
+        if true():
+            return True
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within timeout_s={timeout_s:g} s")
+        time.sleep(POLL_S)
+    return False
+
+
+def _steps(path: Path) -> int:
+    """Steps done, by the last whole line of metrics.jsonl."""
+    file = path / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] + 1 if lines else 0
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    file = path / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _start(config: Config) -> subprocess.Popen[bytes]:
+    file = config.run.path.parent / f"{config.run.name}.yaml"
+    dump_config(config, file)
+    log = (config.run.path.parent / f"{config.run.name}.log").open("wb")
+    with log:
+        command = [sys.executable, "-P", "-m", "jobs", "train-policy", "--config", str(file)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _end(driver: subprocess.Popen[bytes]) -> None:
+    """Leave nothing behind if we fail ourselves."""
+    if driver.poll() is None:
+        everyone = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+        for process in everyone:
+            process.kill()
+        driver.wait()
+
+
+def _conclude(config: ChaosConfig, kills: Sequence[Mapping[str, Any]], faults: Sequence[str]) -> None:
+    folder = config.run.path
+    write_json(folder / "chaos.json", {"kills": list(kills), "faults": list(faults)})
+    lines = []
+    for victim in config.victims:
+        seconds = [kill["seconds"] for kill in kills if kill["victim"] == victim]
+        if seconds:
+            lines.append([victim, str(len(seconds)), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"])
+    columns = ("victim", "kills", "median seconds to the next step", "longest")
+    write_markdown("time from a kill to the end of the next step", columns, lines, folder / "table.md")
+    console = Console(highlight=False)
+    shown = Table(*columns, box=None)
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown)
+    for fault in faults:
+        console.print(fault, style="red", markup=False)
+    console.print(f"{len(kills)} kills, {len(faults)} faults; see {folder}", markup=False, soft_wrap=True)

@@ -1,0 +1,95 @@
+"""Roles are killed with -9 and nothing is lost, on real actors with transformers' engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.engine import EngineSettings
+from actors.generator import Generator, engine_env
+from actors.generators import Generators
+from actors.placement import RoleDiedError, place, resolve
+from actors.reward import RewardActor
+from causalrm_ray.checkpoint import atomic_folder
+from causalrm_ray.config import Config, RewardConfig
+from causalrm_ray.models.reward_model import SequenceScorer
+from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.options import validate
+from causalrm_ray.types import Completion, Prompt, Request
+
+TIMEOUT_S = 120.0
+REQUESTS = [
+    Request(Prompt(f"prompt-{number}", "", (3, 5 + number % 40)), number) for number in range(800)
+]  # a stream is held back
+# before half of a generator's answers are read: none has ended when its generator is killed
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    rollout = {"engine": "hf", "generators": 2, "prompts_per_step": 400, "samples_per_prompt": 2, "max_new_tokens": 6}
+    return validate({"run": {"dir": str(tmp_path)}, "rollout": rollout, "loop": {"max_failures": 1}})
+
+
+def kill(role: Any) -> None:
+    pid = ray.get(role.__ray_call__.remote(lambda _: os.getpid()), timeout=TIMEOUT_S)
+    os.kill(pid, signal.SIGKILL)
+
+
+def in_order(answers: Sequence[Completion]) -> list[Completion]:
+    return sorted(answers, key=lambda answer: int(answer.prompt.id.removeprefix("prompt-")))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_another_generator_answers_what_a_killed_one_had_not(config: Config, backbone: str, tmp_path: Path) -> None:
+    rollout, told = config.rollout, []
+
+    def start(name: str) -> Any:
+        settings = EngineSettings(backbone, 32, "float32", tmp_path, TIMEOUT_S, rollout.buffer)
+        return place(Generator, "hf", settings, rollout.sampling(), env=engine_env("hf", backbone, tmp_path), concurrency=2)
+
+    generators = Generators(config, start, told.append)
+    undisturbed = [answer for chunk in generators.micro_batches(generators.generate(REQUESTS), None) for answer in chunk]
+    assert [answer.prompt.id for answer in in_order(undisturbed)] == [request.prompt.id for request in REQUESTS]
+
+    chunks = generators.micro_batches(generators.generate(REQUESTS), None)
+    answers = list(next(chunks))
+    kill(generators.handles["generator-1"])
+    answers += [answer for chunk in chunks for answer in chunk]
+    assert told == ["generator-1 died; another one takes its place (1 of loop.max_failures)"]
+    for found, expected in zip(in_order(answers), in_order(undisturbed), strict=True):
+        assert (found.prompt.id, found.token_ids) == (expected.prompt.id, expected.token_ids)
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)  # others share its batches now
+
+    chunks = generators.micro_batches(generators.generate(REQUESTS), None)
+    next(chunks)
+    kill(generators.handles["generator-0"])
+    with pytest.raises(RoleDiedError, match=r"generate \(generator-0\): the role's process died"):
+        list(chunks)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_reward_role_comes_back_with_the_version_that_it_served(backbone: str, tmp_path: Path) -> None:
+    scorer = SequenceScorer.from_pretrained(backbone)
+    torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
+    with atomic_folder(tmp_path / "candidate") as aside:
+        scorer.save_pretrained(aside / "auto", load_tokenizer(backbone))
+    options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S}
+    role = place(RewardActor, backbone, RewardConfig(), restarts=1, **options)
+    resolve(role.load.remote(tmp_path / "candidate" / "auto", 7), "load", TIMEOUT_S)
+    rows = [[3, 4, 5], [6, 7]]
+    before, _ = resolve(role.score.remote(rows), "score", TIMEOUT_S)
+    kill(role)
+    after, version = resolve(role.score.remote(rows), "score", TIMEOUT_S)
+    assert version == 7
+    assert np.array_equal(after, before)
+    kill(role)
+    with pytest.raises(RoleDiedError, match="score: the role's process died"):
+        resolve(role.score.remote(rows), "score", TIMEOUT_S)
