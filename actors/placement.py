@@ -75,7 +75,7 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
         )
     else:
-        ray.init(address=config.address)
+        ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield
     finally:

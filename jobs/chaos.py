@@ -148,14 +148,15 @@ def audit_log(config: Config) -> list[str]:
     rows, logged = log.snapshot().to_list(), [event for _, event in log.stream()]
     log.close()
     shown = Counter(row["impression_id"].rsplit("/", 1)[0] for row in rows)
-    faults = _differences("prompts", Counter(request.prompt.id for request in requests), shown)
+    faults = differences("prompts", Counter(request.prompt.id for request in requests), shown)
     users = SimulatedUsers(config.world, config.run.seed)
     shown_to = [Impression(id=row["impression_id"], **{name: row[name] for name in KNOWN}) for row in rows]
     expected = Counter(event.id for impression in shown_to for event in users.react(impression))
-    return faults + _differences("feedback events", expected, Counter(event.id for event in logged))
+    return faults + differences("feedback events", expected, Counter(event.id for event in logged))
 
 
-def _differences(what: str, expected: Counter[str], found: Counter[str]) -> list[str]:
+def differences(what: str, expected: Counter[str], found: Counter[str]) -> list[str]:
+    """What of `what` is lost and what is there too often, in words."""
     lost, extra = expected - found, found - expected
     faults = [f"{lost.total()} {what} lost, such as {min(lost)}"] if lost else []
     return faults + ([f"{extra.total()} {what} too many, such as {min(extra)}"] if extra else [])
