@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.in_process import Handle
 from actors.in_process import stream as stream_here
+from actors.telemetry import event, record
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import IN_PROCESS, ClusterConfig
 
@@ -30,6 +31,7 @@ QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY
 
 
 _in_process: ContextVar[bool] = ContextVar("in_process", default=False)
+_labels: dict[str, str] = {}  # actor id (hex) -> role, of all that this process placed
 
 
 class RoleDiedError(RuntimeError):
@@ -91,12 +93,13 @@ def place(
     concurrency: int = 1,
     beside_driver: bool = False,
     bundle: tuple[PlacementGroup, int] | None = None,
+    label: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Start `role(*args, **kwargs)` as a Ray actor and return its handle.
 
     `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node; `bundle`
-    seats it in that bundle of a placement group.
+    seats it in that bundle of a placement group; `label` is how errors call it (none: its class).
     """
     if in_process():
         os.environ.update(env or {})
@@ -110,22 +113,26 @@ def place(
     if bundle:
         group, index = bundle
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
-    return ray.remote(role).options(**options).remote(*args, **kwargs)
+    handle = ray.remote(role).options(**options).remote(*args, **kwargs)
+    _labels[handle._actor_id.hex()] = label or role.__name__
+    return handle
 
 
 def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
     """The value (or list of values) behind `refs`.
 
-    Raises RoleTimeoutError or RoleDiedError that names the phase. A role's own error passes, an InputError in its plain form.
+    Raises RoleTimeoutError or RoleDiedError that names the phase and the roles that have not answered, or died. A role's own
+    error passes, an InputError in its plain form.
     """
     if in_process():
         return refs
     try:
         return ray.get(refs, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise RoleTimeoutError(f"{phase}: no answer within cluster.timeout_s={timeout_s:g} s") from error
+        raise _late(phase, _silent(refs), timeout_s) from error
     except (RayActorError, WorkerCrashedError) as error:
-        raise RoleDiedError(f"{phase}: the role's process died: {error}") from error
+        role = _labels.get(getattr(error, "actor_id", None) or "", "a role")
+        raise _fault(RoleDiedError, [role], f"{phase}: the process of {role} died: {error}") from error
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
@@ -143,12 +150,31 @@ def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[t
         found, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         ready: list[Any] = found
         if not ready:
-            raise RoleTimeoutError(f"{phase}: nothing new within cluster.timeout_s={timeout_s:g} s")
+            raise _late(phase, [names[generator] for generator in waiting], timeout_s)
         generator = ready[0]
         reference = next(generator, None)
         if reference is not None:
             yield names[generator], resolve(reference, f"{phase} ({names[generator]})", timeout_s)
             waiting = [*waiting, generator]
+
+
+def _silent(refs: Any) -> list[str]:
+    """The roles behind those of `refs` that are not there yet."""
+    distinct = list(dict.fromkeys(refs if isinstance(refs, list) else [refs]))
+    _, pending = ray.wait(distinct, num_returns=len(distinct), timeout=0)
+    return list(dict.fromkeys(_labels.get(ref.task_id().actor_id().hex(), "a task") for ref in pending))
+
+
+def _late(phase: str, roles: Sequence[str], timeout_s: float) -> Exception:
+    shown = ", ".join(roles[:8]) + (f" and {len(roles) - 8} more" if len(roles) > 8 else "")
+    return _fault(RoleTimeoutError, roles, f"{phase}: no answer from {shown} within cluster.timeout_s={timeout_s:g} s")
+
+
+def _fault(kind: type[Exception], roles: Sequence[str], message: str) -> Exception:
+    for role in roles:
+        record("failures", role, 1)
+        event("failure", role, logging.ERROR, error=message)
+    return kind(message)
 
 
 def run_tasks(
@@ -165,7 +191,7 @@ def run_tasks(
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         if not ready:
-            raise RoleTimeoutError(f"{phase}: nothing new within cluster.timeout_s={timeout_s:g} s")
+            raise _late(phase, [names[reference] for reference in waiting], timeout_s)
         yield names[ready[0]], resolve(ready[0], f"{phase} ({names[ready[0]]})", timeout_s)
 
 
