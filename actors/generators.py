@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.placement import RoleDiedError, resolve, stream
+from actors.telemetry import record
 from actors.weight_sync import SyncReport
 from causalrm_ray.config import Config
 from causalrm_ray.types import Completion, Request, Sampling
@@ -52,12 +53,13 @@ class Generators:
         answered: set[str] = set()
         while calls:
             try:
-                for _, chunk in stream({name: call.answers for name, call in calls.items()}, "generate", self._timeout_s):
+                for name, chunk in stream({name: call.answers for name, call in calls.items()}, "generate", self._timeout_s):
+                    record("generated_tokens", name, sum(len(done.token_ids) for done in chunk))
                     answered.update(completion.prompt.id for completion in chunk)
                     yield chunk
                 return
             except RoleDiedError as error:
-                if error.role is None:
+                if error.role not in calls:
                     raise
                 lost = calls.pop(error.role)
                 self._replace(error.role, error)
@@ -85,7 +87,7 @@ class Generators:
         return self._report(name, self.handles[name].take_weights.remote(weights()))
 
     def _report(self, name: str, call: Any) -> SyncReport:
-        report: SyncReport = resolve(call, f"sync weights ({name})", self._timeout_s, name)
+        report: SyncReport = resolve(call, f"sync weights ({name})", self._timeout_s)
         if not report.checksum_ok:
             raise RuntimeError(f"{name}: weights of version {report.version} do not match the learner's checksum")
         return report

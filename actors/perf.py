@@ -4,6 +4,7 @@ RawVllm       vLLM's LLMEngine, stepped until all requests are done
 PlainLearner  a GRPO step in plain torch
 TokenReward   a reward that costs nothing, in our loop and in the others'
 role_spans    when any of our roles worked, as Ray saw it
+timeline      all that Ray ran meanwhile, for a viewer of traces
 """
 
 from __future__ import annotations
@@ -135,6 +136,12 @@ def token_reward(token_ids: Sequence[int]) -> float:
     return sum(token % 7 for token in last) / (7 * len(last))
 
 
+def timeline(begin: float, end: float) -> list[dict[str, Any]]:
+    """What Ray has told of so far that began within [begin, end], epoch seconds: events of Chrome's trace format."""
+    events: list[dict[str, Any]] = ray.timeline() or []
+    return [event for event in events if begin <= event.get("ts", 0) / 1e6 <= end]
+
+
 def role_spans(begin: float, end: float, calls: int) -> list[tuple[float, float]]:
     """(begin, end), epoch seconds, of all executions of tasks and actor methods that began within [begin, end].
 
@@ -142,10 +149,8 @@ def role_spans(begin: float, end: float, calls: int) -> list[tuple[float, float]
     """
     deadline = time.monotonic() + SPANS_WAIT_S
     while True:
-        events: list[dict[str, Any]] = ray.timeline() or []
-        told = [event for event in events if event["cat"] == "task:execute"]
+        told = [event for event in timeline(begin, end) if event["cat"] == "task:execute"]
         spans = [(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6) for event in told]
-        spans = [span for span in spans if begin <= span[0] <= end]
         if len(spans) >= calls:
             return spans
         if time.monotonic() > deadline:

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.in_process import Handle
 from actors.in_process import stream as stream_here
+from actors.telemetry import event, record
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import IN_PROCESS, ClusterConfig
 
@@ -30,10 +31,11 @@ QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY
 
 
 _in_process: ContextVar[bool] = ContextVar("in_process", default=False)
+_labels: dict[str, str] = {}  # actor id (hex) -> role, of all that this process placed
 
 
 class RoleDiedError(RuntimeError):
-    """A role's process ended, or its node; the message says in which phase. `role` is its name where calls were named."""
+    """A role's process ended, or its node; the message says in which phase. `role` is its label, if it is known."""
 
     def __init__(self, message: str, role: str | None = None) -> None:
         super().__init__(message)
@@ -96,13 +98,15 @@ def place(
     beside_driver: bool = False,
     bundle: tuple[PlacementGroup, int] | None = None,
     restarts: int = 0,
+    label: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Start `role(*args, **kwargs)` as a Ray actor and return its handle.
 
     `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node; `bundle`
-    seats it in that bundle of a placement group. A role that dies is started again up to `restarts` times, and what it was
-    asked is asked again: its methods must bear that, and its constructor find what it knew (see `restarted`).
+    seats it in that bundle of a placement group; `label` is how errors call it (none: its class). A role that dies is started
+    again up to `restarts` times, and what it was asked is asked again: its methods must bear that, and its constructor find what
+    it knew (see `restarted`).
     """
     if in_process():
         os.environ.update(env or {})
@@ -117,7 +121,9 @@ def place(
     if bundle:
         group, index = bundle
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
-    return ray.remote(role).options(**options).remote(*args, **kwargs)
+    handle = ray.remote(role).options(**options).remote(*args, **kwargs)
+    _labels[handle._actor_id.hex()] = label or role.__name__
+    return handle
 
 
 def restarted() -> bool:
@@ -125,25 +131,28 @@ def restarted() -> bool:
     return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
-def resolve(refs: Any, phase: str, timeout_s: float, role: str | None = None) -> Any:
-    """The value (or list of values) behind `refs`, asked of `role` if one is named.
+def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
+    """The value (or list of values) behind `refs`.
 
-    Raises RoleTimeoutError or RoleDiedError that names the phase. A role's own error passes, an InputError in its plain form.
+    Raises RoleTimeoutError or RoleDiedError that names the phase and the roles that have not answered, or died. A role's own
+    error passes, an InputError in its plain form.
     """
     if in_process():
         return refs
     try:
         return ray.get(refs, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise RoleTimeoutError(f"{phase}: no answer within cluster.timeout_s={timeout_s:g} s") from error
+        raise _late(phase, _silent(refs), timeout_s) from error
     except (RayActorError, WorkerCrashedError) as error:
-        raise RoleDiedError(f"{phase}: the role's process died: {error}", role) from error
+        role = _labels.get(getattr(error, "actor_id", None) or "")
+        name = role or "a role"
+        raise RoleDiedError(_failed([name], f"{phase}: the process of {name} died: {error}"), role) from error
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
     except ObjectLostError as error:
-        raise RoleDiedError(f"{phase}: what a role had made was lost with its node: {error}", role) from error
+        raise RoleDiedError(f"{phase}: what a role had made was lost with its node: {error}") from error
 
 
 def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:
@@ -157,13 +166,33 @@ def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[t
         found, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         ready: list[Any] = found
         if not ready:
-            raise RoleTimeoutError(f"{phase}: nothing new within cluster.timeout_s={timeout_s:g} s")
+            raise _late(phase, [names[generator] for generator in waiting], timeout_s)
         generator = ready[0]
         reference = next(generator, None)
         if reference is not None:
             name = names[generator]
-            yield name, resolve(reference, f"{phase} ({name})", timeout_s, name)
+            yield name, resolve(reference, f"{phase} ({name})", timeout_s)
             waiting = [*waiting, generator]
+
+
+def _silent(refs: Any) -> list[str]:
+    """The roles behind those of `refs` that are not there yet."""
+    distinct = list(dict.fromkeys(refs if isinstance(refs, list) else [refs]))
+    _, pending = ray.wait(distinct, num_returns=len(distinct), timeout=0)
+    return list(dict.fromkeys(_labels.get(ref.task_id().actor_id().hex(), "a task") for ref in pending))
+
+
+def _late(phase: str, roles: Sequence[str], timeout_s: float) -> Exception:
+    shown = ", ".join(roles[:8]) + (f" and {len(roles) - 8} more" if len(roles) > 8 else "")
+    return RoleTimeoutError(_failed(roles, f"{phase}: no answer from {shown} within cluster.timeout_s={timeout_s:g} s"))
+
+
+def _failed(roles: Sequence[str], message: str) -> str:
+    """The message, which is recorded, too."""
+    for role in roles:
+        record("failures", role, 1)
+        event("failure", role, logging.ERROR, error=message)
+    return message
 
 
 def run_tasks(
@@ -180,7 +209,7 @@ def run_tasks(
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         if not ready:
-            raise RoleTimeoutError(f"{phase}: nothing new within cluster.timeout_s={timeout_s:g} s")
+            raise _late(phase, [names[reference] for reference in waiting], timeout_s)
         yield names[ready[0]], resolve(ready[0], f"{phase} ({names[ready[0]]})", timeout_s)
 
 

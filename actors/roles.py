@@ -13,6 +13,7 @@ its own bound.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserv
 from actors.plan import Plan, make_plan
 from actors.propensity import PropensityActor, read_propensities
 from actors.reward import RewardActor
+from actors.telemetry import DRIVER, event, record
 from actors.users import UsersRole
 from causalrm_ray.config import Config
 from causalrm_ray.estimators.fit import FitSettings
@@ -79,9 +81,10 @@ class Roles:
         restarts: dict[str, Any] = {"restarts": config.loop.max_failures}
         common: dict[str, Any] = {"max_length": config.model.max_length, **restarts}
         if "log" in parts:
-            self.log = place(FeedbackRole, config.log_url, dict(config.feedback.signals), beside_driver=True, **restarts)
+            signals = dict(config.feedback.signals)
+            self.log = place(FeedbackRole, config.log_url, signals, beside_driver=True, label="log", **restarts)
         if "users" in parts:
-            self.users = place(UsersRole, config.world, config.run.seed, **restarts)
+            self.users = place(UsersRole, config.world, config.run.seed, label="users", **restarts)
         if "reward" in parts:
             common |= {"device": "cuda" if self.plan.bundles else "cpu", "env": CPU_THREADS}
             settings = FitSettings(PROPENSITY_EPOCHS, config.reward.lr, BATCH_SIZE, seed=config.run.seed)
@@ -137,14 +140,17 @@ class Roles:
             rewards = self.reward.score.remote([done.prompt.token_ids + done.token_ids for done in chunk])
             effects = [rank.prepare.remote(chunk) for rank in self.learners] + [self.show(show(chunk))]
             in_flight.append((chunk, rewards, effects))
+            record("queue_rows", DRIVER, sum(len(waiting) for waiting, *_ in in_flight))
             while sum(len(waiting) for waiting, *_ in in_flight) > self._config.rollout.buffer:
                 scored += self._finish(*in_flight.popleft())
         for waiting in in_flight:
             scored += self._finish(*waiting)
+        record("queue_rows", DRIVER, 0)
         return sorted(scored, key=lambda answer: answer.completion.prompt.id)
 
     def show(self, impressions: Sequence[Impression]) -> Any:
         """Show `impressions` to the users and log both; returns what to wait for."""
+        record("feedback_rows", "log", len(impressions))
         return self.log.append.remote(impressions, self.users.react_all.remote(impressions))
 
     def fill_log(self, requests: Sequence[Request], show: Show) -> int:
@@ -162,13 +168,19 @@ class Roles:
 
     def update(self, scored: Sequence[Scored]) -> dict[str, float]:
         """One learner update on a whole step; metrics over all ranks, and the version of the reward that they rest on."""
+        began = time.perf_counter()
         metrics = self._wait([rank.update.remote(scored) for rank in self.learners], "update policy")[0]
+        record("update_seconds", "learner", time.perf_counter() - began)
         return {**metrics, "reward_version": float(scored[0].reward_version)}
 
     def publish(self) -> dict[str, float]:
         """Give the learner's weights to every generator. Raises RuntimeError unless every checksum agrees."""
         reports = self.generators.publish(self._weights)
         slowest = max(report.seconds for report in reports)
+        record("sync_seconds", "learner", slowest)
+        for name in ("learner", *self.generators.handles):
+            record("version", name, reports[0].version)
+        event("sync", "learner", version=reports[0].version, bytes=reports[0].bytes, seconds=slowest)
         return {
             "sync_bytes": float(reports[0].bytes),
             "sync_seconds": slowest,
@@ -199,13 +211,20 @@ class Roles:
         snapshot = self._folder / "snapshots" / f"{name}.parquet"
         self._wait(self.log.write_snapshot.remote(snapshot, as_of), "snapshot the log")
         folder = self._folder / "propensity" / name
+        began = time.perf_counter()
         propensity = self._wait(self.propensity.fit.remote(snapshot, folder), "fit propensity")
+        record("fit_seconds", "propensity", time.perf_counter() - began)
+        record("version", "propensity", propensity["version"])
         labels = clean_labels(snapshot) if clean_labels else None
         self._propensity_folder, self._fitted_position = folder, position
         weights = read_propensities(folder).numpy()
         options = {"candidate": name, "start": folder / "fold-0", "clean_labels": labels}
         report = self._wait(self.reward.fit.remote(snapshot, weights, list(methods), **options), "fit reward")
         promotion = self._wait(self.reward.promote.remote(name), "promote reward")
+        record("fit_seconds", "reward", report.seconds)
+        record("version", "reward", promotion.version)
+        event("refit", "reward", candidate=name, seconds=report.seconds, log_position=position)
+        event("gate", "reward", candidate=name, **asdict(promotion))
         folders = {method: str((report.folder / method).relative_to(self._folder)) for method in methods}
         reward = {**report.figures, "folders": folders, "seconds": report.seconds, "train_seconds": report.train_seconds}
         return {"propensity": propensity, "reward": reward, "promotion": asdict(promotion)}
@@ -265,13 +284,15 @@ class Roles:
 
     def _finish(self, chunk: Sequence[Completion], rewards: Any, effects: Sequence[Any]) -> list[Scored]:
         logits, version = self._wait(rewards, "score")
+        record("scored_rows", "reward", len(chunk))
         self._wait(list(effects), "prepare answers and log feedback")
         return [Scored(done, float(logit), version) for done, logit in zip(chunk, logits, strict=True)]
 
     def _seat(self, role: str) -> dict[str, Any]:
         """What `place` is told of a role's seat."""
         seat = self.plan.seats[role]
-        return {"gpus": seat.gpus, "bundle": (self._bundles, seat.bundle) if self._bundles and seat.bundle is not None else None}
+        bundle = (self._bundles, seat.bundle) if self._bundles and seat.bundle is not None else None
+        return {"gpus": seat.gpus, "bundle": bundle, "label": role}
 
     def _generator(self, role: str) -> Any:
         rollout, model, cache, seat = self._config.rollout, self._config.model, self._config.run.cache, self._seat(role)

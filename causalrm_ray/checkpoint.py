@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from causalrm_ray.checks import InputError
+
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(InputError):
     """A folder that is missing, incomplete or altered."""
 
 
@@ -25,6 +27,14 @@ def write_json(path: Path, value: Any) -> None:
     aside.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     _flush(aside)
     aside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises InputError for a file that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} must be JSON: {error}") from error
 
 
 @contextlib.contextmanager
@@ -52,7 +62,7 @@ def verify_folder(path: Path) -> None:
         raise CheckpointError(f"{path} has no {MANIFEST}: it was never completed")
     try:
         expected = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{manifest} is not JSON: {error}") from error
     if not isinstance(expected, dict):
         raise CheckpointError(f"{manifest} must map files to hashes, got {type(expected).__name__}")
@@ -60,8 +70,21 @@ def verify_folder(path: Path) -> None:
     if found != set(expected):
         raise CheckpointError(f"{path}: files differ from the manifest: {sorted(found ^ set(expected))}")
     for file, digest in expected.items():
-        if _sha256(path / file) != digest:
+        try:
+            found_digest = _sha256(path / file)
+        except OSError as error:
+            raise CheckpointError(f"{path / file} cannot be read: {error}") from error
+        if found_digest != digest:
             raise CheckpointError(f"{path / file} does not match its hash in {MANIFEST}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `path` is there and verifies."""
+    try:
+        verify_folder(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:

@@ -1,8 +1,14 @@
-"""Options as a user gives them: a file, overrides over it, checked as one tree; and the resolved tree written back."""
+"""Options as a user gives them: a file, overrides over it, checked as one tree; and the resolved tree written back.
+
+What is written back begins with a line that holds its hash, which is compared on reading: a run that goes on must not do so
+under options that a damaged disk changed.
+"""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from causalrm_ray.config import Config, ConfigError, RunFolder, Section
+from causalrm_ray.data.files import write_whole
 
 Tree = TypeVar("Tree", bound=Section)
+HASH_LINE = "# sha256 of the lines below: "
 
 
 def options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
@@ -59,14 +67,28 @@ class _Where(Section):
 def _merge(kind: type[Section], file: str | Path | None, overrides: Sequence[str], defaults: Sequence[str]) -> dict[Any, Any]:
     dotlist = [_expand(item, kind) for item in overrides]
     try:
-        base = OmegaConf.load(file) if file else OmegaConf.create()
+        base = OmegaConf.load(io.StringIO(_read(Path(file)))) if file else OmegaConf.create()
         if not OmegaConf.is_dict(base):
             raise ConfigError(f"{file} must hold a mapping of sections, got {type(base).__name__}")
         merged = OmegaConf.merge(OmegaConf.from_dotlist(list(defaults)), base, OmegaConf.from_dotlist(dotlist))
         tree = OmegaConf.to_container(merged, resolve=True)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        # ValueError: a file that is no UTF-8, or a 13th month
         raise ConfigError(f"cannot read the configuration {file or ''} {' '.join(overrides)}: {error}") from error
     return dict(tree) if isinstance(tree, dict) else {}
+
+
+def _read(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    first, _, rest = text.partition("\n")
+    if first.startswith(HASH_LINE) and first.removeprefix(HASH_LINE) != hashlib.sha256(rest.encode()).hexdigest():
+        raise ConfigError(
+            f"{file} must match the hash in its first line: it was damaged or edited; give changes as key=value, or take the line"
+            " off to have it read as it is"
+        )
+    return text
 
 
 def _expand(override: str, kind: type[Section]) -> str:
@@ -107,6 +129,7 @@ def _explain(fault: Any, kind: type[Section]) -> str:
 
 
 def dump_config(config: Section, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """Write the resolved configuration as YAML, under a line with its hash."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = f"{HASH_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

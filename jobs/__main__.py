@@ -15,10 +15,11 @@ from rich.table import Table
 from causalrm_ray.benchmark_config import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.chaos_config import ChaosConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.config import Config, ConfigError, RunFolder
 from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.options import find_run, load_tree, options
 from causalrm_ray.perf_config import PerfConfig
+from causalrm_ray.plan_config import PlanConfig
 from jobs.lock import alone
 
 
@@ -30,7 +31,13 @@ class Job(NamedTuple):
     module: str
     meaning: str
     tree: (
-        type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] | type[PerfConfig] | type[ChaosConfig]
+        type[Config]
+        | type[BenchmarkConfig]
+        | type[NoiseStudyConfig]
+        | type[EmbedConfig]
+        | type[PerfConfig]
+        | type[ChaosConfig]
+        | type[PlanConfig]
     ) = Config
     writes: bool = True
     revisits: bool = False
@@ -54,6 +61,7 @@ JOBS = {
     ),
     "perf": Job("jobs.perf", "how fast every part of a step is, against the same work done without us", PerfConfig),
     "chaos": Job("jobs.chaos", "kill roles, drivers and nodes of a small run, and audit what is left of it", ChaosConfig),
+    "plan": Job("jobs.plan", "memory, time and cost of a training run on given GPUs, and what is slowest", PlanConfig),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
 }
 
@@ -73,11 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not file.exists():
                 raise InputError(f"{'run.name' if job.revisits else 'resume=true'}: {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
-        with alone(config.run) if job.writes else contextlib.nullcontext():
+        with alone(config.run) if job.writes else contextlib.nullcontext(), _logged(job, config.run):
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
+
+
+def _logged(job: Job, run: RunFolder) -> contextlib.AbstractContextManager[object]:
+    """The log of a run of the main tree, loaded only now: `--help` need not wait for Ray."""
+    if not job.writes or job.tree is not Config:
+        return contextlib.nullcontext()
+    return importlib.import_module("jobs.run_log").RunLog(run)
 
 
 def print_help(job: str) -> None:

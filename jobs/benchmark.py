@@ -12,7 +12,6 @@ import contextlib
 import csv
 import difflib
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -24,7 +23,7 @@ from rich.table import Table
 from actors.benchmark import METRICS, BiasOrder, Cell, CellOrder, Row, Setting, run_bias, run_cell
 from actors.placement import ray_cluster, run_tasks
 from causalrm_ray.benchmark_config import BenchmarkConfig
-from causalrm_ray.checkpoint import write_json
+from causalrm_ray.checkpoint import read_json, write_json
 from causalrm_ray.checks import InputError, check_both_classes
 from causalrm_ray.config import ConfigError
 from causalrm_ray.data.embeddings import GradedEmbeddings, load_pair
@@ -257,7 +256,7 @@ def _bias_orders(config: BenchmarkConfig) -> Iterator[BiasOrder]:
 
 def _read(folder: Path, kind: str, name: str) -> list[Row]:
     path = _file(folder, kind, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return read_json(path) if path.exists() else []
 
 
 def _file(folder: Path, kind: str, name: str) -> Path:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from actors.engine import EngineSettings
 from actors.generator import engine_env
-from actors.perf import PlainLearner, RawVllm, TokenReward, role_spans, token_reward
+from actors.perf import PlainLearner, RawVllm, TokenReward, role_spans, timeline, token_reward
 from actors.perf_trl import TrlTrainer, check_trl
 from actors.placement import place, ray_cluster, resolve
 from actors.roles import CPU_THREADS, Roles
@@ -224,6 +224,7 @@ def measure_driver(bench: Bench) -> Figure:
 
     A step is the real loop's: answers stream to the reward model, the learner and the users, who react into the log; update;
     publish. A role works while Ray executes one of its methods; reading arguments and storing results is no work.
+    The last step's trace goes to timeline.json of the case's folder, for chrome://tracing or Perfetto.
     """
     roles, truth, windows, walls = bench.loop, Truth(bench.config), [], []
     bench.progress.tasks(f"steps of {bench.name}", bench.told.pairs)
@@ -238,6 +239,7 @@ def measure_driver(bench: Bench) -> Figure:
     batches = generators * -(-bench.answers // (generators * bench.config.rollout.micro_batch))
     methods = generators * 2 + bench.told.ranks * (batches + 2) + batches * 3
     spans = role_spans(began, time.time(), len(windows) * methods)
+    write_json(bench.config.run.path / "timeline.json", timeline(*windows[-1]))
     shares = [uncovered(spans, *window) for window in windows[WARM:]]
     return figure("driver", bench.name, shares, 0.05, False, step_s=float(np.median(walls[WARM:])))
 

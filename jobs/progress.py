@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from actors.plan import Plan
+from actors.telemetry import event, step_now
 
 console = Console(highlight=False)
 LINES = 10  # printed lines per bar where the output is no terminal
@@ -46,6 +47,10 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """Say what begins now."""
+        event("phase", name=name)
+        self._say(name)
+
+    def _say(self, name: str) -> None:
         console.print(f"[dim]{time.perf_counter() - self._began:7.1f} s[/]  {name}")
 
     def pretraining(self, step: int, steps: int, loss: float) -> None:
@@ -68,10 +73,14 @@ class Progress:
         """The policy steps first..last-1, with a bar."""
         self.phase(f"tuning the policy, steps {first} to {last}")
         self._open("policy steps", last, first)
-        yield from range(first, last)
+        for step in range(first, last):
+            step_now.set(step)
+            yield step
+        step_now.set(None)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A policy step is done."""
+        event("step", figures=dict(metrics))
         shown = {"reward": "reward", "oracle": "oracle_mean", "kl": "kl", "mismatch": "logprob_mismatch_max_abs"}
         self._advance(step + 1, "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics))
 
@@ -103,4 +112,4 @@ class Progress:
         if self._bar is not None:
             self._bars.update(self._bar, completed=done, figures=figures)
         if not console.is_terminal and (done % max(1, self._total // LINES) == 0 or done == self._total):
-            self.phase(f"  {done}/{self._total}  {figures}")
+            self._say(f"  {done}/{self._total}  {figures}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import signal
 import threading
 from collections.abc import Mapping
@@ -14,9 +16,11 @@ import psutil
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from causalrm_ray.checkpoint import newest_complete, write_json
+from actors.telemetry import event
+from causalrm_ray.checkpoint import newest_complete, read_json, write_json
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config
+from causalrm_ray.data.files import write_whole
 from causalrm_ray.options import dump_config
 
 STOPPED = 128 + signal.SIGTERM  # exit status of a job that was asked to stop, and saved
@@ -62,20 +66,22 @@ class Run:
     @staticmethod
     def read_metrics(folder: Path) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl of the run in `folder`."""
-        file = folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return [row for _, row in _lines(folder / "metrics.jsonl")]
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, and the diagnostics of a fit, if there was one, as diagnostics.json, too."""
         write_json(self.path / "summary.json", dict(summary))
         if "diagnostics" in summary:
             write_json(self.path / "diagnostics.json", summary["diagnostics"])
+            for text in summary["diagnostics"]["warnings"]:
+                event("warning", level=logging.WARNING, text=text)
         if self._tensorboard is not None:
             self._tensorboard.close()
 
     def _find_checkpoint(self) -> None:
         self.checkpoint, passed_over = newest_complete(self.path / "checkpoints")
         for reason in passed_over:
+            event("warning", level=logging.WARNING, text=f"passed over: {reason}")
             console.print(f"passed over: {reason}", style="yellow", markup=False)
         if self.checkpoint is None:
             raise InputError(f"resume=true, but {self.path / 'checkpoints'} holds no complete checkpoint")
@@ -86,17 +92,34 @@ class Run:
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] >= step:
-                break
-            kept.append(line)
-        file.write_text("".join(kept), encoding="utf-8")
+        kept = itertools.takewhile(lambda found: found[1]["step"] < step, _lines(file))
+        text = "".join(line for line, _ in kept)
+        write_whole(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
     """What a verified checkpoint says of its run: the first fit, the starting evaluation, the serving versions."""
-    return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8"))
+    return read_json(checkpoint / "facts.json")
+
+
+def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, its figures) of metrics.jsonl but for a last line that was half written. Raises InputError for a damaged one."""
+    found = []
+    try:
+        lines = file.read_bytes().decode().splitlines(keepends=True) if file.exists() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} must be UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} line {number} must be JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise InputError(f"{file} line {number} must hold figures and a whole number `step`, got {line.strip()[:80]!r}")
+        found.append((line, row))
+    return found
 
 
 class StopRequest:

@@ -15,6 +15,7 @@ from causalrm_ray.checks import InputError
 from causalrm_ray.config import EMBEDDED, Config
 from causalrm_ray.data.sources import read_prompts
 from causalrm_ray.embed_config import EmbedConfig
+from causalrm_ray.models.identity import check_weights
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
 from causalrm_ray.types import Completion, Impression, Prompt, Request
 from causalrm_ray.world.grammar import evaluation_prompts, style_of, train_prompts
@@ -41,11 +42,14 @@ def find_models(config: Config, on_progress: Progress | None = None) -> Models:
 
 
 def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | None = None) -> str:
-    """One model by name: 'embedded', a folder or a hub id."""
+    """One model by name: 'embedded', a folder or a hub id. Raises InputError for a folder with unreadable weights."""
     if name == EMBEDDED:
         return str(ensure_policy(config.run.cache, seed=0, on_progress=on_progress))
     folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.exists() else name
+    if not folder.exists():
+        return name
+    check_weights(str(folder))
+    return str(folder.resolve())
 
 
 class Task:

@@ -24,6 +24,7 @@ from jobs.feedback import import_feedback, simulate_feedback
 from jobs.lock import alone
 from jobs.progress import Progress
 from jobs.run import STOPPED, MemoryMonitor, Run, StopRequest, read_facts
+from jobs.run_log import RunLog
 from jobs.summary import judge_start, promotion_metrics, summarise
 from jobs.task import Task, find_models
 from jobs.truth import Truth
@@ -32,7 +33,7 @@ from jobs.truth import Truth
 def run(config: Config, again: bool = False) -> int:
     """Run the job; its artefacts are in runs/<name>. `again`: begin anew over what is left of an attempt without a checkpoint."""
     began = time.perf_counter()
-    with alone(config.run), MemoryMonitor() as memory, Progress() as progress:
+    with alone(config.run), RunLog(config.run), MemoryMonitor() as memory, Progress() as progress:
         run = Run(config, again)
         models = find_models(config, progress.pretraining)
         task = Task(config, models)

@@ -1,20 +1,26 @@
 """Ready-made embeddings of graded answers, from a .safetensors file: "embeddings" [N, D] and "labels" [N].
 
-They are the last-token states of any frozen backbone, so that estimators can be compared without running one.
+They are the last-token states of any frozen backbone, so that estimators can be compared without running one. Files that we
+write carry a hash of both, which is compared on reading; others are taken as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from causalrm_ray.checks import InputError, check_finite
+from causalrm_ray.data.files import write_whole
 
 EMBEDDINGS, LABELS = "embeddings", "labels"
+HASH = "sha256"  # its name in the file's metadata
 _EMBEDDING_TYPES = (torch.float16, torch.float32)
 
 
@@ -52,6 +58,12 @@ def load_embeddings(path: Path) -> GradedEmbeddings:
     return GradedEmbeddings(features, levels)
 
 
+def write_embeddings(path: Path, features: np.ndarray, levels: np.ndarray) -> None:
+    """Write `features` [N, D] and `levels` [N] as `load_embeddings` reads them, whole or not at all, with their hash."""
+    tensors, told = {EMBEDDINGS: features, LABELS: levels}, {HASH: _sha256(features, levels)}
+    write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata=told))
+
+
 def load_pair(train: Path, test: Path) -> tuple[GradedEmbeddings, GradedEmbeddings]:
     """The two splits of one data set. Raises InputError if a file is faulty or their widths differ."""
     first, second = load_embeddings(train), load_embeddings(test)
@@ -69,9 +81,21 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
             found = sorted(file.keys())
             for name in (EMBEDDINGS, LABELS):
                 _require(name in found, path, name, "must be there", f"only {found}")
-            return file.get_tensor(EMBEDDINGS), file.get_tensor(LABELS)
-    except (SafetensorError, OSError) as error:
+            features, levels = file.get_tensor(EMBEDDINGS), file.get_tensor(LABELS)
+            told = (file.metadata() or {}).get(HASH)
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: must be a readable .safetensors file: {error}") from error
+    if told is not None and told != _sha256(features.numpy(), levels.numpy()):
+        raise InputError(f"{path}: its tensors must match the {HASH} in its metadata: the file was damaged or altered")
+    return features, levels
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _require(holds: bool, path: Path, tensor: str, rule: str, got: str) -> None:

@@ -1,10 +1,20 @@
-"""Files that readers see whole or not at all."""
+"""Files that readers see whole or not at all; our Parquet files also tell of every flipped bit."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from causalrm_ray.checks import InputError
+
+# What pyarrow raises for a file that is no Parquet or a damaged one; ValueError covers text that is no UTF-8.
+PARQUET_FAULTS = (OSError, ValueError, OverflowError, pa.ArrowException)
+CHECKSUMS: Mapping[str, Any] = {"write_page_checksum": True}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -18,3 +28,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table, whole or not at all, with a checksum of every page."""
+    write_whole(path, lambda unfinished: pq.write_table(table, unfinished, **CHECKSUMS))
+
+
+def read_parquet(path: Path, what: str = "a readable Parquet file") -> pa.Table:
+    """A table, its checksums compared where it has any. Raises InputError that says the file must be `what`."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read()
+    except PARQUET_FAULTS as error:
+        raise InputError(f"{path} must be {what}: {error}") from error

@@ -107,8 +107,11 @@ def splits(source: str) -> dict[str, list[tuple[str, str]]]:
     if path.is_file() or (path / "state.json").is_file():
         return {"train": [(source, "train")]}
     if (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return {name: [(source, name)] for name in names}
+        try:
+            names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            return {name: [(source, name)] for name in names}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SourceError(f"{path / 'dataset_dict.json'} must be JSON that lists `splits`: {error!r}") from error
     found: dict[str, list[tuple[str, str]]] = {}
     for file in data_files(path):
         told = _SPLIT_NAME.search(file.name.lower())

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from causalrm_ray.checks import InputError
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.data.files import read_parquet, write_parquet
 from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 ROLLOUT_SCHEMA = pa.schema(
@@ -50,18 +49,18 @@ def write_rollout(scored: Sequence[Scored], path: Path) -> None:
         }
         for answer in scored
     ]
-    table = pa.Table.from_pylist(rows, ROLLOUT_SCHEMA)
-    write_whole(path, lambda unfinished: pq.write_table(table, unfinished))
+    write_parquet(pa.Table.from_pylist(rows, ROLLOUT_SCHEMA), path)
 
 
 def read_rollout(path: Path) -> list[Scored]:
     """What `write_rollout` wrote. Raises InputError for a file that is no rollout."""
-    try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} must be a rollout in Parquet: {error}") from error
+    table = read_parquet(path, "a rollout in Parquet")
     if not table.schema.equals(ROLLOUT_SCHEMA):
         raise InputError(f"{path} must have the columns {', '.join(ROLLOUT_SCHEMA.names)}, got {', '.join(table.schema.names)}")
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if nulls := column.null_count + (column.flatten().null_count if pa.types.is_list(column.type) else 0):
+            raise InputError(f"{path}: {name} must be given in every row, got {nulls} nulls")
     return [_scored(row) for row in table.to_pylist()]
 
 

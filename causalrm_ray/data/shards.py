@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
 from causalrm_ray.checks import InputError
-from causalrm_ray.data.embeddings import EMBEDDINGS, LABELS
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.data.embeddings import write_embeddings
+from causalrm_ray.data.files import CHECKSUMS, read_parquet, write_parquet
 from causalrm_ray.data.graded import GradedRow, Split
 from causalrm_ray.data.sources import Quarantine
 
@@ -63,7 +62,7 @@ def write_rows(rows: Iterable[GradedRow], folder: Path, shard_rows: int) -> RowS
     def flush(split: Split) -> None:
         if waiting[split]:
             name = f"{split}-{sum(other.startswith(split) for other in shards.names):05d}.parquet"
-            pq.write_table(_table(waiting[split]), folder / name)
+            write_parquet(_table(waiting[split]), folder / name)
             shards.names.append(name)
             waiting[split].clear()
 
@@ -87,13 +86,12 @@ def write_rows(rows: Iterable[GradedRow], folder: Path, shard_rows: int) -> RowS
 def write_states(path: Path, states: np.ndarray, faults: Sequence[str]) -> None:
     """Write a shard's states [N, D] and the fault of each row, "" for none: whole or not at all."""
     values = pa.FixedSizeListArray.from_arrays(pa.array(states.reshape(-1)), states.shape[1])
-    table = pa.table({"embedding": values, "fault": pa.array(faults, pa.string())})
-    write_whole(path, lambda aside: pq.write_table(table, aside))
+    write_parquet(pa.table({"embedding": values, "fault": pa.array(faults, pa.string())}), path)
 
 
 def read_states(path: Path) -> tuple[np.ndarray, list[str]]:
-    """States [N, D] of a shard, as stored, and the fault of each row."""
-    table = pq.read_table(path)
+    """States [N, D] of a shard, as stored, and the fault of each row. Raises InputError for a damaged file."""
+    table = read_parquet(path, "a shard of states that `embed` wrote (remove it, and it is made anew)")
     column = table["embedding"].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1), table["fault"].to_pylist()
 
@@ -104,7 +102,7 @@ def conclude(shards: RowShards, states: Path, folder: Path, quarantine: Quaranti
     Rows with a fault go to `quarantine`. Raises InputError where none, or only one level, is left of a split.
     """
     kept: dict[Split, int] = {}
-    with pq.ParquetWriter(folder / ".rows.parquet", KEPT_SCHEMA) as writer:
+    with pq.ParquetWriter(folder / ".rows.parquet", KEPT_SCHEMA, **CHECKSUMS) as writer:
         for split in SPLIT_NAMES:
             found = [
                 _good(shards.folder / name, states / name, quarantine, split, writer)
@@ -114,9 +112,9 @@ def conclude(shards: RowShards, states: Path, folder: Path, quarantine: Quaranti
             levels = np.concatenate([level for _, level in found])
             kept[split] = len(levels)
             _require_levels(split, set(np.unique(levels).tolist()), len(levels), quarantine.first_fault)
-            tensors = {EMBEDDINGS: np.concatenate([state for state, _ in found]), LABELS: levels}
+            embeddings = np.concatenate([state for state, _ in found])
             del found
-            write_whole(folder / f"{split}.safetensors", lambda aside, tensors=tensors: save_file(tensors, aside))
+            write_embeddings(folder / f"{split}.safetensors", embeddings, levels)
     (folder / ".rows.parquet").replace(folder / "rows.parquet")
     return kept
 
@@ -125,7 +123,7 @@ def _good(
     rows: Path, states: Path, quarantine: Quarantine, split: Split, writer: pq.ParquetWriter
 ) -> tuple[np.ndarray, np.ndarray]:
     """States and levels of the rows of a shard that have no fault, which are written; the others are quarantined."""
-    table = pq.read_table(rows)
+    table = read_parquet(rows)
     found, faults = read_states(states)
     if len(found) != len(table):
         raise InputError(f"{states} must hold the {len(table)} rows of {rows}, got {len(found)}: remove it, and it is made anew")

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from causalrm_ray.checks import InputError
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.data.files import read_parquet, write_parquet
 
 SNAPSHOT_SCHEMA = pa.schema(
     [
@@ -46,9 +45,7 @@ class LogSummary:
 
 def write_snapshot(dataset: Dataset, path: str | Path) -> None:
     """Write a snapshot as Parquet: readers see the old file or the whole new one. Raises SnapshotError as read_snapshot does."""
-    path = Path(path)
-    table = _checked(_arrow(dataset), "the snapshot")
-    write_whole(path, lambda unfinished: pq.write_table(table, unfinished))
+    write_parquet(_checked(_arrow(dataset), "the snapshot"), Path(path))
 
 
 def read_snapshot(path: str | Path) -> Dataset:
@@ -58,9 +55,9 @@ def read_snapshot(path: str | Path) -> Dataset:
     text is empty, a time is not finite, or `label` and `signal` are not given exactly where `observed` is 1.
     """
     try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise SnapshotError(f"snapshot {path} must be a readable Parquet file: {error}") from error
+        table = read_parquet(Path(path))
+    except InputError as error:
+        raise SnapshotError(f"snapshot {error}") from error
     return Dataset(_checked(table, f"snapshot {path}"))
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from causalrm_ray.checks import InputError
+from causalrm_ray.data.files import PARQUET_FAULTS
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROWS_PER_BATCH = 1_000
@@ -152,9 +153,9 @@ def _json_row(where: str, number: int, line: bytes, text: str) -> RawRow:
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield from _numbered(str(path), file.iter_batches(_ROWS_PER_BATCH))
-    except (OSError, pa.ArrowException) as error:
+    except PARQUET_FAULTS as error:
         raise SourceError(f"source {path} must be a readable Parquet file: {error}") from error
 
 
@@ -163,12 +164,12 @@ def _dataset_rows(source: str, split: str, saved: bool) -> Iterator[RawRow]:
         dataset = load_from_disk(source) if saved else load_dataset(source, split=split)
         if not isinstance(dataset, Dataset):
             dataset = dataset[split]
-    except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
+        yield from _numbered(source, dataset.with_format("arrow").iter(_ROWS_PER_BATCH))
+    except (*PARQUET_FAULTS, KeyError, TypeError, DatasetGenerationError) as error:
         raise SourceError(
             f"source {source} must be a JSONL or Parquet file, a folder of them, a `datasets` folder or a hub id with the split"
             f" {split!r}: {type(error).__name__}: {error}"
         ) from error
-    yield from _numbered(source, dataset.with_format("arrow").iter(_ROWS_PER_BATCH))
 
 
 def _numbered(where: str, batches: Iterator[pa.RecordBatch | pa.Table]) -> Iterator[RawRow]:

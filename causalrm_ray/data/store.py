@@ -5,7 +5,8 @@
 
 Any database that SQLAlchemy speaks to will do; open a new one once before several processes share it (SQLite needs no such
 care). SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing that was committed; a power cut may lose
-the last commits, but never tears one.
+the last commits, but never tears one. It keeps no checksums: each snapshot first compares every row with its digest. Other
+databases are left to check their own pages.
 """
 
 from __future__ import annotations
@@ -15,17 +16,32 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
-from sqlalchemy import ColumnElement, Connection, Engine, Select, Table, and_, create_engine, exists, func, insert, select, update
+from sqlalchemy import (
+    DDL,
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    Table,
+    and_,
+    create_engine,
+    exists,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
 from sqlalchemy import event as hooks
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from causalrm_ray.checks import InputError
 from causalrm_ray.data.schema import (
@@ -36,6 +52,7 @@ from causalrm_ray.data.schema import (
     impression_row,
     impression_table,
     metadata,
+    row_digest,
     state_table,
 )
 from causalrm_ray.data.snapshot import SNAPSHOT_SCHEMA
@@ -86,6 +103,17 @@ class FeedbackLog:
     def __init__(self, url: str, signals: Mapping[str, int]) -> None:
         self.signals = check_signals(signals)
         self._engine = _open(url)
+        self._shown = self._engine.url.render_as_string(hide_password=True)
+
+    @contextmanager
+    def _connected(self, write: bool = False) -> Iterator[Connection]:
+        """A connection for one transaction. Raises InputError where the database fails: it is gone, locked or damaged."""
+        try:
+            with self._engine.begin() if write else self._engine.connect() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            reason = error.orig if isinstance(error, DBAPIError) else error  # without the statement's rows: they are people's
+            raise InputError(f"feedback.url: the log {self._shown} cannot be used: {reason}") from error
 
     def append_impressions(self, batch: Sequence[Impression]) -> int:
         """Log impressions and return how many were new; see `append`."""
@@ -102,7 +130,7 @@ class FeedbackLog:
         their impression. Raises RecordError for a record that breaks a rule, ConflictError for an id with other content.
         """
         rows = [impression_row(record) for record in impressions], [event_row(record, self.signals) for record in events]
-        with self._engine.begin() as connection:
+        with self._connected(write=True) as connection:
             # Taking the row's lock first makes writers queue up on every database, so that positions follow commits.
             connection.execute(update(state_table).values(position=state_table.c.position))
             position = connection.execute(select(state_table.c.position)).scalar_one()
@@ -130,12 +158,12 @@ class FeedbackLog:
             _count(event_table, ~known),
             select(state_table.c.redelivered).scalar_subquery(),
         ]
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             return LogCounts(*connection.execute(select(*columns)).one())
 
     def position(self) -> int:
         """The `seq` of the newest row; 0 for an empty log."""
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             return connection.execute(select(state_table.c.position)).scalar_one()
 
     def snapshot(self, as_of: float | None = None, upto: int | None = None) -> Dataset:
@@ -144,12 +172,14 @@ class FeedbackLog:
         One row per impression with time <= as_of, ordered by (time, id), under SNAPSHOT_SCHEMA. Its label is that of the last
         event, by (time, event id), among those of a mapped signal with time <= as_of which no retraction with time <= as_of
         withdraws; without one it is unobserved. A retraction counts only for its own impression and is final. Late events
-        change the snapshot of a past `as_of`; the one of a given `upto` never changes.
+        change the snapshot of a past `as_of`; the one of a given `upto` never changes. Raises InputError for a damaged log.
         """
         if as_of is not None and math.isnan(as_of):
             raise ValueError(f"as_of must be a time in seconds, got {as_of}")
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             newest = connection.execute(select(state_table.c.position)).scalar_one()
+            if connection.dialect.name == "sqlite":
+                _verify(connection, newest, self._shown)
             if upto is not None and not 0 <= upto <= newest:
                 raise ValueError(f"upto must be a position in [0, {newest}], got {upto}")
             query = _snapshot_query(self.signals, as_of, newest if upto is None else upto)
@@ -164,7 +194,7 @@ class FeedbackLog:
         while left > 0:
             size = int(min(left, _ROWS_PER_PAGE))
             query = select(seq, *columns).where(seq > after).order_by(seq).limit(size)
-            with self._engine.connect() as connection:
+            with self._connected() as connection:
                 page = connection.execute(query).all()
             for position, *values in page:
                 after = position
@@ -200,6 +230,7 @@ def _engine(url: URL) -> Engine:
     def _set_up(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver would otherwise begin and commit by guesses of its own
         connection.execute("PRAGMA synchronous=NORMAL")
+        connection.create_function("row_digest", -1, row_digest, deterministic=True)
 
     @hooks.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
@@ -214,6 +245,8 @@ def _make_file(url: URL, path: Path) -> None:
     It is made aside and linked into place whole: processes that set up one new file at once would find it locked, or half made.
     """
     if path.exists():
+        if path.stat().st_size == 0:  # SQLite would begin a new log in it, as if there had been none
+            raise InputError(f"feedback.url: the log {path} is empty, as no log ever is: remove it, or bring its copy")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -230,8 +263,30 @@ def _make_file(url: URL, path: Path) -> None:
 def _create_tables(engine: Engine) -> None:
     with engine.begin() as connection:
         metadata.create_all(connection)
+        for table in (impression_table, event_table):
+            if "digest" not in {column["name"] for column in inspect(connection).get_columns(table.name)}:
+                connection.execute(DDL(f"ALTER TABLE {table.name} ADD COLUMN digest VARCHAR(16)"))
         if connection.execute(select(state_table.c.id)).first() is None:
             connection.execute(insert(state_table).values(id=1, position=0, redelivered=0))
+
+
+def _verify(connection: Connection, position: int, shown: str) -> None:
+    """Raise InputError unless an SQLite log is whole: its pages and indexes, the number of its rows, and each row's digest."""
+    fault = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one()
+    if fault != "ok":
+        raise InputError(f"feedback.url: the log {shown} is damaged: {fault}")
+    tables = (impression_table, event_table)
+    rows = sum(connection.execute(select(_count(table))).scalar_one() for table in tables)
+    if rows != position:
+        raise InputError(f"feedback.url: the log {shown} is damaged: it must hold {position} rows, got {rows}")
+    for table in tables:
+        altered = select(table.c.id).where(table.c.digest != func.row_digest(*_digested(table))).limit(1)
+        if (row := connection.execute(altered).first()) is not None:
+            raise InputError(f"feedback.url: the log {shown} is damaged: {table.name} {row.id!r} is not as it was written")
+
+
+def _digested(table: Table) -> list[Any]:
+    return [column for column in table.c if column.name != "digest"]
 
 
 def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]], position: int) -> int:
@@ -241,7 +296,8 @@ def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, A
     for row in rows:
         before = known.setdefault(row["id"], row)
         if before is row:
-            fresh.append({**row, "seq": position + 1 + len(fresh)})
+            whole = {**row, "seq": position + 1 + len(fresh)}
+            fresh.append({**whole, "digest": row_digest(*(whole[column.name] for column in _digested(table)))})
         elif before != row:
             raise _conflict(table, before, row)
     if fresh:
@@ -250,7 +306,7 @@ def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, A
 
 
 def _known_rows(connection: Connection, table: Table, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    names = [column.name for column in table.c if column.name != "seq"]
+    names = [column.name for column in table.c if column.name not in ("seq", "digest")]
     known: dict[str, dict[str, Any]] = {}
     for start in range(0, len(ids), _IDS_PER_QUERY):
         query = select(*(table.c[name] for name in names)).where(table.c.id.in_(ids[start : start + _IDS_PER_QUERY]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
@@ -28,6 +29,19 @@ def check_length(model: str, max_length: int) -> None:
     positions = getattr(AutoConfig.from_pretrained(_config_file(model).parent), "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise InputError(f"max_length must be at most the {positions} positions of {model}, got {max_length}")
+
+
+def check_weights(model: str) -> None:
+    """Raise InputError for a local folder whose .safetensors files are cut short or no such files; a hub id is not looked at.
+
+    That their bits are those that were saved, nothing tells: weights of others come without a hash.
+    """
+    for file in sorted(Path(model).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} must be a readable .safetensors file: {error}") from error
 
 
 def _config_file(model: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import transformers
 from filelock import FileLock
 from transformers import LlamaForCausalLM
 
+from causalrm_ray.checkpoint import atomic_folder, is_whole
 from causalrm_ray.world import grammar
 from causalrm_ray.world.pretrain import PretrainSettings, llama_config, train_tokenizer
 
@@ -27,15 +27,12 @@ def ensure_blank(cache: Path, size: str) -> Path:
     folder = cache.expanduser().resolve() / "blank" / f"{size}-{transformers.__version__}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            draft = folder.with_name(f"{folder.name}.draft")
-            shutil.rmtree(draft, ignore_errors=True)
+        if not is_whole(folder):
             rng = random.Random(0)
             prompts = rng.choices(grammar.train_prompts() + grammar.evaluation_prompts(), k=LINES)
             tokenizer = train_tokenizer([*prompts, *(grammar.sample_response(prompt, rng) for prompt in prompts)], settings)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), atomic_folder(folder) as draft:
                 torch.manual_seed(0)
                 LlamaForCausalLM(llama_config(tokenizer, settings)).save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-            draft.replace(folder)
+                tokenizer.save_pretrained(draft)
     return folder

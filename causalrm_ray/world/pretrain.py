@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import random
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from causalrm_ray.checkpoint import atomic_folder, is_whole
 from causalrm_ray.models import text
 from causalrm_ray.world import grammar
 
@@ -60,20 +59,18 @@ class PretrainSettings:
 def ensure_policy(cache: Path, seed: int, on_progress: Progress | None = None) -> Path:
     """The Hugging Face folder of the starting policy, trained on the first call and found in `cache` ever after.
 
-    The folder's name is a hash of grammar, code, settings, seed and library versions. It appears whole or not at all, and
-    concurrent callers train once. The same seed gives the same weights on one machine.
+    The folder's name is a hash of grammar, code, settings, seed and library versions. It appears whole or not at all, is made
+    anew where a file of it was damaged, and concurrent callers train once. The same seed gives the same weights on one machine.
     """
     settings = PretrainSettings()
     folder = cache.expanduser().resolve() / "policies" / _fingerprint(settings, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            draft = folder.with_suffix(".draft")  # the lock leaves it to one writer; a killed one leaves it to the next
-            shutil.rmtree(draft, ignore_errors=True)
+        if not is_whole(folder):
             tokenizer, model = pretrain(settings, seed, on_progress)
-            tokenizer.save_pretrained(draft)
-            model.save_pretrained(draft)
-            os.replace(draft, folder)
+            with atomic_folder(folder) as draft:
+                tokenizer.save_pretrained(draft)
+                model.save_pretrained(draft)
     return folder
 
 

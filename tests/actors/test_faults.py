@@ -53,7 +53,9 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
 
     def start(name: str) -> Any:
         settings = EngineSettings(backbone, 32, "float32", tmp_path, TIMEOUT_S, rollout.buffer)
-        return place(Generator, "hf", settings, rollout.sampling(), env=engine_env("hf", backbone, tmp_path), concurrency=2)
+        return place(
+            Generator, "hf", settings, rollout.sampling(), env=engine_env("hf", backbone, tmp_path), concurrency=2, label=name
+        )
 
     generators = Generators(config, start, told.append)
     undisturbed = [answer for chunk in generators.micro_batches(generators.generate(REQUESTS), None) for answer in chunk]
@@ -71,7 +73,7 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
     chunks = generators.micro_batches(generators.generate(REQUESTS), None)
     next(chunks)
     kill(generators.handles["generator-0"])
-    with pytest.raises(RoleDiedError, match=r"generate \(generator-0\): the role's process died"):
+    with pytest.raises(RoleDiedError, match=r"generate \(generator-0\): the process of generator-0 died"):
         list(chunks)
 
 
@@ -82,7 +84,7 @@ def test_a_killed_reward_role_comes_back_with_the_version_that_it_served(backbon
     with atomic_folder(tmp_path / "candidate") as aside:
         scorer.save_pretrained(aside / "auto", load_tokenizer(backbone))
     options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S}
-    role = place(RewardActor, backbone, RewardConfig(), restarts=1, **options)
+    role = place(RewardActor, backbone, RewardConfig(), restarts=1, label="reward", **options)
     resolve(role.load.remote(tmp_path / "candidate" / "auto", 7), "load", TIMEOUT_S)
     rows = [[3, 4, 5], [6, 7]]
     before, _ = resolve(role.score.remote(rows), "score", TIMEOUT_S)
@@ -91,5 +93,5 @@ def test_a_killed_reward_role_comes_back_with_the_version_that_it_served(backbon
     assert version == 7
     assert np.array_equal(after, before)
     kill(role)
-    with pytest.raises(RoleDiedError, match="score: the role's process died"):
+    with pytest.raises(RoleDiedError, match="score: the process of reward died"):
         resolve(role.score.remote(rows), "score", TIMEOUT_S)

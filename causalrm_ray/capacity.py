@@ -1,0 +1,273 @@
+"""How long a training step and the fits before it take, from counts of operations and bytes: no model is loaded.
+
+    Work (what is asked) + Rates (what the hardware does) -> busy seconds of each phase -> wall seconds of a step
+
+Operations follow Kaplan et al. 2020 (arXiv 2001.08361), section 2.1: 2 per parameter and token forward, 4 backward; attention's
+square is left out. Decoding reads all weights and the caches of all running answers once per token (memory-bound), or computes
+(2 per parameter and answer), whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from causalrm_ray.models.size import ModelSize
+from causalrm_ray.pictures import BLUE, GREY, ORANGE
+
+COLOURS = (BLUE, ORANGE, GREY, "#38a169", "#805ad5", "#d69e2e", "#b83280", "#00a3c4", "#e53e3e")
+
+
+class Gpu(NamedTuple):
+    """One GPU: bytes, dense bfloat16 FLOP/s, bytes/s of its memory and to a neighbour, dollars an hour."""
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    price: float
+
+
+# Vendors' figures of the SXM modules (L4: PCIe); prices of one large cloud on demand, rounded, of late 2025: give your own.
+GPUS = {
+    "A100": Gpu(80e9, 312e12, 2039e9, 300e9, 4.1),
+    "H100": Gpu(80e9, 989e12, 3350e9, 450e9, 6.9),
+    "H200": Gpu(141e9, 989e12, 4800e9, 450e9, 7.9),
+    "L4": Gpu(24e9, 121e12, 300e9, 32e9, 0.8),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One policy step. `width` in bytes of a weight; `sequences` that a generator writes at once; `budget` tokens of a
+    micro-batch; `shared`: roles share GPUs (or cores), so that nothing overlaps."""
+
+    policy: ModelSize
+    reward: ModelSize
+    width: int
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    answer_tokens: int
+    generators: int
+    tensor_parallel: int
+    ranks: int
+    critic: bool
+    lora: int
+    zero_stage: int
+    checkpointing: bool
+    epochs: int
+    staleness: int
+    sequences: int
+    budget: int
+    shared: bool
+
+    @property
+    def answers(self) -> int:
+        """Answers of a step."""
+        return self.prompts * self.samples
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step's prompts and answers, the prompt once for each answer."""
+        return self.answers * (self.prompt_tokens + self.answer_tokens)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one GPU, or what stands for one, reaches: FLOP/s and bytes/s. `factors` stretch phases to what was measured; a sync
+    takes `sync_s` for `sync_bytes`, and its rate for what is above; the driver adds `driver_share` of a step."""
+
+    training: float
+    forward: float
+    decoding: float
+    link: float
+    sync: float
+    factors: Mapping[str, float]
+    sync_s: float = 0.0
+    sync_bytes: float = 0.0
+    driver_share: float = 0.0
+
+
+def generation_s(work: Work, rates: Rates) -> float:
+    """Seconds of a generator: each prompt once (its samples share it), then token by token, in waves of `sequences`."""
+    devices, mine = work.tensor_parallel, math.ceil(work.answers / work.generators)
+    parameters = work.policy.parameters
+    prefill = 2 * parameters * math.ceil(mine / work.samples) * work.prompt_tokens / (devices * rates.forward)
+    left, decode = mine, 0.0
+    cached = (work.prompt_tokens + work.answer_tokens / 2) * work.policy.layers * work.policy.kv_width * work.width
+    while left > 0:
+        running = min(left, work.sequences)
+        moved = (parameters * work.width + running * cached) / (devices * rates.decoding)
+        computed = 2 * parameters * running / (devices * rates.forward)
+        decode += work.answer_tokens * max(moved, computed)
+        left -= running
+    return (prefill + decode) * rates.factors.get("generation", 1.0)
+
+
+def scoring_s(work: Work, rates: Rates) -> float:
+    """Seconds of the reward role."""
+    return 2 * work.reward.parameters * work.tokens / rates.forward * rates.factors.get("scoring", 1.0)
+
+
+def prepare_s(work: Work, rates: Rates) -> float:
+    """Seconds of the learner before it learns: old and reference log-probabilities, old values."""
+    parameters = 2 * work.policy.parameters + (work.policy.backbone if work.critic else 0)
+    passes = 2 * parameters * work.tokens / (work.ranks * rates.forward)
+    return passes * rates.factors.get("learner", 1.0) + _gathers_s(work, rates, 2)
+
+
+def update_s(work: Work, rates: Rates) -> float:
+    """Seconds of the passes over a step's answers. Adapters need the backward pass through, not to, the frozen weights."""
+    parameters = work.policy.parameters + (work.policy.backbone if work.critic else 0)
+    operations = 2 + (2 if work.lora else 4) + (2 if work.checkpointing else 0)
+    passes = operations * parameters * work.tokens * work.epochs / (work.ranks * rates.training)
+    gathers = _gathers_s(work, rates, work.epochs * (3 + int(work.checkpointing)))
+    return passes * rates.factors.get("learner", 1.0) + gathers
+
+
+def _gathers_s(work: Work, rates: Rates, times: int) -> float:
+    """Seconds in which ZeRO-3 passes the weights around, `times` for each micro-batch of a rank."""
+    if work.zero_stage < 3 or work.ranks == 1:
+        return 0.0
+    batches = math.ceil(work.tokens / work.ranks / work.budget)
+    return times * batches * work.policy.parameters * work.width * (work.ranks - 1) / work.ranks / rates.link
+
+
+def sync_s(work: Work, rates: Rates) -> float:
+    """Seconds until every generator has the learner's weights; with LoRA, the adapter alone."""
+    moved = (work.lora * work.policy.linear_widths if work.lora else work.policy.parameters) * work.width
+    return rates.sync_s + max(0.0, moved - rates.sync_bytes) / rates.sync
+
+
+class Step(NamedTuple):
+    """Busy seconds of each phase, and those of them that a step's wall time consists of: the others hide behind them."""
+
+    busy: dict[str, float]
+    wall: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of a step."""
+        return sum(self.wall.values())
+
+
+def step(work: Work, rates: Rates) -> Step:
+    """The phases of a step. Apart from each other, scoring and preparing go along with generation, and with `staleness` the next
+    generation with the update; where GPUs are shared, all come one after the other."""
+    busy = {
+        "generation": generation_s(work, rates),
+        "scoring": scoring_s(work, rates),
+        "preparing": prepare_s(work, rates),
+        "update": update_s(work, rates),
+        "sync": sync_s(work, rates),
+    }
+    wall = dict(busy)
+    if not work.shared:
+        together = ["generation", "scoring", "preparing"]
+        learner = busy["preparing"] + busy["update"]
+        if work.staleness and max(busy["generation"], busy["scoring"]) < learner:
+            hidden = {"generation", "scoring"}
+        elif work.staleness:
+            hidden = {"preparing", "update", min(together[:2], key=busy.__getitem__)}
+        else:
+            hidden = set(together) - {max(together, key=busy.__getitem__)}
+        wall = {name: seconds for name, seconds in busy.items() if name not in hidden}
+    if rates.driver_share:
+        wall["driver"] = sum(wall.values()) * rates.driver_share / (1 - rates.driver_share)
+    return Step(busy, wall)
+
+
+class Fit(NamedTuple):
+    """Seconds of one fit on the log: features by the frozen backbone, the propensity model, the reward model."""
+
+    features: float
+    propensity: float
+    reward: float
+
+    @property
+    def seconds(self) -> float:
+        """All of them, one after the other."""
+        return sum(self)
+
+
+def fit(
+    reward: ModelSize, rows: float, observed: float, tokens: float, epochs: tuple[int, int], workers: int, rates: Rates
+) -> Fit:
+    """A fit on `rows` impressions of `tokens` tokens, a share `observed` with feedback; `epochs` of propensity and reward.
+
+    The propensity model is cross-fitted by one role, so that each pass trains on every row once and another predicts them all.
+    """
+    unit = reward.parameters * rows * tokens
+    return Fit(
+        2 * unit / (workers * rates.forward),
+        6 * epochs[0] * unit / rates.training + 2 * unit / rates.forward,
+        6 * epochs[1] * observed * unit / (workers * rates.training),
+    )
+
+
+def calibrated(rates: Rates, measured: Mapping[str, tuple[Work, float]]) -> Rates:
+    """`rates` under which the phases "generation" and "learner" of measured work take the seconds that they took."""
+    factors = dict(rates.factors)
+    if "generation" in measured:
+        work, seconds = measured["generation"]
+        factors["generation"] = seconds / generation_s(work, replace(rates, factors={}))
+    if "learner" in measured:
+        work, seconds = measured["learner"]
+        plain = replace(rates, factors={})
+        factors["learner"] = factors["scoring"] = seconds / (prepare_s(work, plain) + update_s(work, plain))
+    return replace(rates, factors=factors)
+
+
+CURES = {
+    "generation": "add generators, lower answer_tokens, or set staleness=1 so that the learner works meanwhile",
+    "scoring": "take a smaller reward model",
+    "preparing": "add learner ranks, or take a smaller policy",
+    "update": "add learner ranks, lower epochs, set lora, or leave checkpointing away if memory allows",
+    "sync": "set lora, whose adapter alone travels, or a faster link between hosts",
+    "driver": "take larger steps: more prompts for each",
+    "features": "set log_rows: a fit on a sample of the log; or take a smaller reward model",
+    "propensity": "set log_rows: a fit on a sample of the log; or take a smaller reward model",
+    "reward": "add workers, or set log_rows: a fit on a sample of the log",
+}
+
+
+def bottleneck(run: Mapping[str, float]) -> tuple[str, float, str]:
+    """(phase, its share of all seconds, what to change) of the longest phase."""
+    name = max(run, key=run.__getitem__)
+    return name, run[name] / sum(run.values()), CURES[name]
+
+
+def llama_size(parameters: float, layers: int, hidden: int, vocabulary: int, kv_width: int, tied: bool) -> ModelSize:
+    """The size of a Llama-like model of so many parameters: what attention and embeddings leave is three linear layers each.
+
+    Raises ValueError where nothing is left.
+    """
+    backbone = parameters - (0 if tied else vocabulary * hidden)
+    attention = 2 * hidden * hidden + hidden * kv_width
+    intermediate = ((backbone - vocabulary * hidden) / layers - attention) / (3 * hidden)
+    if intermediate < 1:
+        raise ValueError(f"shape.parameters must exceed those of embeddings and attention, got {parameters:.3g}")
+    widths = layers * (4 * hidden + 2 * hidden + kv_width + 3 * (hidden + intermediate))
+    return ModelSize(int(parameters), int(backbone), layers, hidden, vocabulary, int(widths), kv_width)
+
+
+def draw_plan(found: Step, run_s: Mapping[str, float], path: Path) -> None:
+    """Two stacked bars: the wall seconds of a step by phase, and the hours of the whole run by what they go to."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = (("a policy step", "seconds", found.wall, 1.0), ("the whole run", "hours", run_s, 3600.0))
+    colours = dict(zip(dict.fromkeys((*found.busy, *run_s)), COLOURS, strict=False))
+    for axes, (title, unit, parts, divisor) in zip(canvas.subplots(2, 1), panels, strict=True):
+        left = 0.0
+        for name, seconds in parts.items():
+            width = seconds / divisor
+            axes.barh([0], [width], left=left, color=colours[name], label=f"{name} {width:.3g}")
+            left += width
+        axes.set(title=f"{title}: {left:.3g} {unit}", xlabel=unit, yticks=[])
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8, frameon=False)
+    canvas.savefig(path, dpi=110)

@@ -1,0 +1,260 @@
+"""How much memory, time and money a training run will take, before any of it is spent; nothing is started.
+
+plan.json, plan.png, and a table: bytes of each role, seconds of each phase of a step, dollars, what is slowest and what to do.
+With `measured`, a perf.json of the same hardware, its rates replace what is assumed, and what they say of the whole steps in
+that file is shown next to what was measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.engine import MAX_SEQUENCES
+from actors.fit_order import PROPENSITY_EPOCHS
+from actors.plan import Plan, make_plan
+from causalrm_ray.capacity import GPUS, Gpu, Rates, Work, bottleneck, calibrated, draw_plan, fit, llama_size, step
+from causalrm_ray.checkpoint import read_json, write_json
+from causalrm_ray.checks import InputError
+from causalrm_ray.config import Config, ConfigError
+from causalrm_ray.losses.algorithms import ALGORITHMS
+from causalrm_ray.losses.micro_batches import TOKEN_BUDGET
+from causalrm_ray.models.size import ModelSize, model_size
+from causalrm_ray.options import dump_config, validate
+from causalrm_ray.plan_config import PlanConfig, ShapeConfig
+from causalrm_ray.world.blank import SIZES
+
+ROLES = frozenset(("generators", "learner", "reward"))
+WIDTHS = {"bfloat16": 2, "float32": 4}
+PERF_PROMPT_TOKENS = 12  # of the embedded world's prompts, which `perf` uses, on average
+PERF_VOCABULARY = 1024
+
+
+def run(config: PlanConfig) -> int:
+    """Run the job."""
+    folder = config.run.path
+    policy, reward = sizes(config)
+    gpu, rates = hardware(config)
+    roles = make_plan(main_tree(config), policy, reward, ROLES, config.hardware.gpus)
+    measured = read_measured(config.measured) if config.measured else {}
+    rates = with_measured(rates, measured)
+    work = planned_work(config, policy, reward, roles)
+    found = step(work, rates)
+    rows = config.log_rows or config.log_events
+    tokens = config.prompt_tokens + config.answer_tokens
+    epochs = (PROPENSITY_EPOCHS, config.reward_epochs)
+    fitted = fit(reward, rows, config.observed, tokens, epochs, config.workers, rates)
+    run_s = {name: seconds * config.steps for name, seconds in found.wall.items()}
+    run_s |= {name: seconds * (1 + config.refits) for name, seconds in fitted._asdict().items()}
+    dollars = sum(run_s.values()) / 3600 * config.hardware.gpus * gpu.price
+    phase, share, cure = bottleneck(run_s)
+    plan = {
+        "bytes": {name: seat.bytes for name, seat in roles.seats.items()},
+        "fits": check_fit(roles, config, gpu),
+        "step": {"busy_s": found.busy, "wall_s": found.wall, "seconds": found.seconds},
+        "fit_s": fitted._asdict(),
+        "run_s": run_s,
+        "dollars": dollars,
+        "bottleneck": {"phase": phase, "share": share, "change": cure},
+        "checked": checked(measured, rates),
+    }
+    dump_config(config, folder / "config.yaml")
+    write_json(folder / "plan.json", plan)
+    draw_plan(found, run_s, folder / "plan.png")
+    show(plan, roles, config)
+    return 0
+
+
+def sizes(config: PlanConfig) -> tuple[ModelSize, ModelSize]:
+    """Of the policy and of the reward model's backbone."""
+    return _size(config.model, config.shape), _size(config.reward, config.reward_shape)
+
+
+def _size(model: str | None, shape: ShapeConfig) -> ModelSize:
+    try:
+        return llama_size(**shape.model_dump()) if model is None else model_size(model)
+    except (OSError, ValueError) as error:
+        what = f"model {model} must be a Hugging Face folder or hub id: " if model else ""
+        raise InputError(f"{what}{error}") from error
+
+
+def hardware(config: PlanConfig) -> tuple[Gpu, Rates]:
+    """The GPU's figures, and what is assumed to be reached of them."""
+    told, share = config.hardware, config.efficiency
+    kind = GPUS[told.kind]
+    scales = {"memory": (told.memory_gb, 1e9), "flops": (told.tflops, 1e12), "bandwidth": (told.hbm_gb_s, 1e9)}
+    scales |= {"link": (told.link_gb_s, 1e9), "price": (told.price, 1.0)}
+    gpu = kind._replace(**{name: value * scale for name, (value, scale) in scales.items() if value is not None})
+    rates = Rates(
+        training=gpu.flops * share.training,
+        forward=gpu.flops * share.forward,
+        decoding=gpu.bandwidth * share.decoding,
+        link=gpu.link,
+        sync=told.sync_gb_s * 1e9,
+        factors={},
+    )
+    return gpu, rates
+
+
+def main_tree(config: PlanConfig) -> Config:
+    """What the main job would be told, for the arithmetic of memory that it does itself."""
+    return validate(
+        {
+            "model": {"dtype": config.dtype, "max_length": config.prompt_tokens + config.answer_tokens + 1},
+            "rollout": {
+                "generators": config.generators,
+                "tensor_parallel": config.tensor_parallel,
+                "prompts_per_step": config.prompts,
+                "samples_per_prompt": config.samples,
+                "max_new_tokens": config.answer_tokens,
+            },
+            "learner": {
+                "algorithm": config.algorithm,
+                "ranks": config.ranks,
+                "zero_stage": config.zero_stage,
+                "lora": config.lora,
+                "save_memory": ["checkpointing"] if config.checkpointing else [],
+            },
+            "reward": {"workers": config.workers},
+        }
+    )
+
+
+def planned_work(config: PlanConfig, policy: ModelSize, reward: ModelSize, roles: Plan) -> Work:
+    """The step that the options describe."""
+    names = ("prompts", "samples", "prompt_tokens", "answer_tokens", "generators", "tensor_parallel", "ranks", "lora")
+    names += ("zero_stage", "checkpointing", "epochs", "staleness")
+    return Work(
+        policy=policy,
+        reward=reward,
+        width=WIDTHS[config.dtype],
+        critic=ALGORITHMS[config.algorithm].critic,
+        sequences=MAX_SEQUENCES,
+        budget=TOKEN_BUDGET,
+        shared=any(0 < seat.gpus < 1 for name, seat in roles.seats.items() if name.startswith(("generator", "learner"))),
+        **{name: getattr(config, name) for name in names},
+    )
+
+
+def check_fit(roles: Plan, config: PlanConfig, gpu: Gpu) -> str:
+    """Empty if the roles fit into memory, else what to change."""
+    try:
+        roles.check_memory(config.hardware.host_gb * 1e9, gpu.memory)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def read_measured(path: Path) -> dict[str, list[tuple[Work, Mapping[str, float]]]]:
+    """The figures of a perf.json by name: the work of each case and its details. Raises InputError for another file."""
+    try:
+        figures = [
+            (told["name"], told["case"], {"value": told["value"], **told["details"]}) for told in read_json(path)["figures"]
+        ]
+        found: dict[str, list[tuple[Work, Mapping[str, float]]]] = {}
+        for name, case, details in figures:
+            if any(not isinstance(value, int | float) for value in details.values()):
+                raise TypeError(f"{name} must hold numbers")
+            found.setdefault(name, []).append((perf_work(case, details), details))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"measured: {path} must be a perf.json that `perf` wrote: {error!r}") from error
+    return {name: sorted(pairs, key=lambda pair: pair[0].policy.parameters * pair[0].tokens) for name, pairs in found.items()}
+
+
+def perf_work(case: str, details: Mapping[str, float]) -> Work:
+    """The step of a case of `perf`: GRPO in float32, one generator, one rank, all on the same cores."""
+    told = re.fullmatch(r"(\S+) (\d+)x(\d+)", case)
+    if told is None or told[1] not in SIZES:
+        raise ValueError(f"case must be like '26M 32x64', got {case!r}")
+    shape, answers, tokens = SIZES[told[1]], int(told[2]), int(told[3])
+    parameters = shape.vocab * shape.hidden + shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    size = llama_size(parameters, shape.layers, shape.hidden, shape.vocab, 2 * shape.hidden, True)
+    written = round(details["tokens"] / answers) if "tokens" in details else tokens
+    samples = min(8, answers)
+    return Work(
+        policy=size,
+        reward=size,
+        width=4,
+        prompts=answers // samples,
+        samples=samples,
+        prompt_tokens=PERF_PROMPT_TOKENS,
+        answer_tokens=max(1, written),
+        generators=1,
+        tensor_parallel=1,
+        ranks=1,
+        critic=False,
+        lora=0,
+        zero_stage=0,
+        checkpointing=False,
+        epochs=1,
+        staleness=0,
+        sequences=MAX_SEQUENCES,
+        budget=TOKEN_BUDGET,
+        shared=True,
+    )
+
+
+def with_measured(rates: Rates, measured: Mapping[str, list[tuple[Work, Mapping[str, float]]]]) -> Rates:
+    """Rates under which the largest measured case of each part takes as long as it took."""
+    largest = {name: pairs[-1] for name, pairs in measured.items()}
+    phases = {"generation": "rollout", "learner": "learner"}
+    seconds = {
+        phase: (largest[name][0], largest[name][1]["ours_s"])
+        for phase, name in phases.items()
+        if name in largest and largest[name][1].get("ours_s", 0) > 0
+    }
+    rates = calibrated(rates, seconds)
+    if "sync" in largest:
+        details = largest["sync"][1]
+        rates = replace(rates, sync_s=details.get("ours_s", 0.0), sync_bytes=details.get("mbytes", 0.0) * 1e6)
+    if "driver" in largest:
+        rates = replace(rates, driver_share=min(max(largest["driver"][1]["value"], 0.0), 0.9))
+    return rates
+
+
+def checked(measured: Mapping[str, list[tuple[Work, Mapping[str, float]]]], rates: Rates) -> list[dict[str, Any]]:
+    """What the rates say of the whole steps that were measured: with the reward model (driver) and without (trl)."""
+    lines = []
+    for name, key in (("driver", "step_s"), ("trl", "ours_s")):
+        for work, details in measured.get(name, []):
+            if key in details:
+                wall = dict(step(work, rates).wall)
+                said = sum(wall.values()) - (wall["scoring"] if name == "trl" else 0.0)
+                case = f"{work.policy.parameters / 1e6:.3g}M {work.answers}x{work.answer_tokens}"
+                lines.append({"step": name, "case": case, "predicted_s": said, "measured_s": details[key]})
+    return lines
+
+
+def show(plan: Mapping[str, Any], roles: Plan, config: PlanConfig) -> None:
+    """The table, printed."""
+    console = Console(highlight=False)
+    memory = Table("role", "GPUs", "GB", box=None)
+    for name, seat in roles.seats.items():
+        memory.add_row(name, f"{seat.gpus:.3g}" if seat.gpus else "host", f"{seat.bytes / 1e9:.1f}")
+    times = Table("phase", "busy s", "of a step's wall time, s", box=None)
+    for name in {**plan["step"]["busy_s"], **plan["step"]["wall_s"]}:
+        busy, wall = (plan["step"][key].get(name) for key in ("busy_s", "wall_s"))
+        times.add_row(name, "" if busy is None else f"{busy:.3g}", "hidden" if wall is None else f"{wall:.3g}")
+    console.print(memory)
+    console.print(times)
+    hours = sum(plan["run_s"].values()) / 3600
+    fits = sum(plan["fit_s"].values()) / 3600
+    console.print(f"a step {plan['step']['seconds']:.3g} s, a fit {fits:.3g} h, the run {hours:.3g} h, ${plan['dollars']:,.0f}")
+    slow = plan["bottleneck"]
+    console.print(f"slowest: {slow['phase']}, {slow['share']:.0%} of the run: {slow['change']}", soft_wrap=True)
+    if plan["fits"]:
+        console.print(f"does not fit: {plan['fits']}", style="red", soft_wrap=True)
+    for line in plan["checked"]:
+        apart = line["predicted_s"] / line["measured_s"] - 1
+        console.print(
+            f"a measured step ({line['step']}, {line['case']}): {line['predicted_s']:.3g} s by these rates, "
+            f"{line['measured_s']:.3g} s measured, {apart:+.0%}",
+            soft_wrap=True,
+        )
+    console.print(f"see {config.run.path}", markup=False)

@@ -1,0 +1,66 @@
+"""A role that hangs or dies is named, with the phase, within its time-out; those that answered are not."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from actors.placement import RoleDiedError, RoleTimeoutError, place, resolve, stream
+
+
+class Worker:
+    """Answers, hangs or dies, as it is asked."""
+
+    def answer(self) -> int:
+        return 7
+
+    def hang(self) -> None:
+        threading.Event().wait()
+
+    def die(self) -> None:
+        os._exit(1)
+
+    def parts(self, hangs: bool) -> Iterator[int]:
+        yield 1
+        if hangs:
+            threading.Event().wait()
+
+
+@pytest.fixture
+def workers(ray_cluster: None) -> Iterator[dict[str, Any]]:
+    """Three roles, started."""
+    found = {name: place(Worker, label=name) for name in ("generator-0", "generator-1", "reward")}
+    resolve([worker.answer.remote() for worker in found.values()], "start", 60.0)
+    yield found
+    for worker in found.values():
+        ray.kill(worker)
+
+
+def test_a_role_that_hangs_is_named_and_the_others_are_not(workers: dict[str, Any]) -> None:
+    refs = [workers["generator-0"].answer.remote(), workers["reward"].hang.remote(), workers["generator-1"].hang.remote()]
+    resolve(refs[0], "answer", 60.0)
+    with pytest.raises(RoleTimeoutError, match=r"^score: no answer from reward, generator-1 within cluster.timeout_s=0\.5 s$"):
+        resolve(refs, "score", 0.5)
+    with pytest.raises(RoleTimeoutError, match=r"^load: no answer from reward within"):
+        resolve(refs[1], "load", 0.5)
+
+
+def test_a_stream_that_stands_still_is_named(workers: dict[str, Any]) -> None:
+    calls = {
+        name: workers[name].parts.options(num_returns="streaming").remote(name == "generator-1")
+        for name in ("generator-0", "generator-1")
+    }
+    items = stream(calls, "generate", 5.0)
+    assert sorted([next(items), next(items)]) == [("generator-0", 1), ("generator-1", 1)]
+    with pytest.raises(RoleTimeoutError, match=r"^generate: no answer from generator-1 within"):
+        next(items)
+
+
+def test_a_role_that_dies_is_named(workers: dict[str, Any]) -> None:
+    with pytest.raises(RoleDiedError, match=r"^update policy: the process of generator-1 died"):
+        resolve([workers["generator-0"].answer.remote(), workers["generator-1"].die.remote()], "update policy", 60.0)
