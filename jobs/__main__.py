@@ -17,10 +17,11 @@ from rich.table import Table
 
 from causalrm_ray.benchmark_config import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError, RunFolder
+from causalrm_ray.config import Config, ConfigError, RunFolder, Section
 from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.options import find_run, load_tree, options
 from causalrm_ray.perf_config import PerfConfig
+from causalrm_ray.submit_config import SubmitConfig, SubmittedConfig
 
 
 class Job(NamedTuple):
@@ -30,7 +31,7 @@ class Job(NamedTuple):
 
     module: str
     meaning: str
-    tree: type[Config] | type[BenchmarkConfig] | type[NoiseStudyConfig] | type[EmbedConfig] | type[PerfConfig] = Config
+    tree: type[Section] = Config
     writes: bool = True
     revisits: bool = False
 
@@ -52,6 +53,12 @@ JOBS = {
         "jobs.replay", "train the learner alone on what a run kept, from its checkpoint, and compare", writes=False, revisits=True
     ),
     "perf": Job("jobs.perf", "how fast every part of a step is, against the same work done without us", PerfConfig),
+    "submit": Job(
+        "jobs.submit", "let a cluster run one of the other jobs: submit <job> [key=value ...]", SubmitConfig, writes=False
+    ),
+    "submitted": Job(
+        "jobs.submitted", "what was submitted to a cluster: states, logs, files; stop one", SubmittedConfig, writes=False
+    ),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
 }
 
@@ -64,18 +71,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_help(arguments.job)
         return 0
     try:
-        file, defaults = arguments.config, [f"run.name={arguments.job}"]
+        if arguments.job == "submit":
+            submission = make_submission(arguments.config, arguments.overrides)
+            return importlib.import_module(job.module).run(*submission)
+        file, defaults = arguments.config, [f"run.name={arguments.job}"] if "run" in job.tree.model_fields else []
         run = find_run(job.tree, file, arguments.overrides, defaults)
         if run.resume or job.revisits:  # what the run was told at its start holds, but for what is said now
             file, defaults = run.path / "config.yaml", []
             if not file.exists():
                 raise InputError(f"{'run.name' if job.revisits else 'resume=true'}: {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
-        with _alone(config.run) if job.writes else contextlib.nullcontext():
+        run = find_run(job.tree, file, arguments.overrides, defaults)
+        with _alone(run) if job.writes else contextlib.nullcontext():
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
+
+
+class SubmissionRequest(NamedTuple):
+    """What to hand over and how, the command line of the job in the cluster, and what to keep with it."""
+
+    config: SubmitConfig
+    command: list[str]
+    facts: dict[str, str]
+
+
+def make_submission(file: str | None, words: Sequence[str]) -> SubmissionRequest:
+    """What `words` and the job's `file` ask a cluster to do: the job, its options and those of `submit`, all checked here.
+
+    The job joins the cluster that it runs in, unless told otherwise. Raises ConfigError.
+    """
+    config = load_tree(SubmitConfig, None, [word for word in words if word.startswith("submit.")])
+    name, *overrides = [word for word in words if not word.startswith("submit.")] or [""]
+    able = [known for known, job in JOBS.items() if "cluster" in job.tree.model_fields]
+    if name not in able:
+        raise ConfigError(f"submit needs a job, one of {', '.join(able)}, got {name!r}")
+    job, defaults = JOBS[name], [f"run.name={name}"]
+    run = find_run(job.tree, file, overrides, defaults)
+    if (job.writes or job.revisits) and not run.dir.expanduser().is_absolute():
+        raise ConfigError(
+            f"run.dir must be an absolute folder on storage that all nodes share, got {run.dir}: a submitted job's own is lost"
+        )
+    command = ["python", "-m", "jobs", name, *overrides]
+    if file:
+        command += ["--config", _inside(config.submit.working_dir, file)]
+    if run.resume or job.revisits:  # the other options lie with the run, where the cluster sees them
+        told = any(word.startswith(("cluster.address=", "address=")) for word in overrides)
+    else:
+        told = load_tree(job.tree, file, overrides, defaults).model_dump()["cluster"]["address"] is not None
+    facts = {"job": name} | ({"run": str(run.dir / run.name)} if job.writes or job.revisits else {})
+    return SubmissionRequest(config, command if told else [*command, "cluster.address=auto"], facts)
+
+
+def _inside(folder: Path, file: str) -> str:
+    """The path of `file` in `folder`, which is sent to the cluster."""
+    try:
+        return str(Path(file).resolve().relative_to(folder.resolve()))
+    except ValueError:
+        raise ConfigError(f"--config must lie in submit.working_dir={folder}, which the job is sent with, got {file}") from None
 
 
 @contextlib.contextmanager
