@@ -120,9 +120,7 @@ class JobServer:
                 "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the one that it was started with"
             ) from error
         except OSError as error:  # of requests, too
-            raise InputError(
-                f"no Ray dashboard answers at {self._told} ({error}): is it forwarded (`ray dashboard`)?"
-            ) from error
+            raise InputError(f"no Ray dashboard answers at {self._told} ({error}): is it forwarded (`ray dashboard`)?") from error
         except (RuntimeError, ValueError) as error:  # the server's own words; a working folder that is too large
             raise InputError(f"the cluster at {self._told} says: {error}") from error
 
