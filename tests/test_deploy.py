@@ -178,11 +178,9 @@ def stub(path: Path, body: str) -> None:
 @pytest.mark.parametrize("status", [0, 7])
 def test_the_slurm_script_runs_the_job_on_one_cluster_of_its_nodes_and_ends_as_it_did(status: int, tmp_path: Path) -> None:
     calls, seen = tmp_path / "calls", tmp_path / "token"
-    stub(tmp_path / "bin" / "scontrol", f"printf '%s\\n' scontrol \"$@\" >>{calls}; printf 'node7\\nnode8\\n'")
-    stub(
-        tmp_path / "bin" / "srun",
-        f"printf '%s\\n' srun \"$@\" >>{calls}; cp -p $RAY_AUTH_TOKEN_PATH {seen}\n[ $RAY_AUTH_MODE = token ] || exit 99; exit {status}",
-    )
+    log = f"printf '%s\\n' $(basename $0) \"$@\" >>{calls}"
+    stub(tmp_path / "bin" / "scontrol", f"{log}; printf 'node7\\nnode8\\n'")
+    stub(tmp_path / "bin" / "srun", f"{log}; cp -p $RAY_AUTH_TOKEN_PATH {seen}; [ $RAY_AUTH_MODE = token ] && exit {status}")
     env = {
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
