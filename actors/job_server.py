@@ -22,6 +22,8 @@ from causalrm_ray.checks import InputError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LEFT_OUT = ("/runs", ".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "/build", "/dist")
 
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # loggers that tell of each upload and hang-up
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -51,8 +53,8 @@ class JobServer:
         self._told = address or next(
             filter(None, map(os.environ.get, ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))), DEFAULT_ADDRESS
         )
-        logging.getLogger("ray").setLevel(logging.WARNING)
-        logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         token = _token()
         with self._errors():
             self._client = JobSubmissionClient(self._told, headers={"Authorization": f"Bearer {token}"} if token else None)

@@ -194,7 +194,14 @@ def test_ctrl_c_leaves_the_job_running_and_its_artefacts_are_found_later(
     job += ["rollout.engine=hf", "rollout.generators=1"]
     command = [sys.executable, "-m", "jobs", "submit", f"submit.address={cluster.address}", "submit.id=first", *job]
     submitting = subprocess.Popen(
-        command, env=cluster.env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=cluster.env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background are started without
     )
     with ended(submitting):
         wait_for(submitting, "Running entrypoint")
