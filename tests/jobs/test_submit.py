@@ -120,8 +120,8 @@ THREE_NODES = """
 import sys
 from ray.cluster_utils import Cluster
 
-node = {"node_ip_address": "127.0.0.1", "num_cpus": 2, "object_store_memory": 100_000_000, "temp_dir": sys.argv[1]}
-dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
+node = {"node_ip_address": "127.0.0.1", "num_cpus": 2, "object_store_memory": 100_000_000}
+dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 cluster = Cluster(initialize_head=True, head_node_args=node | dashboard)
 for _ in range(2):
     cluster.add_node(**node)
@@ -142,11 +142,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_TMPDIR": folder,
+            "RAY_TMPDIR": folder,  # where `auto` finds this cluster, whatever others the machine runs
             "OMP_NUM_THREADS": "1",
         }
         nodes = subprocess.Popen(
-            [sys.executable, "-c", THREE_NODES, folder],
+            [sys.executable, "-c", THREE_NODES],
             env=env,
             cwd=folder,
             stdin=subprocess.PIPE,
