@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_submitted_job_joins_the_cluster_that_it_runs_in_unless_told_otherwise() -> None:
     assert make_submission(None, ["doctor"]).command == ["python", "-m", "jobs", "doctor", "cluster.address=auto"]
-    for told in ("cluster.address=in-process", "address=10.0.0.1:6379"):
+    for told in ("cluster.address=10.0.0.1:6379", "address=10.0.0.1:6379"):
         assert make_submission(None, ["doctor", told]).command == ["python", "-m", "jobs", "doctor", told]
 
 
@@ -148,7 +148,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         nodes = subprocess.Popen(
             [sys.executable, "-c", THREE_NODES],
             env=env,
-            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
