@@ -21,8 +21,11 @@ from causalrm_ray.checks import InputError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LEFT_OUT = ("/runs", ".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "/build", "/dist")
-
-CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # loggers that tell of each upload and hang-up
+CHATTY = (  # loggers that tell of each file that is left out, of each upload and hang-up
+    "ray._private.runtime_env",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
 
 
 @dataclass(frozen=True, slots=True)

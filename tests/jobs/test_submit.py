@@ -121,7 +121,7 @@ import sys
 from ray.cluster_utils import Cluster
 
 node = {"node_ip_address": "127.0.0.1", "num_cpus": 2, "object_store_memory": 100_000_000}
-dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_agent_listen_port": None}  # any free one
 cluster = Cluster(initialize_head=True, head_node_args=node | dashboard)
 for _ in range(2):
     cluster.add_node(**node)
