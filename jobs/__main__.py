@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -15,36 +16,31 @@ from rich.table import Table
 from causalrm_ray.benchmark_config import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.chaos_config import ChaosConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError, RunFolder
+from causalrm_ray.config import Config, ConfigError, RunFolder, Section
 from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.options import find_run, load_tree, options
 from causalrm_ray.perf_config import PerfConfig
 from causalrm_ray.plan_config import PlanConfig
+from causalrm_ray.submit_config import SubmitConfig, SubmittedConfig
 from jobs.lock import alone
 
 
 class Job(NamedTuple):
-    """A job: the module whose `run(config)` does it, what it is for, the tree of its options, whether it writes a run, and
-    whether it `revisits` one, whose options then hold.
+    """A job: the module whose `run(config)` does it, what it is for, the tree of its options, whether it writes a run,
+    whether it `revisits` one, whose options then hold, and whether it is `supervised`: its driver is a process of its own, which
+    holds the run's lock and writes its log.
     """
 
     module: str
     meaning: str
-    tree: (
-        type[Config]
-        | type[BenchmarkConfig]
-        | type[NoiseStudyConfig]
-        | type[EmbedConfig]
-        | type[PerfConfig]
-        | type[ChaosConfig]
-        | type[PlanConfig]
-    ) = Config
+    tree: type[Section] = Config
     writes: bool = True
     revisits: bool = False
+    supervised: bool = False
 
 
 JOBS = {
-    "train-policy": Job("jobs.supervise", "tune a policy on observational feedback, end to end", writes=False),  # its driver does
+    "train-policy": Job("jobs.supervise", "tune a policy on observational feedback, end to end", supervised=True),
     "fit-reward": Job("jobs.fit_reward", "feedback log in, reward model out"),
     "simulate-feedback": Job("jobs.simulate_feedback", "let simulated users react to a policy's answers; write the log"),
     "evaluate": Job("jobs.evaluate", "score a policy and a reward model against the embedded oracle"),
@@ -62,6 +58,12 @@ JOBS = {
     "perf": Job("jobs.perf", "how fast every part of a step is, against the same work done without us", PerfConfig),
     "chaos": Job("jobs.chaos", "kill roles, drivers and nodes of a small run, and audit what is left of it", ChaosConfig),
     "plan": Job("jobs.plan", "memory, time and cost of a training run on given GPUs, and what is slowest", PlanConfig),
+    "submit": Job(
+        "jobs.submit", "let a cluster run one of the other jobs: submit <job> [key=value ...]", SubmitConfig, writes=False
+    ),
+    "submitted": Job(
+        "jobs.submitted", "what was submitted to a cluster: states, logs, files; stop one", SubmittedConfig, writes=False
+    ),
     "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, and what to install", writes=False),
 }
 
@@ -74,14 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_help(arguments.job)
         return 0
     try:
-        file, defaults = arguments.config, [f"run.name={arguments.job}"]
+        if arguments.job == "submit":
+            submission = make_submission(arguments.config, arguments.overrides)
+            return importlib.import_module(job.module).run(*submission)
+        file, defaults = arguments.config, [f"run.name={arguments.job}"] if "run" in job.tree.model_fields else []
         run = find_run(job.tree, file, arguments.overrides, defaults)
         if run.resume or job.revisits:  # what the run was told at its start holds, but for what is said now
             file, defaults = run.path / "config.yaml", []
             if not file.exists():
                 raise InputError(f"{'run.name' if job.revisits else 'resume=true'}: {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
-        with alone(config.run) if job.writes else contextlib.nullcontext(), _logged(job, config.run):
+        run = find_run(job.tree, file, arguments.overrides, defaults)
+        with alone(run) if job.writes and not job.supervised else contextlib.nullcontext(), _logged(job, run):
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         Console(stderr=True).print(f"{arguments.job}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -90,9 +96,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _logged(job: Job, run: RunFolder) -> contextlib.AbstractContextManager[object]:
     """The log of a run of the main tree, loaded only now: `--help` need not wait for Ray."""
-    if not job.writes or job.tree is not Config:
+    if not job.writes or job.supervised or job.tree is not Config:
         return contextlib.nullcontext()
     return importlib.import_module("jobs.run_log").RunLog(run)
+
+
+class SubmissionRequest(NamedTuple):
+    """What to hand over and how, the command line of the job in the cluster, and what to keep with it."""
+
+    config: SubmitConfig
+    command: list[str]
+    facts: dict[str, str]
+
+
+def make_submission(file: str | None, words: Sequence[str]) -> SubmissionRequest:
+    """What `words` and the job's `file` ask a cluster to do: the job, its options and those of `submit`, all checked here.
+
+    The job joins the cluster that it runs in, unless told otherwise. Raises ConfigError.
+    """
+    config = load_tree(SubmitConfig, None, [word for word in words if word.startswith("submit.")])
+    name, *overrides = [word for word in words if not word.startswith("submit.")] or [""]
+    able = [known for known, job in JOBS.items() if "cluster" in job.tree.model_fields]
+    if name not in able:
+        raise ConfigError(f"submit needs a job, one of {', '.join(able)}, got {name!r}")
+    job, defaults = JOBS[name], [f"run.name={name}"]
+    run = find_run(job.tree, file, overrides, defaults)
+    if (job.writes or job.revisits) and not run.dir.expanduser().is_absolute():
+        raise ConfigError(
+            f"run.dir must be an absolute folder on storage that all nodes share, got {run.dir}: a submitted job's own is lost"
+        )
+    command = ["python", "-m", "jobs", name, *overrides]
+    if file:
+        command += ["--config", _inside(config.submit.working_dir, file)]
+    if run.resume or job.revisits:  # the other options lie with the run, where the cluster sees them
+        told = any(word.startswith(("cluster.address=", "address=")) for word in overrides)
+    else:
+        told = load_tree(job.tree, file, overrides, defaults).model_dump()["cluster"]["address"] is not None
+    facts = {"job": name} | ({"run": str(run.dir / run.name)} if job.writes or job.revisits else {})
+    return SubmissionRequest(config, command if told else [*command, "cluster.address=auto"], facts)
+
+
+def _inside(folder: Path, file: str) -> str:
+    """The path of `file` in `folder`, which is sent to the cluster."""
+    try:
+        return str(Path(file).resolve().relative_to(folder.resolve()))
+    except ValueError:
+        raise ConfigError(f"--config must lie in submit.working_dir={folder}, which the job is sent with, got {file}") from None
 
 
 def print_help(job: str) -> None:
