@@ -85,7 +85,7 @@ def main_config(config: ChaosConfig, address: str, name: str) -> Config:
         "world.impressions": 600,
         "reward.epochs": 2,
         "reward.compare": "[]",
-        "reward.refit_every": max(2, config.steps // 6),
+        "reward.refit_every": max(2, config.steps // 3),
         "reward.workers": config.train_workers,
         "rollout.engine": config.engine,
         "rollout.prompts_per_step": 16,

@@ -97,7 +97,9 @@ def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        everyone: list[psutil.Process] = []
+        if process.poll() is None:
+            everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for one in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -120,11 +122,11 @@ THREE_NODES = """
 import sys
 from ray.cluster_utils import Cluster
 
-node = {"node_ip_address": "127.0.0.1", "num_cpus": 2, "object_store_memory": 100_000_000}
+node = {"node_ip_address": "127.0.0.2", "num_cpus": 2, "object_store_memory": 100_000_000}
 dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_agent_listen_port": None}  # any free one
 cluster = Cluster(initialize_head=True, head_node_args=node | dashboard)
-for _ in range(2):
-    cluster.add_node(**node)
+for number in range(2):  # each unpacks what is sent in a folder of its own, as on a machine of its own
+    cluster.add_node(**node, runtime_env_dir_name=f"runtime_resources_{number}")
 cluster.wait_for_nodes()
 print("up at", cluster.head_node.webui_url, flush=True)
 sys.stdin.read()
