@@ -128,7 +128,8 @@ def place(
 
 def restarted() -> bool:
     """Whether this process is that of a role that had died."""
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    return context is not None and context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 
 
 def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
