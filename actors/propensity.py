@@ -9,7 +9,6 @@ out of fold, one per row of the snapshot, in its order)   manifest.json
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from actors.placement import restarted
 from actors.snapshot_rows import load_rows
-from causalrm_ray.checkpoint import atomic_folder, verify_folder, write_json
+from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.estimators.calibration import Calibration
 from causalrm_ray.estimators.fit import FitSettings
@@ -70,7 +69,7 @@ class PropensityActor:
         self._serving: _Serving | None = None
         self._memory = memory
         if memory and memory.exists() and restarted():
-            self.load(Path(json.loads(memory.read_text(encoding="utf-8"))["folder"]))
+            self.load(Path(read_json(memory)["folder"]))
 
     @property
     def version(self) -> int:
@@ -134,8 +133,8 @@ class PropensityActor:
             save_file({"propensity": propensity.prob.numpy().astype(np.float32)}, aside / PROPENSITIES)
 
     def _read(self, folder: Path) -> _Serving:
-        calibration = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        calibration = read_json(folder / "calibration.json")
+        report = read_json(folder / "report.json")
         models = [SequenceScorer.from_pretrained(folder / f"fold-{number}").to(self._device) for number in range(FOLDS)]
         clip = calibration.pop("clip")
         return _Serving(

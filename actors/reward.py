@@ -7,7 +7,6 @@ One launch of Ray Train fits all methods that are asked for; `config.method` is 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -26,7 +25,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.fit_order import REPORT, FitOrder
 from actors.placement import restarted
-from causalrm_ray.checkpoint import atomic_folder, verify_folder, write_json
+from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import RewardConfig
 from causalrm_ray.data.snapshot import check_log, read_snapshot
@@ -97,7 +96,7 @@ class RewardActor:
         self._version = 0
         padding_token(load_tokenizer(backbone))  # saving would fail without one: better now than after a fit
         if restarted() and (self._folder / SERVING).exists():
-            self.load(**json.loads((self._folder / SERVING).read_text(encoding="utf-8")))
+            self.load(**read_json(self._folder / SERVING))
 
     @property
     def version(self) -> int:
@@ -261,4 +260,4 @@ def _fit_again_where_workers_die(trainer: TorchTrainer, scratch: Path) -> Result
 
 
 def _figures(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return read_json(folder / REPORT)

@@ -44,22 +44,23 @@ def run(config: Config) -> int:
 
         return train_policy.run(config)
     with alone(config.run):  # said at once; the attempt itself holds the lock, and lets go when it dies
-        failures, again = 0, False
+        pass
+    failures, again = 0, False
+    before = _checkpoint(config)
     while True:
-        before = _checkpoint(config)
         status = _attempt(config, again)
-        if not _was_death(status, before, _checkpoint(config)):
+        found = _checkpoint(config)
+        if not _was_death(status, before, found):
             return status
         failures += 1
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         if failures > config.loop.max_failures:
             console.print(f"the job ended {how}; loop.max_failures={config.loop.max_failures} is used up", style="red")
             return 1
-        found = _checkpoint(config)
         where = f"from {found.name}" if found else "from the start"
         console.print(f"the job ended {how}: {where} again ({failures} of loop.max_failures)", style="yellow")
         run_folder = config.run.model_copy(update={"resume": found is not None})
-        config, again = config.model_copy(update={"run": run_folder}), found is None
+        config, again, before = config.model_copy(update={"run": run_folder}), found is None, found
 
 
 def _attempt(config: Config, again: bool) -> int:
@@ -111,12 +112,9 @@ def attempt() -> int:
 
     try:
         return train_policy.run(validate(told["config"]), again=told["again"])
-    except (ConfigError, InputError) as error:
+    except (ConfigError, InputError, RoleDiedError, RoleTimeoutError) as error:
         Console(stderr=True).print(f"train-policy: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    except (RoleDiedError, RoleTimeoutError) as error:
-        Console(stderr=True).print(f"train-policy: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return LOST
+        return LOST if isinstance(error, RoleDiedError | RoleTimeoutError) else 2
 
 
 if __name__ == "__main__":
