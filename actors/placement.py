@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -130,6 +131,30 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
+
+
+def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[str, Any]:
+    """The value behind each of `refs`, by the name of its role, within `timeout_s` for all; not in process.
+
+    Where one role fails, those that work with it fail too, so all are heard: RoleDiedError if a process died, RoleTimeoutError
+    if one is silent, else RuntimeError, each naming all that failed, the dead first.
+    """
+    until = time.monotonic() + timeout_s
+    found: dict[str, Any] = {}
+    died, late, failed = [], [], []
+    for name, ref in refs.items():
+        try:
+            found[name] = resolve(ref, f"{phase} ({name})", max(0.0, until - time.monotonic()))
+        except RoleDiedError as error:
+            died.append(str(error))
+        except RoleTimeoutError:
+            late.append(f"{phase} ({name}): no answer within {timeout_s:g} s")
+        except RayTaskError as error:
+            failed.append(f"{phase} ({name}): {error.cause!r}")
+    if died or late or failed:
+        kind = RoleDiedError if died else RoleTimeoutError if late else RuntimeError
+        raise kind("\n".join([*died, *late, *failed]))
+    return found
 
 
 def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from actors.feedback import FeedbackRole
 from actors.fit_order import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.generator import Generator, engine_env
 from actors.learner import LearnerRank
-from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserve, resolve, stream
-from actors.plan import Plan, make_plan
+from actors.placement import gpu_bytes, in_process, place, ray_resources, rendezvous, reserve, resolve, stream
+from actors.plan import Plan, Transport, make_plan
 from actors.propensity import PropensityActor, read_propensities
+from actors.publish import ByBroadcast, ByObject
 from actors.reward import RewardActor
 from actors.users import UsersRole
 from causalrm_ray.config import Config
@@ -55,12 +56,17 @@ class Roles:
         reward: str,
         parts: Collection[str] = ALL_ROLES,
         announce: Callable[[Plan], None] = lambda plan: None,
+        transport: Transport | None = None,
     ) -> None:
         """Start the roles named in `parts` and wait until each answers. `policy` and `reward` are model folders or hub ids.
 
-        `announce` is told where they will run before the first of them starts. Raises ConfigError where they do not fit.
+        `announce` is told where they will run before the first of them starts; `transport` overrules the plan's. Raises
+        ConfigError where they do not fit, ValueError for a broadcast to what cannot receive one.
         """
+        if transport == "broadcast":
+            _check_broadcast(config)
         self.plan = plan_roles(config, policy, reward, parts)
+        self.plan = replace(self.plan, transport=transport or self.plan.transport)
         announce(self.plan)
         self._bundles = reserve(self.plan.bundles, config.cluster.timeout_s)
         self._config = config
@@ -90,6 +96,8 @@ class Roles:
             self.generators = {name: self._generator(policy, name) for name in names}
         if "learner" in parts:
             self.learners = self._learner_ranks(policy)
+        if {"generators", "learner"} <= set(parts):
+            self.publisher = self._publisher()
         self.engines = self._start(parts)
 
     def _start(self, parts: Collection[str]) -> dict[str, Any]:
@@ -159,18 +167,17 @@ class Roles:
 
     def publish(self) -> dict[str, float]:
         """Give the learner's weights to every generator. Raises RuntimeError unless every checksum agrees."""
-        verb = "adapter" if self._config.learner.lora else "weights"
-        weights, *_ = [getattr(rank, verb).remote() for rank in self.learners]  # every rank must be called: ZeRO-3 gathers
-        reports = self._wait([generator.take_weights.remote(weights) for generator in self.generators.values()], "sync weights")
-        for name, report in zip(self.generators, reports, strict=True):
+        reports = self.publisher.publish()
+        for name, report in reports.items():
             if not report.checksum_ok:
                 raise RuntimeError(f"{name}: weights of version {report.version} do not match the learner's checksum")
-        slowest = max(report.seconds for report in reports)
+        slowest = max(reports.values(), key=lambda report: report.seconds)
         return {
-            "sync_bytes": float(reports[0].bytes),
-            "sync_seconds": slowest,
-            "sync_gb_per_s": reports[0].bytes / slowest / 1e9,
-            "sync_checksum_ok": float(all(report.checksum_ok for report in reports)),
+            "sync_bytes": float(slowest.bytes),
+            "sync_seconds": slowest.seconds,
+            "sync_gb_per_s": slowest.bytes / slowest.seconds / 1e9,
+            "sync_checksum_ok": float(all(report.checksum_ok for report in reports.values())),
+            "sync_by_broadcast": float(slowest.transport == "broadcast"),
         }
 
     def refit(
@@ -291,6 +298,12 @@ class Roles:
         env = engine_env(rollout.engine, policy, cache, gpu=seat["gpus"] > 0)
         return place(Generator, rollout.engine, settings, rollout.sampling(), env=env, concurrency=2, **seat)
 
+    def _publisher(self) -> ByObject | ByBroadcast:
+        if self.plan.transport == "object":
+            return ByObject(self.learners, self.generators, self._config.learner.lora > 0, self._timeout_s)
+        bundle = self._seat("learner-0")["bundle"]
+        return ByBroadcast(self.learners, self.generators, self._config.rollout.tensor_parallel, bundle, self._timeout_s)
+
     def _learner_ranks(self, policy: str) -> list[Any]:
         size = self._config.learner.ranks
         address = rendezvous(self._seat("learner-0")["bundle"])
@@ -323,6 +336,14 @@ def _even_shares(requests: Sequence[Request], parts: int) -> list[Sequence[Reque
     """Contiguous shares: samples of one prompt stay with one generator, whose prefix cache then serves them."""
     bounds = np.linspace(0, len(requests), parts + 1).astype(int)
     return [requests[first:last] for first, last in itertools.pairwise(bounds)]
+
+
+def _check_broadcast(config: Config) -> None:
+    needs = {"a cluster": not in_process(), "rollout.engine=vllm": config.rollout.engine == "vllm"}
+    needs |= {"learner.lora=0": not config.learner.lora}
+    missing = [need for need, there in needs.items() if not there]
+    if missing:
+        raise ValueError(f"transport=broadcast needs {' and '.join(missing)}")
 
 
 def plan_roles(config: Config, policy: str, reward: str, parts: Collection[str] = ALL_ROLES) -> Plan:
