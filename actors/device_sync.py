@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -111,7 +112,7 @@ class Channel:
             self._store = TCPStore(
                 str(address.hostname), int(address.port or 0), place.size, place.rank == 0, limit, wait_for_workers=False
             )
-            self._group = _make_group(self._store, place, device, limit)
+            self._group: Any = _make_group(self._store, place, device, limit)
         self.start(torch.zeros(1, device=device), "join")
         self.finish()  # NCCL connects at its first call
 
@@ -222,7 +223,7 @@ def _phase(outline: Outline, number: int) -> str:
     return f"bucket {number} of {len(outline.buckets)} of version {outline.version}"
 
 
-def _make_group(store: TCPStore, place: Membership, device: torch.device, limit: timedelta) -> torch.distributed.Backend:
+def _make_group(store: TCPStore, place: Membership, device: torch.device, limit: timedelta) -> Any:
     if device.type == "cpu":
         return ProcessGroupGloo(store, place.rank, place.size, limit)
     from torch.distributed import ProcessGroupNCCL  # CUDA builds of torch have it
