@@ -130,9 +130,11 @@ class Channel:
         self._flights.popleft()
 
     def close(self) -> None:
-        """Leave, so that whoever waits for this process learns of it: its sockets close with the last reference."""
+        """Leave, so that whoever waits for this process learns of it."""
         self._flights.clear()
-        self._group = None
+        group, self._group = self._group, None
+        if group is not None and self.device.type == "cuda":
+            group.abort()  # NCCL's kernels would wait on; gloo's sockets close with the last reference
 
     @contextlib.contextmanager
     def leaving_on_error(self) -> Iterator[None]:
