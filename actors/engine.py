@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from actors.device_sync import Membership, Outline
 from actors.weight_sync import SyncReport, Weights
 from causalrm_ray.types import Completion, Request, Sampling
 
@@ -58,6 +59,13 @@ class Engine(Protocol):
         """Replace the parameters between two steps and forget every cached prefix. Returns once they are verified.
 
         Requests in flight go on with the new weights. Raises TimeoutError that names the phase which took too long.
+        """
+        ...
+
+    def receive_weights(self, outline: Outline, place: Membership) -> SyncReport:
+        """As `load_weights`, but from a broadcast that has not begun: its first worker is at `place` in the group.
+
+        Raises LostPeerError if the sender is lost. An engine that fails on the way is dead, and leaves the group.
         """
         ...
 

@@ -1,7 +1,7 @@
 """DeepSpeed behind one class: the only module that imports it.
 
 forward -> backward(loss, last) ... -> step() -> gradient norm
-gathered(weights) -> full values, one at a time, also under ZeRO-3
+gathered(weights), whole(weights) -> full values, one at a time, also under ZeRO-3: copies on the CPU, or where they are
 save(folder) / load(folder) -> exact state
 """
 
@@ -72,7 +72,8 @@ def start_process_group(rank: int, world_size: int, init_method: str) -> Any:
 class DeepSpeedEngine:
     """A module under ZeRO 0-3 with torch AdamW, gradients averaged over ranks and clipped to MAX_GRAD_NORM as one vector.
 
-    Collective: construction, forward under ZeRO-3, backward, step, gathered, save and load must be called by all ranks alike.
+    Collective: construction, forward under ZeRO-3, backward, step, gathered, whole, save and load must be called
+    by all ranks alike.
     """
 
     def __init__(
@@ -123,17 +124,25 @@ class DeepSpeedEngine:
         return float(norm)
 
     def gathered(self, parts: Iterable[tuple[str, Weight]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, value on the CPU, a copy) of each weight, made of the engine's parameters.
+        """(name, value on the CPU, a copy) of each weight; every rank must exhaust the iterator, and only rank 0 gets items."""
+        return ((name, value.cpu().clone()) for name, value in self.whole(parts))
 
-        Under ZeRO-3 the parameters of one weight are gathered at a time; every rank must exhaust the iterator, and only rank 0
-        gets items.
+    def whole(self, parts: Iterable[tuple[str, Weight]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `gathered`, but each value where it is, and only until the next is asked for.
+
+        Under ZeRO-3 the parameters of one weight are gathered at a time.
         """
         for name, weight in parts:
             parameters = list(weight.parameters)
             with self._deepspeed.zero.GatheredParameters(parameters) if self._zero_stage == 3 else nullcontext():
-                value = weight.value().cpu().clone() if self._rank == 0 else None
-            if value is not None:
-                yield name, value
+                if self._rank == 0:
+                    yield name, weight.value()
+
+    def shapes(self, parts: Iterable[tuple[str, Weight]]) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, full shape) of each weight, without gathering it."""
+        for name, weight in parts:
+            parameter = weight.parameters[0]
+            yield name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties what it splits
 
     def save(self, folder: Path) -> None:
         """Write the exact state (trained weights, moments, counters) under `folder`, a file or more per rank."""

@@ -21,6 +21,7 @@ import transformers
 from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.device_sync import Membership, Outline
 from actors.engine import EngineSettings
 from actors.step_thread import Phase, StepThreadEngine
 from actors.weight_sync import Weights, checksum, unpack
@@ -249,13 +250,15 @@ class _HfCore:
         for batch in self._batches:
             batch.abort(frozenset(request_ids))
 
-    def sync_phases(self, weights: Weights) -> list[Phase]:
-        self._check_fits(weights)
+    def sync_phases(self, update: Weights | Outline, place: Membership | None = None) -> list[Phase]:
+        if isinstance(update, Outline):
+            raise ValueError("rollout.engine=hf takes weights as an object, got an outline of a broadcast")
+        self._check_fits(update)
         return [
-            ("receive", lambda: self._receive(weights)),
-            ("finish", lambda: self._check_sum(weights)),
+            ("receive", lambda: self._receive(update)),
+            ("finish", lambda: self._check_sum(update)),
             ("reset_cache", self._forget_contexts),
-            ("set_version", lambda: setattr(self, "_version", weights.version)),
+            ("set_version", lambda: setattr(self, "_version", update.version)),
         ]
 
     def completion(self, request: Request, sampling: Sampling, output: _Output) -> Completion:

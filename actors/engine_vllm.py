@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from actors.device_sync import Membership, Outline
 from actors.engine import MAX_SEQUENCES, EngineSettings
 from actors.step_thread import Phase, StepThreadEngine
 from actors.weight_sync import Weights
@@ -89,10 +90,10 @@ class _VllmCore:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._llm.abort_request(list(request_ids))
 
-    def sync_phases(self, weights: Weights) -> list[Phase]:
+    def sync_phases(self, update: Weights | Outline, place: Membership | None = None) -> list[Phase]:
         from actors.vllm_weights import sync_phases  # imports vllm, which only an engine process may
 
-        return sync_phases(self._llm, weights)
+        return sync_phases(self._llm, update, place)
 
     def completion(self, request: Request, sampling: Sampling, output: Any) -> Completion:
         answer = output.outputs[0]

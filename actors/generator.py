@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from actors.adapters import Merger, is_adapter
+from actors.device_sync import Membership, Outline
 from actors.engine import Engine, EngineSettings
 from actors.engine_hf import HfEngine, hf_env
 from actors.engine_vllm import VllmEngine, vllm_env
@@ -27,7 +28,7 @@ def engine_env(engine: str, model: str, cache: str | Path, gpu: bool = False) ->
 class Generator:
     """Generates on an `engine`, a key of ENGINES, with `sampling` unless told otherwise.
 
-    Several threads may call it: `take_weights` works while `generate` streams.
+    Several threads may call it: `take_weights` and `receive_weights` work while `generate` streams.
     """
 
     def __init__(self, engine: str, settings: EngineSettings, sampling: Sampling) -> None:
@@ -71,6 +72,10 @@ class Generator:
             self._merger = Merger(self._settings.model, dtype, rank)
         report = self._engine.load_weights(self._merger.merge(weights))
         return dataclasses.replace(report, bytes=weights.num_bytes)
+
+    def receive_weights(self, outline: Outline, place: Membership) -> SyncReport:
+        """Switch to the weights that the learner is about to broadcast."""
+        return self._engine.receive_weights(outline, place)
 
     def info(self) -> Mapping[str, str | int]:
         """`name` and `version` of the engine, `policy_version` and `device`."""

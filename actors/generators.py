@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.placement import RoleDiedError, resolve, stream
+from actors.placement import RoleDiedError, end, resolve, resolve_all, stream
+from actors.publish import Publisher
 from actors.telemetry import record
 from actors.weight_sync import SyncReport
 from causalrm_ray.config import Config
@@ -16,8 +17,9 @@ from causalrm_ray.types import Completion, Request, Sampling
 
 
 class Call(NamedTuple):
-    """What a generator was asked, and the stream of its micro-batches."""
+    """What a generator, by its handle, was asked, and the stream of its micro-batches."""
 
+    generator: Any
     requests: Sequence[Request]
     sampling: Sampling | None
     answers: Any
@@ -45,13 +47,14 @@ class Generators:
         shares = zip(self.handles, _even_shares(requests, len(self.handles)), strict=True)
         return {name: self._ask(name, share, sampling) for name, share in shares if share}
 
-    def micro_batches(self, calls: dict[str, Call], weights: Callable[[], Any] | None) -> Iterator[list[Completion]]:
+    def micro_batches(self, calls: Mapping[str, Call], publisher: Publisher | None) -> Iterator[list[Completion]]:
         """Micro-batches as they come, every request answered once: what a generator that dies had not sent is asked again.
 
-        `weights` gives the newest ones, which another generator takes before it serves; none: those that it starts with.
+        Another generator takes the newest weights from `publisher` before it serves; without one, it serves those that it
+        starts with.
         """
         answered: set[str] = set()
-        while calls:
+        while calls := self._with_current_generators(calls, answered):
             try:
                 for name, chunk in stream({name: call.answers for name, call in calls.items()}, "generate", self._timeout_s):
                     record("generated_tokens", name, sum(len(done.token_ids) for done in chunk))
@@ -59,52 +62,64 @@ class Generators:
                     yield chunk
                 return
             except RoleDiedError as error:
-                if error.role not in calls:
+                name = error.roles[0] if error.roles else ""
+                if name not in calls:
                     raise
-                lost = calls.pop(error.role)
-                self._replace(error.role, error)
-                if weights:
-                    self.take_weights(error.role, weights)
-                left = [request for request in lost.requests if request.prompt.id not in answered]
-                if left:
-                    calls[error.role] = self._ask(error.role, left, lost.sampling)
+                self._replace([name], error)
+                if publisher:
+                    _check(publisher.publish({name: self.handles[name]}))
 
-    def publish(self, weights: Callable[[], Any]) -> list[SyncReport]:
-        """Give the same weights to every generator. Raises RuntimeError unless every checksum agrees."""
-        same = weights()
-        calls = {name: handle.take_weights.remote(same) for name, handle in self.handles.items()}
-        reports = []
+    def _with_current_generators(self, calls: Mapping[str, Call], answered: Collection[str]) -> dict[str, Call]:
+        """The same calls, but of what was asked of a generator that is no more, what it has not answered is asked of another."""
+        current = {}
         for name, call in calls.items():
+            left = [request for request in call.requests if request.prompt.id not in answered]
+            if call.generator is self.handles[name]:
+                current[name] = call
+            elif left:
+                current[name] = self._ask(name, left, call.sampling)
+        return current
+
+    def publish(self, publisher: Publisher) -> dict[str, SyncReport]:
+        """Give the same weights to every generator, and each one's report. Raises RuntimeError unless every checksum agrees.
+
+        Where one dies on the way, those that failed with it are replaced too, and all take the weights anew.
+        """
+        while True:
             try:
-                reports.append(self._report(name, call))
+                return _check(publisher.publish(self.handles))
             except RoleDiedError as error:
-                self._replace(name, error)
-                reports.append(self.take_weights(name, weights))
-        return reports
-
-    def take_weights(self, name: str, weights: Callable[[], Any]) -> SyncReport:
-        """Give weights to one generator."""
-        return self._report(name, self.handles[name].take_weights.remote(weights()))
-
-    def _report(self, name: str, call: Any) -> SyncReport:
-        report: SyncReport = resolve(call, f"sync weights ({name})", self._timeout_s)
-        if not report.checksum_ok:
-            raise RuntimeError(f"{name}: weights of version {report.version} do not match the learner's checksum")
-        return report
+                if not error.roles or error.roles[0] not in self.handles:
+                    raise
+                self._replace([name for name in error.roles if name in self.handles], error)
 
     def _ask(self, name: str, requests: Sequence[Request], sampling: Sampling | None) -> Call:
         size, buffer = self._config.rollout.micro_batch, self._config.rollout.buffer
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": buffer // size}
-        answers = self.handles[name].micro_batches.options(**options).remote(requests, size, sampling)
-        return Call(requests, sampling, answers)
+        generator = self.handles[name]
+        answers = generator.micro_batches.options(**options).remote(requests, size, sampling)
+        return Call(generator, requests, sampling, answers)
 
-    def _replace(self, name: str, error: RoleDiedError) -> None:
+    def _replace(self, names: Sequence[str], error: RoleDiedError) -> None:
+        """The first of `names` died, the others are of no more use."""
         self._failures += 1
         if self._failures > self._config.loop.max_failures:
             raise error
-        self._tell(f"{name} died; another one takes its place ({self._failures} of loop.max_failures)")
-        self.handles[name] = self._start(name)
-        resolve(self.handles[name].info.remote(), f"start {name} again", self._timeout_s)
+        number = f"({self._failures} of loop.max_failures)"
+        also = f"; {', '.join(names[1:])} failed with it" if names[1:] else ""
+        self._tell(f"{names[0]} died; another one takes its place {number}{also}")
+        for name in names:
+            end(self.handles[name])
+            self.handles[name] = self._start(name)
+        started = {name: self.handles[name].info.remote() for name in names}
+        resolve_all(started, "start again", self._timeout_s)
+
+
+def _check(reports: dict[str, SyncReport]) -> dict[str, SyncReport]:
+    for name, report in reports.items():
+        if not report.checksum_ok:
+            raise RuntimeError(f"{name}: weights of version {report.version} do not match the learner's checksum")
+    return reports
 
 
 def _even_shares(requests: Sequence[Request], parts: int) -> list[Sequence[Request]]:

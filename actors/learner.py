@@ -2,7 +2,7 @@
 
     completions --prepare--> old logprobs, values, reference logprobs of this rank's rows (no gradient, as answers arrive)
     scored      --update---> rewards -> advantages -> epochs x minibatches optimizer steps -> metrics, version + 1
-                --weights--> full policy weights on rank 0
+                --weights--> full policy weights on rank 0; --send_weights--> the same from there to the engines' workers
 
 A completion must carry the learner's own version, or one at most `staleness` older: what an older version, or an engine of other
 arithmetic, was more or less likely to say is corrected token by token by the importance weight. Losses are divided by the token
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from actors.device_sync import Channel, Membership, Outline, joined, make_outline, send
 from actors.engine_deepspeed import DeepSpeedEngine
 from actors.rank_metrics import Step, add_up, rollout_metrics, step_metrics
 from actors.weight_sync import Weights, pack
@@ -100,6 +101,7 @@ class LearnerRank:
         self._rewards_seen = RunningMoments()
         self._owners: dict[str, int] = {}  # id -> rank that prepared it, of all rows of the step
         self._prepared: dict[str, Prepared] = {}
+        self._channel: Channel | None = None
         checkpointing = "checkpointing" in config.save_memory
         module = ActorCritic(policy, self._algorithm.critic, config.lora, seed, checkpointing)
         groups = [{"params": module.policy_parameters(), "lr": config.lr}]
@@ -159,6 +161,20 @@ class LearnerRank:
         if not self._config.lora:
             raise ValueError(f"learner.lora must be at least 1 for an adapter, got {self._config.lora}")
         return self._packed(adapter_of(self._policy))
+
+    def outline(self, bucket_bytes: int) -> Outline:
+        """What `send_weights` will send, in buckets of that size. Not collective."""
+        return make_outline(self.version, self._engine.shapes(weights_of(self._base, self._policy)), bucket_bytes)
+
+    def send_weights(self, outline: Outline, place: Membership) -> None:
+        """Broadcast `weights` from rank 0 as a member of a group, bucket by bucket, to whoever receives `outline` meanwhile."""
+        whole = self._engine.whole(weights_of(self._base, self._policy))
+        try:
+            if self._rank == 0:
+                self._channel = joined(self._channel, place, self._engine.device)
+                send(self._channel, outline, whole, self.version)
+        finally:
+            deque(whole, maxlen=0)  # takes part in the gathering, also where a receiver was lost
 
     def save(self, folder: Path) -> None:
         """Write the exact state under `folder`, which all ranks share: DeepSpeed's files of each rank, and JSON."""

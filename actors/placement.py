@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -35,11 +36,12 @@ _labels: dict[str, str] = {}  # actor id (hex) -> role, of all that this process
 
 
 class RoleDiedError(RuntimeError):
-    """A role's process ended, or its node; the message says in which phase. `role` is its label, if it is known."""
+    """A role's process ended, or its node; the message says in which phase. `roles` are the labels, where known, of those that
+    are of no more use, the dead first."""
 
-    def __init__(self, message: str, role: str | None = None) -> None:
+    def __init__(self, message: str, roles: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.role = role
+        self.roles = tuple(roles)
 
 
 class RoleTimeoutError(TimeoutError):
@@ -126,6 +128,11 @@ def place(
     return handle
 
 
+def end(role: Any) -> None:
+    """End the process behind a handle, if it still runs."""
+    ray.kill(role)
+
+
 def restarted() -> bool:
     """Whether this process is that of a role that had died."""
     context = ray.get_runtime_context() if ray.is_initialized() else None
@@ -147,13 +154,40 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
     except (RayActorError, WorkerCrashedError) as error:
         role = _labels.get(getattr(error, "actor_id", None) or "")
         name = role or "a role"
-        raise RoleDiedError(_failed([name], f"{phase}: the process of {name} died: {error}"), role) from error
+        raise RoleDiedError(_failed([name], f"{phase}: the process of {name} died: {error}"), [role] if role else []) from error
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
     except ObjectLostError as error:
-        raise RoleDiedError(f"{phase}: what a role had made was lost with its node: {error}") from error
+        raise RoleDiedError(_failed(["a role"], f"{phase}: what a role had made was lost with its node: {error}")) from error
+
+
+def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[str, Any]:
+    """The value behind each of `refs`, by the name of its role, within `timeout_s` for all.
+
+    Where one role fails, those that work with it fail too, so all are heard: RoleDiedError if a process died, RoleTimeoutError
+    if one is silent, else RuntimeError, each naming all that failed, the dead first.
+    """
+    until = time.monotonic() + timeout_s
+    found: dict[str, Any] = {}
+    died, late, failed = {}, {}, {}
+    for name, ref in refs.items():
+        try:
+            found[name] = resolve(ref, f"{phase} ({name})", max(0.0, until - time.monotonic()))
+        except RoleDiedError as error:
+            died[error.roles[0] if error.roles else name] = str(error)
+        except RoleTimeoutError as error:
+            late[name] = str(error)
+        except RayTaskError as error:
+            failed[name] = f"{phase} ({name}): {type(error.cause).__name__}: {error.cause}"
+    unusable = {**failed, **late, **died}
+    message = "\n".join({**died, **late, **failed}.values())
+    if died:
+        raise RoleDiedError(message, [*died, *(name for name in unusable if name not in died)])
+    if unusable:
+        raise (RoleTimeoutError if late else RuntimeError)(message)
+    return found
 
 
 def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
+from actors.device_sync import BUCKET_BYTES, BUCKETS
 from actors.engine import DEVICE_SHARE, MAX_SEQUENCES
 from causalrm_ray.config import Config, ConfigError
 from causalrm_ray.losses.algorithms import ALGORITHMS
@@ -25,6 +27,8 @@ from causalrm_ray.models.size import ModelSize
 GIB = 1 << 30
 GENERATOR_BYTES = {"vllm": 0.75 * GIB, "hf": 0.45 * GIB}  # of a process with a tiny model, measured on a CPU
 PROCESS_BYTES = 0.5 * GIB
+
+Transport = Literal["object", "broadcast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +46,14 @@ class Seat:
 class Plan:
     """All seats by role (generator-0, learner-1, reward, ...), and the GPUs of each bundle.
 
-    `fits_on_gpu`: there are GPUs to spare for the reward model's Ray Train workers.
+    `fits_on_gpu`: there are GPUs to spare for the reward model's Ray Train workers. `transport` is how weights reach the
+    generators (see actors/publish).
     """
 
     seats: Mapping[str, Seat]
     bundles: Sequence[int] = ()
     fits_on_gpu: bool = False
+    transport: Transport = "object"
 
     @property
     def colocated(self) -> bool:
@@ -101,7 +107,19 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
     crowd = Counter(places.values())
     seats = {role: Seat(role, sizes[role], place, bundles[place] / crowd[place]) for role, place in places.items()}
     seats |= {role: Seat(role, sizes[role]) for role in workers}
-    return Plan(seats, bundles, bool(workers) and gpus - sum(bundles) >= len(workers))
+    ends = [seat for role, seat in seats.items() if role.startswith("generator") or role == "learner-0"]
+    transport = _transport(config, ends)
+    if transport == "broadcast":
+        seats |= {seat.role: replace(seat, bytes=seat.bytes + int(BUCKETS * BUCKET_BYTES * seat.gpus)) for seat in ends}
+    return Plan(seats, bundles, bool(workers) and gpus - sum(bundles) >= len(workers), transport)
+
+
+def _transport(config: Config, ends: Sequence[Seat]) -> Transport:
+    """From GPU to GPU where the generators and learner rank 0, the `ends`, have theirs to themselves: two processes on one
+    cannot talk by NCCL. Adapters are small, and the engine hf loads objects only."""
+    both = len(ends) > 1 and any(seat.role == "learner-0" for seat in ends)
+    alone = all(seat.gpus >= 1 for seat in ends)
+    return "broadcast" if both and alone and config.rollout.engine == "vllm" and not config.learner.lora else "object"
 
 
 def _check_can_share(generators: int, spread: int, ranks: int, wanted: int, gpus: int) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from actors.fit_order import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.generator import Generator, engine_env
 from actors.generators import Call, Generators
 from actors.learner import LearnerRank
-from actors.placement import gpu_bytes, place, ray_resources, rendezvous, reserve, resolve
-from actors.plan import Plan, make_plan
+from actors.placement import gpu_bytes, in_process, place, ray_resources, rendezvous, reserve, resolve
+from actors.plan import Plan, Transport, make_plan
 from actors.propensity import PropensityActor, read_propensities
+from actors.publish import ByBroadcast, ByObject
 from actors.reward import RewardActor
 from actors.telemetry import DRIVER, event, record
 from actors.users import UsersRole
@@ -63,13 +64,18 @@ class Roles:
         parts: Collection[str] = ALL_ROLES,
         announce: Callable[[Plan], None] = lambda plan: None,
         tell: Callable[[str], None] = lambda event: None,
+        transport: Transport | None = None,
     ) -> None:
         """Start the roles named in `parts` and wait until each answers. `policy` and `reward` are model folders or hub ids.
 
-        `announce` is told where they will run before the first of them starts, `tell` of every role that was replaced.
-        Raises ConfigError where they do not fit.
+        `announce` is told where they will run before the first of them starts, `tell` of every role that was replaced;
+        `transport` overrules the plan's. Raises ConfigError where they do not fit, ValueError for a broadcast to what cannot
+        receive one.
         """
+        if transport == "broadcast":
+            _check_broadcast(config)
         self.plan = plan_roles(config, policy, reward, parts)
+        self.plan = replace(self.plan, transport=transport or self.plan.transport)
         announce(self.plan)
         self._bundles = reserve(self.plan.bundles, config.cluster.timeout_s)
         self._config, self._policy = config, policy
@@ -101,6 +107,8 @@ class Roles:
         if "generators" in parts:
             self.generators = Generators(config, self._generator, tell)
         self.learners = self._learner_ranks(policy) if "learner" in parts else []
+        self._by_object = ByObject(self.learners, config.learner.lora > 0, self._timeout_s)
+        self.publisher = self._by_broadcast() if self.plan.transport == "broadcast" else self._by_object
         self.engines = self._start(parts)
 
     def _start(self, parts: Collection[str]) -> dict[str, Any]:
@@ -175,24 +183,19 @@ class Roles:
 
     def publish(self) -> dict[str, float]:
         """Give the learner's weights to every generator. Raises RuntimeError unless every checksum agrees."""
-        reports = self.generators.publish(self._weights)
-        slowest = max(report.seconds for report in reports)
-        record("sync_seconds", "learner", slowest)
-        for name in ("learner", *self.generators.handles):
-            record("version", name, reports[0].version)
-        event("sync", "learner", version=reports[0].version, bytes=reports[0].bytes, seconds=slowest)
+        reports = self.generators.publish(self.publisher)
+        slowest = max(reports.values(), key=lambda report: report.seconds)
+        record("sync_seconds", "learner", slowest.seconds)
+        for name in ("learner", *reports):
+            record("version", name, slowest.version)
+        event("sync", "learner", version=slowest.version, bytes=slowest.bytes, seconds=slowest.seconds)
         return {
-            "sync_bytes": float(reports[0].bytes),
-            "sync_seconds": slowest,
-            "sync_gb_per_s": reports[0].bytes / slowest / 1e9,
-            "sync_checksum_ok": float(all(report.checksum_ok for report in reports)),
+            "sync_bytes": float(slowest.bytes),
+            "sync_seconds": slowest.seconds,
+            "sync_gb_per_s": slowest.bytes / slowest.seconds / 1e9,
+            "sync_checksum_ok": float(all(report.checksum_ok for report in reports.values())),
+            "sync_by_broadcast": float(slowest.transport == "broadcast"),
         }
-
-    def _weights(self) -> Any:
-        """The learner's newest weights, or its adapter."""
-        verb = "adapter" if self._config.learner.lora else "weights"
-        weights, *_ = [getattr(rank, verb).remote() for rank in self.learners]  # every rank must be called: ZeRO-3 gathers
-        return weights
 
     def refit(
         self,
@@ -280,7 +283,7 @@ class Roles:
         return self._wait(self.reward.score_with.remote(str(model), rows), "score")
 
     def _micro_batches(self, calls: dict[str, Call]) -> Iterator[list[Completion]]:
-        return self.generators.micro_batches(calls, self._weights if self.learners else None)
+        return self.generators.micro_batches(calls, self._by_object if self.learners else None)
 
     def _finish(self, chunk: Sequence[Completion], rewards: Any, effects: Sequence[Any]) -> list[Scored]:
         logits, version = self._wait(rewards, "score")
@@ -309,6 +312,10 @@ class Roles:
         env = engine_env(rollout.engine, self._policy, cache, gpu=seat["gpus"] > 0)
         return place(Generator, rollout.engine, settings, rollout.sampling(), env=env, concurrency=2, **seat)
 
+    def _by_broadcast(self) -> ByBroadcast:
+        bundle = self._seat("learner-0")["bundle"]
+        return ByBroadcast(self.learners, self._config.rollout.tensor_parallel, bundle, self._timeout_s)
+
     def _learner_ranks(self, policy: str) -> list[Any]:
         size = self._config.learner.ranks
         address = rendezvous(self._seat("learner-0")["bundle"])
@@ -335,6 +342,14 @@ class Roles:
 
     def _wait(self, refs: Any, phase: str) -> Any:
         return resolve(refs, phase, self._timeout_s)
+
+
+def _check_broadcast(config: Config) -> None:
+    needs = {"a cluster": not in_process(), "rollout.engine=vllm": config.rollout.engine == "vllm"}
+    needs |= {"learner.lora=0": not config.learner.lora}
+    missing = [need for need, there in needs.items() if not there]
+    if missing:
+        raise ValueError(f"transport=broadcast needs {' and '.join(missing)}")
 
 
 def plan_roles(config: Config, policy: str, reward: str, parts: Collection[str] = ALL_ROLES) -> Plan:

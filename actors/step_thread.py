@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from actors.device_sync import Membership, Outline
 from actors.engine import EngineDeadError, EngineSettings
 from actors.weight_sync import SyncReport, Weights, verify
 from causalrm_ray.types import Completion, Request, Sampling
@@ -40,8 +41,11 @@ class Core(Protocol):
         """Forget these requests."""
         ...
 
-    def sync_phases(self, weights: Weights) -> list[Phase]:
-        """The steps of a weight sync, named and in order. Raises ValueError, with nothing changed, if it cannot succeed."""
+    def sync_phases(self, update: Weights | Outline, place: Membership | None = None) -> list[Phase]:
+        """The steps of a weight sync, named and in order; an outline's come by broadcast to its first worker at `place`.
+
+        Raises ValueError, with nothing changed, if it cannot succeed.
+        """
         ...
 
     def completion(self, request: Request, sampling: Sampling, output: Any) -> Completion:
@@ -93,16 +97,11 @@ class StepThreadEngine:
         A corrupt bucket raises ValueError and leaves the engine as it was; a fault after loading began leaves it dead.
         """
         verify(weights)
-        began = time.perf_counter()
-        done: dict[str, float] = {}
-        phases: list[Phase] = [("wait", lambda: None), *self._core.sync_phases(weights)]
-        with self._wake:
-            self._check_alive()
-            self._commands.append(lambda: self._sync(weights.version, phases, began, done))
-            self._wake.notify_all()
-        for phase, _ in phases:
-            self._wait(f"weight sync, {phase}", lambda phase=phase: phase in done)
-        return SyncReport(weights.version, weights.num_bytes, time.perf_counter() - began, True, done)
+        return self._switch(weights, self._core.sync_phases(weights), "object")
+
+    def receive_weights(self, outline: Outline, place: Membership) -> SyncReport:
+        """Receive, load and verify between two steps. Requests in flight go on with the new weights. Any fault leaves it dead."""
+        return self._switch(outline, self._core.sync_phases(outline, place), "broadcast")
 
     def versions(self) -> Mapping[str, str | int]:
         """Engine name and version, version of the weights, device."""
@@ -114,6 +113,18 @@ class StepThreadEngine:
             self._failure = self._failure or EngineDeadError("the engine was closed")
             self._wake.notify_all()
         self._thread.join(self._timeout_s)
+
+    def _switch(self, update: Weights | Outline, phases: Sequence[Phase], transport: str) -> SyncReport:
+        began = time.perf_counter()
+        done: dict[str, float] = {}
+        phases = [("wait", lambda: None), *phases]
+        with self._wake:
+            self._check_alive()
+            self._commands.append(lambda: self._sync(update.version, phases, began, done))
+            self._wake.notify_all()
+        for phase, _ in phases:
+            self._wait(f"weight sync, {phase}", lambda phase=phase: phase in done)
+        return SyncReport(update.version, update.num_bytes, time.perf_counter() - began, True, done, transport)
 
     # ---- called with or without the lock by any thread
 

@@ -1,4 +1,4 @@
-"""Our transport as a backend of vLLM's weight-transfer interface: tensors arrive as a Python object, not over NCCL.
+"""Our transports as a backend of vLLM's weight-transfer interface: tensors arrive as a Python object or as broadcast buckets.
 
     start_weight_update   layers go back to the form they are loaded in
     update_weights        the model's own load_weights fuses and pads; each layer is summed before its kernel packs it
@@ -11,7 +11,7 @@ Imports vllm at the top: only an engine process may import this module. The inte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,43 +25,53 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelL
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.utils.nccl import unpinned_nccl_env
 
-from actors.weight_sync import DTYPES, Weights, checksum, unpack
+from actors.device_sync import Channel, Membership, Outline, joined, receive
+from actors.weight_sync import Weights, checksum, unpack
 
-BACKEND = "causalrm_object"
-
-
-@dataclass
-class ObjectInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+BACKEND = "causalrm_ray"
 
 
 @dataclass
-class ObjectUpdateInfo(WeightTransferUpdateInfo):
-    """One whole policy version."""
+class InitInfo(WeightTransferInitInfo):
+    """Where this engine's first worker sits in the group that a broadcast needs; an object needs none."""
 
-    weights: Weights
+    place: Membership | None = None
 
 
-class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo]):
-    """Loads `Weights` into a vLLM model and proves that they arrived."""
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One whole policy version, or the outline of one that is about to be broadcast."""
 
-    init_info_cls = ObjectInitInfo
-    update_info_cls = ObjectUpdateInfo
+    update: Weights | Outline
 
-    def init_transfer_engine(self, init_info: ObjectInitInfo) -> None:
-        """Nothing to connect to. Raises ValueError for a model that keeps key-value heads twice, which no sum could tell."""
+
+class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads one policy version into a vLLM model and proves that it arrived."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    _channel: Channel | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Join the group, if one is named. Raises ValueError for a model that keeps key-value heads twice, which no sum could
+        tell, and LostPeerError where not all members come."""
         for layer in self.model.modules():
             if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
                 raise ValueError(
                     f"rollout.tensor_parallel must be at most the model's {layer.total_num_kv_heads} key-value heads"
                 )
+        if init_info.place is not None:
+            place = replace(init_info.place, rank=init_info.place.rank + get_tensor_model_parallel_rank())
+            with unpinned_nccl_env():  # the learner does not set the variables that vLLM sets for its own groups
+                self._channel = joined(self._channel, place, self.device)
 
     def start_weight_update(self) -> None:
         """Put the layers back into the form they are loaded in, and watch what each of them gets."""
         initialize_layerwise_reload(self.model)
         self._received: dict[nn.Module, int] = {}
-        self._expected = 0
+        self._version, self._expected = 0, 0
         for _, method in self._packed_layers():
             self._sum_before_packing(method)
 
@@ -71,14 +81,16 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: ObjectUpdateInfo) -> None:
-        """Refuse another precision than the model's (a cast would make the sums incomparable), then load."""
-        for entry in update_info.weights.index:
-            if DTYPES[entry.dtype] != self.model_config.dtype:
-                raise ValueError(f"dtype of {entry.name} must be the engine's {self.model_config.dtype}, got {entry.dtype}")
-        self._expected = update_info.weights.checksum
-        model: Any = self.model
-        model.load_weights(unpack(update_info.weights))
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load what came, or each bucket as it comes. Raises LostPeerError if the sender is lost."""
+        update = update_info.update
+        self._version = update.version
+        if isinstance(update, Weights):
+            self._load(unpack(update))
+            self._expected = update.checksum
+        else:
+            assert self._channel is not None, "the phase before this one joins"
+            self._expected = receive(self._channel, update, self._load)
 
     def finish_weight_update(self) -> None:
         """Put the layers back, pack the output head again, and compare sums.
@@ -95,10 +107,23 @@ class ObjectTransferEngine(WeightTransferEngine[ObjectInitInfo, ObjectUpdateInfo
         found = _sum_over_ranks(sum(self._received.values()) + checksum(self._unpacked_parameters()))
         self._received = {}
         if found != self._expected:
-            raise ValueError(f"vLLM's parameters must sum to the sender's {self._expected:#018x}, got {found:#018x}")
+            expected = f"{self._expected:#018x} for version {self._version}"
+            raise ValueError(f"vLLM's parameters must sum to the sender's {expected}, got {found:#018x}")
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        """Leave the group."""
+        if self._channel is not None:
+            self._channel.close()
+
+    def _load(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        model: Any = self.model
+        model.load_weights(self._of_own_dtype(named_tensors))
+
+    def _of_own_dtype(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in named_tensors:
+            if tensor.dtype != self.model_config.dtype:  # a cast would make the sums incomparable
+                raise ValueError(f"dtype of {name} must be the engine's {self.model_config.dtype}, got {tensor.dtype}")
+            yield name, tensor
 
     def _packed_layers(self) -> Iterator[tuple[nn.Module, QuantizeMethodBase]]:
         for layer in self.model.modules():
@@ -150,18 +175,23 @@ class WorkerExtension:
 def register() -> None:
     """Make `WeightTransferConfig(backend=BACKEND)` known to vLLM, once per process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, ObjectTransferEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
 
 
-def sync_phases(engine: LLMEngine, weights: Weights) -> list[tuple[str, Callable[[], object]]]:
-    """The steps of one weight sync, in order. The prefix cache belongs to the old weights, so requests in flight redo theirs."""
+def sync_phases(engine: LLMEngine, update: Weights | Outline, place: Membership | None) -> list[tuple[str, Callable[[], object]]]:
+    """The steps of one weight sync, in order; a `place` in a group is joined first.
+
+    The prefix cache belongs to the old weights, so requests in flight redo theirs.
+    """
     rpc = engine.collective_rpc
+    join = ("join", lambda: rpc("init_weight_transfer_engine", args=({"place": place},)))
     return [
+        *([join] if place else []),
         ("start", lambda: rpc("start_weight_update")),
-        ("receive", lambda: rpc("update_weights", args=({"weights": weights},))),
+        ("receive", lambda: rpc("update_weights", args=({"update": update},))),
         ("finish", lambda: rpc("finish_weight_update")),
         ("reset_prefix_cache", lambda: engine.reset_prefix_cache(reset_running_requests=True)),
-        ("set_version", lambda: engine.set_weight_version(str(weights.version))),
+        ("set_version", lambda: engine.set_weight_version(str(update.version))),
     ]
 
 

@@ -44,14 +44,15 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one weight sync did. `phases` are seconds per phase; `checksum_ok` says that the engine's own parameters, as its
-    kernels got them, sum to the sender's checksum."""
+    """What one weight sync did, by which `transport` ("object" or "broadcast", see actors/publish). `phases` are seconds per
+    phase; `checksum_ok` says that the engine's own parameters, as its kernels got them, sum to the sender's checksum."""
 
     version: int
     bytes: int
     seconds: float
     checksum_ok: bool
     phases: Mapping[str, float]
+    transport: str
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
@@ -71,6 +72,14 @@ def _bit_sum(tensor: torch.Tensor) -> int:
     return int(bits.sum(dtype=torch.int64)) + negative * (1 << 8 * tensor.element_size())
 
 
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """The key of DTYPES for the `dtype` of the tensor `name`. Raises ValueError for a dtype other than those."""
+    found = str(dtype).removeprefix("torch.")
+    if found not in DTYPES:
+        raise ValueError(f"dtype of {name} must be one of {sorted(DTYPES)}, got {found}")
+    return found
+
+
 def pack(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Weights:
     """Copy tensors (on any device) into one bucket per dtype.
 
@@ -83,9 +92,7 @@ def pack(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Wei
     sizes: dict[str, int] = {}
     index: list[Entry] = []
     for name, tensor in named_tensors:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype of {name} must be one of {sorted(DTYPES)}, got {dtype}")
+        dtype = dtype_name(name, tensor.dtype)
         index.append(Entry(name, dtype, tuple(tensor.shape), sizes.get(dtype, 0)))
         sizes[dtype] = sizes.get(dtype, 0) + tensor.numel()
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -118,6 +118,7 @@ def summarise(config: Config, run: Run, roles: Roles, task: Task, truth: Truth, 
             "bytes": int(last["sync_bytes"]),
             "seconds": float(np.median([row["sync_seconds"] for row in rows])),
             "checksum_ok": all(row["sync_checksum_ok"] == 1 for row in rows),
+            "transport": roles.plan.transport,
         },
         "answers": _examples(after),
     }

@@ -122,6 +122,25 @@ def test_too_few_gpus_are_refused_with_what_to_change(gpus: int, options: list[s
         plan(gpus, *options)
 
 
+def test_weights_are_broadcast_where_generators_and_rank_0_have_gpus_of_their_own() -> None:
+    assert plan(5).transport == "broadcast"
+    assert plan(7, "rollout.tensor_parallel=2").transport == "broadcast"
+    assert plan(0).transport == "object"
+    assert plan(4).transport == "object"  # colocated
+    assert plan(5, "rollout.engine=hf").transport == "object"
+    assert plan(5, "learner.lora=4").transport == "object"
+    assert make_plan(config(), SIZE, SIZE, ("generators",), 5).transport == "object"
+
+
+def test_two_buckets_of_a_broadcast_are_planned_with_on_each_gpu_that_takes_part() -> None:
+    own, shared = plan(5).seats, plan(4).seats
+    assert own["generator-1"].bytes - shared["generator-1"].bytes == 512 * 2**20
+    assert own["learner-0"].bytes - own["learner-1"].bytes == 512 * 2**20
+    assert shared["learner-0"].bytes == shared["learner-1"].bytes
+    wide = [plan(7, "rollout.tensor_parallel=2", *options).seats["generator-0"].bytes for options in ((), ("learner.lora=4",))]
+    assert wide[0] - wide[1] == 2 * 512 * 2**20
+
+
 def test_roles_of_a_job_are_planned_alone() -> None:
     found = make_plan(config(), SIZE, SIZE, ("log", "reward"), 1)
     assert {role: seat.gpus for role, seat in found.seats.items() if seat.gpus} == {"reward": 0.5, "propensity": 0.5}
