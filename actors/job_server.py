@@ -20,6 +20,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from causalrm_ray.checks import InputError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}  # from SIGTERM to SIGKILL: a step and a checkpoint must fit in; Ray's own is 3
 LEFT_OUT = ("/runs", ".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "/build", "/dist")
 CHATTY = (  # loggers that tell of each file that is left out, of each upload and hang-up
     "ray._private.runtime_env",
@@ -78,7 +79,7 @@ class JobServer:
         """Send `working_dir` and run `command` in it, with `env` on top of the cluster's. Returns the submission's id."""
         if not working_dir.is_dir():
             raise InputError(f"submit.working_dir must be a folder, got {working_dir}")
-        runtime = {"working_dir": str(working_dir), "excludes": list(LEFT_OUT), "env_vars": dict(env)}
+        runtime = {"working_dir": str(working_dir), "excludes": list(LEFT_OUT), "env_vars": {**STOP_WAIT, **env}}
         with self._errors():
             return self._client.submit_job(
                 entrypoint=shlex.join(command), runtime_env=runtime, metadata=dict(facts), submission_id=id

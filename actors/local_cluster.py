@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 from ray.cluster_utils import Cluster
 
 from actors.placement import OBJECT_STORE_BYTES, own_token
@@ -31,9 +30,14 @@ class LocalCluster:
     def __init__(self, nodes: int, cache: Path) -> None:
         own_token(cache)
         self._options = {"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": LOOPBACK}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**self._options, "include_dashboard": False})
-        for _ in range(nodes - 1):
-            self._cluster.add_node(**self._options)
+        self._nodes = nodes
+        self._cluster = self._start()
+
+    def _start(self) -> Cluster:
+        cluster = Cluster(initialize_head=True, head_node_args={**self._options, "include_dashboard": False})
+        for _ in range(self._nodes - 1):
+            cluster.add_node(**self._options)
+        return cluster
 
     @property
     def address(self) -> str:
@@ -54,13 +58,27 @@ class LocalCluster:
         self._cluster.remove_node(node, allow_graceful=False)
         self._cluster.add_node(**self._options)
 
+    def lose_all(self) -> None:
+        """Kill every node, the head's too, and all roles; another cluster takes its place, at another address."""
+        roles = [process for raylet in self._raylets() for process in raylet.children(recursive=True)]
+        for node in self._all_nodes():
+            self._cluster.remove_node(node, allow_graceful=False)
+        for process in roles:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(roles)
+        self._cluster.shutdown()
+        self._cluster = self._start()
+
     def shutdown(self) -> None:
         """End all that was started."""
         self._cluster.shutdown()
 
+    def _all_nodes(self) -> list[Any]:
+        return [*self._cluster.worker_nodes, self._cluster.head_node]
+
     def _raylets(self) -> Iterator[psutil.Process]:
-        nodes: list[Any] = [self._cluster.head_node, *self._cluster.worker_nodes]
-        for node in nodes:
+        for node in self._all_nodes():
             for info in node.all_processes.get("raylet", []):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     yield psutil.Process(info.process.pid)
@@ -74,7 +92,6 @@ def local_cluster(nodes: int, cache: Path) -> Iterator[LocalCluster]:
         yield cluster
     finally:
         cluster.shutdown()
-        ray.shutdown()
 
 
 def _title(process: psutil.Process) -> str:

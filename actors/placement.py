@@ -106,15 +106,15 @@ def place(
     """Start `role(*args, **kwargs)` as a Ray actor and return its handle.
 
     `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node; `bundle`
-    seats it in that bundle of a placement group; `label` is how errors call it (none: its class). A role that dies is started
-    again up to `restarts` times, and what it was asked is asked again: its methods must bear that, and its constructor find what
-    it knew (see `restarted`).
+    seats it in that bundle of a placement group; without either, roles go to the cluster's nodes in turn. `label` is how errors
+    call it (none: its class). A role that dies is started again up to `restarts` times, and what it was asked is asked again:
+    its methods must bear that, and its constructor find what it knew (see `restarted`).
     """
     if in_process():
         os.environ.update(env or {})
         return Handle(role(*args, **kwargs))
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": concurrency}
-    options |= {"max_restarts": restarts, "max_task_retries": restarts}
+    options |= {"max_restarts": restarts, "max_task_retries": restarts, "scheduling_strategy": "SPREAD"}
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
     if beside_driver:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from causalrm_ray.config import RunConfig, Section
 
-Victim = Literal["generator", "reward", "propensity", "log", "users", "train worker", "learner", "driver", "node"]
+Victim = Literal["generator", "reward", "propensity", "log", "users", "train worker", "learner", "driver", "node", "cluster"]
 
 
 class ChaosConfig(Section):
@@ -17,7 +17,8 @@ class ChaosConfig(Section):
     victims: tuple[Victim, ...] = Field(
         ("generator", "reward", "propensity", "log", "users", "train worker", "learner", "driver", "node"),
         min_length=1,
-        description="what is killed: [generator,driver]",
+        description="what is killed: [generator,driver]; cluster: every node with the driver and who watches it, which nothing "
+        "outlives: the job itself then resumes the run on another cluster",
     )
     kills: int = Field(21, ge=1, description="kills over all victims, in turn, in an order drawn from run.seed")
     nodes: int = Field(3, ge=2, description="raylets; the driver's own is never killed")

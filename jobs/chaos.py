@@ -1,12 +1,12 @@
 """Kill roles, drivers and nodes of a run, one after another, and audit what is left: is anything lost, or there twice?
 
 undisturbed run -> its reward
-attacked run    -> kill, wait for the next step, kill again ... -> audit of log, steps, versions; reward against the other's
+attacked run    -> kill, wait for the next step, kill again ... -> audit of log, steps, versions; reward against the other's,
+                   and where no death sets answers to other batches, every figure and weight against the other's, to the bit
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import statistics
@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from actors.local_cluster import LocalCluster, local_cluster
 from causalrm_ray.chaos_config import ChaosConfig
-from causalrm_ray.checkpoint import write_json
+from causalrm_ray.checkpoint import newest_complete, read_json, write_json
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import Config
 from causalrm_ray.data.store import FeedbackLog
@@ -34,7 +36,7 @@ from causalrm_ray.types import Impression
 from causalrm_ray.world.users import SimulatedUsers
 from jobs.benchmark import write_markdown
 from jobs.progress import Progress
-from jobs.run import Run
+from jobs.run import TIMINGS, Run
 from jobs.supervise import ROOT
 from jobs.task import Task, find_models
 
@@ -42,6 +44,7 @@ LONGEST_PAUSE_S = 4.0  # between a step and the next kill: it may hit any phase 
 POLL_S = 0.2
 KNOWN = ("prompt", "response", "policy_version", "time")  # of an impression, to its user
 NOISE = 3.0  # standard errors between the two runs' rewards that chance may make
+REBATCHING = {"generator", "node"}  # their answers come from other batches then, so log-probabilities are rounded otherwise
 
 
 def run(config: ChaosConfig) -> int:
@@ -56,15 +59,15 @@ def run(config: ChaosConfig) -> int:
         calm = main_config(config, cluster.address, "calm")
         progress.phase("undisturbed run")
         _start(calm).wait()
-        attacked = main_config(config, cluster.address, "attacked")
         progress.phase(f"attacked run, {config.kills} kills")
-        driver = _start(attacked)
+        attacked = main_config(config, cluster.address, "attacked")
+        victim = Victims(attacked, cluster)
         try:
-            kills = attack(config, attacked, driver, cluster, progress)
-            status = driver.wait()
+            kills = attack(config, victim, progress)
+            status = victim.driver.wait()
         finally:
-            _end(driver)
-    faults = audit(attacked, calm)
+            victim.end()
+    faults = audit(attacked, calm) + ([] if REBATCHING & set(config.victims) else differing(attacked.run.path, calm.run.path))
     if status:
         faults.append(f"the job ended with status {status}")
     if len(kills) < config.kills:
@@ -97,23 +100,71 @@ def main_config(config: ChaosConfig, address: str, name: str) -> Config:
     return load_tree(Config, None, [f"{key}={value}" for key, value in overrides.items()])
 
 
-def attack(
-    config: ChaosConfig, attacked: Config, driver: subprocess.Popen[bytes], cluster: LocalCluster, progress: Progress
-) -> list[dict[str, Any]]:
-    """Kill one victim after another while `driver` runs; who, when, and how long until the next step was done."""
+class Victims:
+    """The processes of a run that goes on under attack: of its driver, and of its roles on the cluster."""
+
+    def __init__(self, config: Config, cluster: LocalCluster) -> None:
+        self.path = config.run.path
+        self.driver = _start(config)
+        self._config, self._cluster = config, cluster
+
+    def kill(self, victim: str, rng: random.Random) -> bool:
+        """kill -9; False where there is none to kill now."""
+        if victim == "node":
+            self._cluster.lose_node()
+            return True
+        if victim == "cluster":
+            return self._kill_all()
+        found = psutil.Process(self.driver.pid).children() if victim == "driver" else self._cluster.processes(victim)
+        if not found:
+            return False
+        rng.choice(sorted(found, key=lambda process: process.pid)).kill()
+        return True
+
+    def end(self) -> None:
+        """Leave no driver behind."""
+        if self.driver.poll() is None:
+            everyone = [*psutil.Process(self.driver.pid).children(recursive=True), psutil.Process(self.driver.pid)]
+            for process in everyone:
+                process.kill()
+            self.driver.wait()
+
+    def wait(self, true: Callable[[], bool], timeout_s: float, what: str) -> bool:
+        """Wait until `true`; False if the run ends first. Raises TimeoutError that names `what`."""
+        deadline = time.monotonic() + timeout_s
+        while self.driver.poll() is None:
+            if true():
+                return True
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what}: not within timeout_s={timeout_s:g} s")
+            time.sleep(POLL_S)
+        return False
+
+    def _kill_all(self) -> bool:
+        """The run goes on from its newest checkpoint, on another cluster."""
+        if newest_complete(self.path / "checkpoints")[0] is None:
+            return False
+        self.end()
+        self._cluster.lose_all()
+        self.driver = _start(self._config, "resume=true", f"cluster.address={self._cluster.address}")
+        return True
+
+
+def attack(config: ChaosConfig, victims: Victims, progress: Progress) -> list[dict[str, Any]]:
+    """Kill one victim after another while the run goes on; who, when, and how long until the next step was done."""
     rng = random.Random(config.run.seed)
     plan = [config.victims[number % len(config.victims)] for number in range(config.kills)]
     rng.shuffle(plan)
     kills: list[dict[str, Any]] = []
-    path = attacked.run.path
-    _wait(lambda: _steps(path) > 0, driver, config.timeout_s, "the first step")
+    path = victims.path
+    victims.wait(lambda: _steps(path) > 0, config.timeout_s, "the first step")
     progress.tasks("kills", len(plan))
     for victim in plan:
         time.sleep(rng.uniform(0.0, LONGEST_PAUSE_S))
-        if not _wait(partial(_kill, victim, driver, cluster, rng), driver, config.timeout_s, f"a {victim} to kill"):
+        if not victims.wait(partial(victims.kill, victim, rng), config.timeout_s, f"a {victim} to kill"):
             break
         began, before = time.monotonic(), _steps(path)
-        if not _wait(partial(_went_on, path, before), driver, config.timeout_s, f"a step after the death of {victim}"):
+        if not victims.wait(partial(_went_on, path, before), config.timeout_s, f"a step after the death of {victim}"):
             break
         kills.append({"victim": victim, "at_step": before, "seconds": time.monotonic() - began})
         progress.task(len(kills), f"{victim} at step {before}, next step after {kills[-1]['seconds']:.1f} s")
@@ -140,6 +191,24 @@ def audit(attacked: Config, calm: Config) -> list[str]:
     return [*faults, *audit_log(attacked)]
 
 
+def differing(attacked: Path, calm: Path) -> list[str]:
+    """In what the two runs differ, where they should be equal to the bit: figures of a step but for times, weights at the end."""
+    rows = zip(Run.read_metrics(attacked), Run.read_metrics(calm), strict=False)
+    names = [
+        f"{name} of step {here['step']}" for here, there in rows for name in here.keys() - TIMINGS if here[name] != there[name]
+    ]
+    weights = [_final_weights(path) for path in (attacked, calm)]
+    names += [name for name, tensor in weights[0].items() if not tensor.equal(weights[1][name])]
+    return [f"{len(names)} figures and weights differ from the undisturbed run's, such as {names[0]}"] if names else []
+
+
+def _final_weights(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint, _ = newest_complete(path / "checkpoints")
+    if checkpoint is None:
+        raise InputError(f"{path} holds no complete checkpoint")
+    return load_file(checkpoint / "policy" / "model.safetensors")
+
+
 def audit_log(config: Config) -> list[str]:
     """Is every prompt of the log and of each step shown exactly once, and every reaction of its user logged exactly once?"""
     task = Task(config, find_models(config))
@@ -162,64 +231,29 @@ def differences(what: str, expected: Counter[str], found: Counter[str]) -> list[
     return faults + ([f"{extra.total()} {what} too many, such as {min(extra)}"] if extra else [])
 
 
-def _kill(victim: str, driver: subprocess.Popen[bytes], cluster: LocalCluster, rng: random.Random) -> bool:
-    """kill -9; False where there is no such process now."""
-    if victim == "node":
-        cluster.lose_node()
-        return True
-    found = psutil.Process(driver.pid).children() if victim == "driver" else cluster.processes(victim)
-    if not found:
-        return False
-    rng.choice(sorted(found, key=lambda process: process.pid)).kill()
-    return True
-
-
 def _went_on(path: Path, before: int) -> bool:
     """Whether a step was done since: a resumed run first takes back those after its checkpoint."""
     return _steps(path) > before or _summary(path) is not None
 
 
-def _wait(true: Callable[[], bool], driver: subprocess.Popen[bytes], timeout_s: float, what: str) -> bool:
-    """Wait until `true`; False if the run ends first. Raises TimeoutError that names `what`."""
-    deadline = time.monotonic() + timeout_s
-    while driver.poll() is None:
-        if true():
-            return True
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within timeout_s={timeout_s:g} s")
-        time.sleep(POLL_S)
-    return False
-
-
 def _steps(path: Path) -> int:
-    """Steps done, by the last whole line of metrics.jsonl."""
-    file = path / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return json.loads(lines[-1])["step"] + 1 if lines else 0
+    """Steps done."""
+    rows = Run.read_metrics(path)
+    return rows[-1]["step"] + 1 if rows else 0
 
 
 def _summary(path: Path) -> dict[str, Any] | None:
     file = path / "summary.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 
-def _start(config: Config) -> subprocess.Popen[bytes]:
+def _start(config: Config, *overrides: str) -> subprocess.Popen[bytes]:
     file = config.run.path.parent / f"{config.run.name}.yaml"
     dump_config(config, file)
-    log = (config.run.path.parent / f"{config.run.name}.log").open("wb")
-    with log:
-        command = [sys.executable, "-P", "-m", "jobs", "train-policy", "--config", str(file)]
+    with (config.run.path.parent / f"{config.run.name}.log").open("ab") as log:
+        command = [sys.executable, "-P", "-m", "jobs", "train-policy", "--config", str(file), *overrides]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-
-def _end(driver: subprocess.Popen[bytes]) -> None:
-    """Leave nothing behind if we fail ourselves."""
-    if driver.poll() is None:
-        everyone = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
-        for process in everyone:
-            process.kill()
-        driver.wait()
 
 
 def _conclude(config: ChaosConfig, kills: Sequence[Mapping[str, Any]], faults: Sequence[str]) -> None:

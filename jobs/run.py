@@ -23,6 +23,7 @@ from causalrm_ray.config import Config
 from causalrm_ray.data.files import write_whole
 from causalrm_ray.options import dump_config
 
+TIMINGS = frozenset(("seconds", "sync_seconds", "sync_gb_per_s"))  # figures of a step that no other run repeats
 STOPPED = 128 + signal.SIGTERM  # exit status of a job that was asked to stop, and saved
 
 console = Console(highlight=False)

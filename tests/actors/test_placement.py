@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +67,29 @@ def test_a_stream_that_stands_still_is_named(workers: dict[str, Any]) -> None:
 def test_a_role_that_dies_is_named(workers: dict[str, Any]) -> None:
     with pytest.raises(RoleDiedError, match=r"^update policy: the process of generator-1 died"):
         resolve([workers["generator-0"].answer.remote(), workers["generator-1"].die.remote()], "update policy", 60.0)
+
+
+ON_THREE_NODES = """
+import pathlib, sys
+import ray
+from actors.local_cluster import local_cluster
+from actors.placement import place, ray_cluster, resolve
+from causalrm_ray.config import ClusterConfig
+
+class Where:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+cache = pathlib.Path(sys.argv[1])
+with local_cluster(3, cache) as cluster, ray_cluster(ClusterConfig(address=cluster.address), cache):
+    anywhere = resolve([place(Where).node.remote() for number in range(3)], "ask", 60.0)
+    beside = resolve([place(Where, beside_driver=True).node.remote() for number in range(2)], "ask", 60.0)
+    print(len(set(anywhere)), set(beside) == {ray.get_runtime_context().get_node_id()})
+"""
+
+
+def test_roles_go_to_the_nodes_in_turn(tmp_path: Path) -> None:
+    told = [sys.executable, "-c", ON_THREE_NODES, str(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(told, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.split()) == (0, ["3", "True"]), done.stderr[-2000:]

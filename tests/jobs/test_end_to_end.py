@@ -16,6 +16,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from jobs.run import TIMINGS, Run
+
 OPTIONS = [
     "world.impressions=600",
     "reward.epochs=2",
@@ -26,7 +28,6 @@ OPTIONS = [
     "loop.checkpoint_every=2",
     "loop.evaluation_prompts=40",
 ]
-TIMINGS = ("seconds", "sync_seconds", "sync_gb_per_s")
 
 
 def command(folder: Path, name: str, *options: str) -> list[str]:
@@ -34,8 +35,7 @@ def command(folder: Path, name: str, *options: str) -> list[str]:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in Run.read_metrics(run)]
 
 
 @contextmanager
