@@ -26,6 +26,7 @@ from causalrm_ray.checks import InputError
 from causalrm_ray.config import IN_PROCESS, Config, ConfigError
 from causalrm_ray.options import validate
 from jobs.lock import alone
+from jobs.refusal import no_room, refuse
 
 ROOT = Path(__file__).parents[1]
 LOST = 75  # an attempt that lost a role (EX_TEMPFAIL): another may do better
@@ -110,11 +111,18 @@ def attempt() -> int:
     from actors.placement import RoleDiedError, RoleTimeoutError
     from jobs import train_policy
 
+    config = validate(told["config"])
     try:
-        return train_policy.run(validate(told["config"]), again=told["again"])
-    except (ConfigError, InputError, RoleDiedError, RoleTimeoutError) as error:
-        Console(stderr=True).print(f"train-policy: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return LOST if isinstance(error, RoleDiedError | RoleTimeoutError) else 2
+        return train_policy.run(config, again=told["again"])
+    except (RoleDiedError, RoleTimeoutError) as error:
+        refuse("train-policy", error)
+        return LOST
+    except (ConfigError, InputError) as error:
+        return refuse("train-policy", error)
+    except Exception as error:
+        if (why := no_room(error, config.run)) is None:
+            raise
+        return refuse("train-policy", why)
 
 
 if __name__ == "__main__":
