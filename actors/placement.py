@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -32,6 +33,7 @@ QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY
 
 
 _in_process: ContextVar[bool] = ContextVar("in_process", default=False)
+_placed = itertools.count()
 _labels: dict[str, str] = {}  # actor id (hex) -> role, of all that this process placed
 
 
@@ -114,18 +116,24 @@ def place(
         os.environ.update(env or {})
         return Handle(role(*args, **kwargs))
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": concurrency}
-    options |= {"max_restarts": restarts, "max_task_retries": restarts, "scheduling_strategy": "SPREAD"}
+    options |= {"max_restarts": restarts, "max_task_retries": restarts}
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
-    if beside_driver:
-        node = ray.get_runtime_context().get_node_id()
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
     if bundle:
         group, index = bundle
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
+    else:
+        node = ray.get_runtime_context().get_node_id() if beside_driver else _next_node()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=not beside_driver)
     handle = ray.remote(role).options(**options).remote(*args, **kwargs)
     _labels[handle._actor_id.hex()] = label or role.__name__
     return handle
+
+
+def _next_node() -> str:
+    """Nodes with CPUs in turn. Ray's own spreading sends roles that reserve no CPU to nodes by chance."""
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    return nodes[next(_placed) % len(nodes)]
 
 
 def end(role: Any) -> None:

@@ -16,6 +16,7 @@ WORDS = (  # of libraries that have words of their own for it: SQLite, torch's w
     *map(os.strerror, FULL),
     "database or disk is full",
     "PytorchStreamWriter failed writing",
+    "unexpected pos",
 )
 
 
