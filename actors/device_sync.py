@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,17 +28,18 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 from actors.weight_sync import DTYPES, Entry, checksum, dtype_name
 
 BUCKET_BYTES = 256 * 2**20
+JOIN_S = 120.0  # longest wait for the others to come: all were alive when they were called
 BUCKETS = 2  # of a process at a time: one travels while the other is packed or loaded
 
 
-class LostPeerError(RuntimeError):
+class LostPeerError(ConnectionError):
     """A member of the group ended, failed or came too late; the message says in which phase."""
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
     """A process's place in the group: it is `rank` of `size` processes that meet at `address` ("tcp://host:port", which rank 0
-    binds), and waits `timeout_s` for each of them to come, and for each bucket."""
+    binds), waits `timeout_s` for each bucket, and as long but at most JOIN_S for all to come."""
 
     address: str
     rank: int
@@ -107,13 +109,15 @@ class Channel:
     def __init__(self, place: Membership, device: torch.device) -> None:
         """Meet the others; all must come. Raises LostPeerError where not all do in time."""
         self.place, self.device = place, device
-        address, limit = urlparse(place.address), timedelta(seconds=place.timeout_s)
+        address, limit = urlparse(place.address), timedelta(seconds=min(place.timeout_s, JOIN_S))
         self._flights: deque[tuple[str, torch.distributed.Work]] = deque()
         with self._named("join"):
             self._store = TCPStore(
                 str(address.hostname), int(address.port or 0), place.size, place.rank == 0, limit, wait_for_workers=False
             )
-            self._group: Any = _make_group(self._store, place, device, limit)
+            self._store.set(f"came-{place.rank}", "")  # NCCL would wait for the others without end
+            self._store.wait([f"came-{rank}" for rank in range(place.size)], limit)
+            self._group: Any = _make_group(self._store, place, device)
         self.start(torch.zeros(1, device=device), "join")
         self.finish()  # NCCL connects at its first call
 
@@ -149,6 +153,8 @@ class Channel:
     def _named(self, phase: str) -> Iterator[None]:
         try:
             yield
+        except LostPeerError:
+            raise
         except RuntimeError as error:  # of torch.distributed, for all that can happen
             place = self.place
             raise LostPeerError(
@@ -226,11 +232,27 @@ def _phase(outline: Outline, number: int) -> str:
     return f"bucket {number} of {len(outline.buckets)} of version {outline.version}"
 
 
-def _make_group(store: TCPStore, place: Membership, device: torch.device, limit: timedelta) -> Any:
+def _make_group(store: TCPStore, place: Membership, device: torch.device) -> Any:
+    limit = timedelta(seconds=place.timeout_s)
     if device.type == "cpu":
         return ProcessGroupGloo(store, place.rank, place.size, limit)
     from torch.distributed import ProcessGroupNCCL  # CUDA builds of torch have it
 
     options = ProcessGroupNCCL.Options()
-    options._timeout = 2 * limit  # its watchdog ends the process: our own wait, which names the phase, must speak first
-    return ProcessGroupNCCL(store, place.rank, place.size, options)
+    options._timeout = 2 * limit  # our own wait, which names the phase, must speak first
+    with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):  # else its watchdog ends this process when another one dies
+        return ProcessGroupNCCL(store, place.rank, place.size, options)
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable while the block lasts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

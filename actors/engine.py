@@ -70,7 +70,7 @@ class Engine(Protocol):
         ...
 
     def versions(self) -> Mapping[str, str | int]:
-        """`name` and `version` of the engine, `policy_version` of its weights, and its `device`."""
+        """`name` and `version` of the engine, `policy_version` of its weights, and its `device`. Raises EngineDeadError."""
         ...
 
     def close(self) -> None:

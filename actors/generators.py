@@ -54,20 +54,20 @@ class Generators:
         starts with.
         """
         answered: set[str] = set()
-        while calls := self._with_current_generators(calls, answered):
+        lost: list[str] = []
+        while calls:
             try:
+                self._replace(lost)
+                if lost and publisher:
+                    _check(publisher.publish({name: self.handles[name] for name in lost}))
+                calls = self._with_current_generators(calls, answered)
                 for name, chunk in stream({name: call.answers for name, call in calls.items()}, "generate", self._timeout_s):
                     record("generated_tokens", name, sum(len(done.token_ids) for done in chunk))
                     answered.update(completion.prompt.id for completion in chunk)
                     yield chunk
                 return
             except RoleDiedError as error:
-                name = error.roles[0] if error.roles else ""
-                if name not in calls:
-                    raise
-                self._replace([name], error)
-                if publisher:
-                    _check(publisher.publish({name: self.handles[name]}))
+                lost = self._lost(error)
 
     def _with_current_generators(self, calls: Mapping[str, Call], answered: Collection[str]) -> dict[str, Call]:
         """The same calls, but of what was asked of a generator that is no more, what it has not answered is asked of another."""
@@ -85,13 +85,13 @@ class Generators:
 
         Where one dies on the way, those that failed with it are replaced too, and all take the weights anew.
         """
+        lost: list[str] = []
         while True:
             try:
+                self._replace(lost)
                 return _check(publisher.publish(self.handles))
             except RoleDiedError as error:
-                if not error.roles or error.roles[0] not in self.handles:
-                    raise
-                self._replace([name for name in error.roles if name in self.handles], error)
+                lost = self._lost(error)
 
     def _ask(self, name: str, requests: Sequence[Request], sampling: Sampling | None) -> Call:
         size, buffer = self._config.rollout.micro_batch, self._config.rollout.buffer
@@ -100,14 +100,19 @@ class Generators:
         answers = generator.micro_batches.options(**options).remote(requests, size, sampling)
         return Call(generator, requests, sampling, answers)
 
-    def _replace(self, names: Sequence[str], error: RoleDiedError) -> None:
-        """The first of `names` died, the others are of no more use."""
-        self._failures += 1
-        if self._failures > self._config.loop.max_failures:
+    def _lost(self, error: RoleDiedError) -> list[str]:
+        """The generator that died, first, and those that failed with it. Raises the error if another role died, or too many."""
+        lost = [name for name in error.roles if name in self.handles]
+        if not lost or lost[0] != error.roles[0] or self._failures == self._config.loop.max_failures:
             raise error
+        self._failures += 1
+        also = f"; {', '.join(lost[1:])} failed with it" if lost[1:] else ""
         number = f"({self._failures} of loop.max_failures)"
-        also = f"; {', '.join(names[1:])} failed with it" if names[1:] else ""
-        self._tell(f"{names[0]} died; another one takes its place {number}{also}")
+        self._tell(f"{lost[0]} died; another one takes its place {number}{also}")
+        return lost
+
+    def _replace(self, names: Sequence[str]) -> None:
+        """Start another generator of each name."""
         for name in names:
             end(self.handles[name])
             self.handles[name] = self._start(name)

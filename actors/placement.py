@@ -108,9 +108,9 @@ def place(
     """Start `role(*args, **kwargs)` as a Ray actor and return its handle.
 
     `concurrency` is the number of its methods that may run at once; `beside_driver` pins it to the driver's node; `bundle`
-    seats it in that bundle of a placement group; without either, roles go to the cluster's nodes in turn. `label` is how errors
-    call it (none: its class). A role that dies is started again up to `restarts` times, and what it was asked is asked again:
-    its methods must bear that, and its constructor find what it knew (see `restarted`).
+    seats it in that bundle of a placement group; without either, roles without restarts go to the nodes in turn. `label` is how
+    errors call it (none: its class). A role that dies is started again up to `restarts` times, and what it was asked is asked
+    again: its methods must bear that, and its constructor find what it knew (see `restarted`).
     """
     if in_process():
         os.environ.update(env or {})
@@ -122,18 +122,19 @@ def place(
     if bundle:
         group, index = bundle
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
-    else:
-        node = ray.get_runtime_context().get_node_id() if beside_driver else _next_node()
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=not beside_driver)
+    elif beside_driver:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    elif not restarts and (node := _next_node()):  # a role that Ray is to start again must not be bound to a node
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
     handle = ray.remote(role).options(**options).remote(*args, **kwargs)
     _labels[handle._actor_id.hex()] = label or role.__name__
     return handle
 
 
-def _next_node() -> str:
-    """Nodes with CPUs in turn. Ray's own spreading sends roles that reserve no CPU to nodes by chance."""
+def _next_node() -> str | None:
+    """Nodes with CPUs in turn; none where there is none now. Ray itself sends roles that reserve no CPU to nodes by chance."""
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
-    return nodes[next(_placed) % len(nodes)]
+    return nodes[next(_placed) % len(nodes)] if nodes else None
 
 
 def end(role: Any) -> None:
@@ -159,6 +160,8 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
         return ray.get(refs, timeout=timeout_s)
     except GetTimeoutError as error:
         raise _late(phase, _silent(refs), timeout_s) from error
+    except ObjectLostError as error:  # of an argument, too: then it is a RayTaskError besides
+        raise RoleDiedError(_failed(["a role"], f"{phase}: what a role had made was lost with its node: {error}")) from error
     except (RayActorError, WorkerCrashedError) as error:
         role = _labels.get(getattr(error, "actor_id", None) or "")
         name = role or "a role"
@@ -167,34 +170,37 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
-    except ObjectLostError as error:
-        raise RoleDiedError(_failed(["a role"], f"{phase}: what a role had made was lost with its node: {error}")) from error
 
 
 def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[str, Any]:
     """The value behind each of `refs`, by the name of its role, within `timeout_s` for all.
 
     Where one role fails, those that work with it fail too, so all are heard: RoleDiedError if a process died, RoleTimeoutError
-    if one is silent, else RuntimeError, each naming all that failed, the dead first.
+    if one is silent, waited in vain or lost its peers, else RuntimeError, each naming all that failed, the dead first.
     """
     until = time.monotonic() + timeout_s
     found: dict[str, Any] = {}
     died, late, failed = {}, {}, {}
+    first: Exception | None = None
     for name, ref in refs.items():
         try:
             found[name] = resolve(ref, f"{phase} ({name})", max(0.0, until - time.monotonic()))
         except RoleDiedError as error:
             died[error.roles[0] if error.roles else name] = str(error)
+            first = first or error
         except RoleTimeoutError as error:
             late[name] = str(error)
+            first = first or error
         except RayTaskError as error:
-            failed[name] = f"{phase} ({name}): {type(error.cause).__name__}: {error.cause}"
+            kind = late if isinstance(error.cause, ConnectionError | TimeoutError) else failed
+            kind[name] = f"{phase} ({name}): {type(error.cause).__name__}: {error.cause}"
+            first = first or error
     unusable = {**failed, **late, **died}
     message = "\n".join({**died, **late, **failed}.values())
     if died:
-        raise RoleDiedError(message, [*died, *(name for name in unusable if name not in died)])
+        raise RoleDiedError(message, [*died, *(name for name in refs if name in unusable and name not in died)]) from first
     if unusable:
-        raise (RoleTimeoutError if late else RuntimeError)(message)
+        raise (RoleTimeoutError if late else RuntimeError)(message) from first
     return found
 
 
@@ -256,14 +262,18 @@ def run_tasks(
         yield names[ready[0]], resolve(ready[0], f"{phase} ({names[ready[0]]})", timeout_s)
 
 
-def rendezvous(bundle: tuple[PlacementGroup, int] | None) -> str:
-    """Where processes can meet one that sits in `bundle`, or on the driver's node: "tcp://host:port", the port free now."""
+def rendezvous(bundle: tuple[PlacementGroup, int] | None, timeout_s: float) -> str:
+    """Where processes can meet one that sits in `bundle`, or on the driver's node: "tcp://host:port", the port free now.
+
+    Raises RoleTimeoutError where the bundle has no node any more.
+    """
     if in_process():
         return _meeting_point("127.0.0.1")
     if bundle is None:
         return _meeting_point()
     strategy = PlacementGroupSchedulingStrategy(*bundle)
-    return ray.get(ray.remote(_meeting_point).options(num_cpus=0, scheduling_strategy=strategy).remote())
+    asked = ray.remote(_meeting_point).options(num_cpus=0, scheduling_strategy=strategy).remote()
+    return resolve(asked, "find a free port", timeout_s)
 
 
 def _meeting_point(host: str | None = None) -> str:

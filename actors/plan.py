@@ -110,7 +110,9 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
     ends = [seat for role, seat in seats.items() if role.startswith("generator") or role == "learner-0"]
     transport = _transport(config, ends)
     if transport == "broadcast":
-        seats |= {seat.role: replace(seat, bytes=seat.bytes + int(BUCKETS * BUCKET_BYTES * seat.gpus)) for seat in ends}
+        largest = policy.vocabulary * policy.hidden * getattr(torch, config.model.dtype).itemsize  # a tensor is never cut
+        buckets = BUCKETS * max(BUCKET_BYTES, largest)
+        seats |= {seat.role: replace(seat, bytes=seat.bytes + int(buckets * seat.gpus)) for seat in ends}
     return Plan(seats, bundles, bool(workers) and gpus - sum(bundles) >= len(workers), transport)
 
 

@@ -62,7 +62,9 @@ class ByBroadcast:
         """See Publisher."""
         members, self._members = self._members, []
         if members != list(generators.values()):
-            self._address = rendezvous(self.bundle)
+            alive = {name: generator.info.remote() for name, generator in generators.items()}
+            resolve_all(alive, "gather for a broadcast", self.timeout_s)  # one that cannot come would be waited for by all
+            self._address = rendezvous(self.bundle, self.timeout_s)
         size = 1 + self.workers * len(generators)
         ranks = [0, *rank_offsets([self.workers] * len(generators))]
         first, *places = [Membership(self._address, rank, size, self.timeout_s) for rank in ranks]
@@ -72,7 +74,7 @@ class ByBroadcast:
             name: generator.receive_weights.remote(outline, place)
             for (name, generator), place in zip(generators.items(), places, strict=True)
         }
-        # each member waits timeout_s for the others and then says in which phase: they must have the time to
+        # a member that waits for a bucket in vain says so, and in which phase, after timeout_s: it must have the time to
         done = resolve_all({**sending, **taking}, "sync weights by broadcast", 2 * self.timeout_s)
         self._members = list(generators.values())
         return {name: done[name] for name in taking}

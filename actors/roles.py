@@ -318,7 +318,7 @@ class Roles:
 
     def _learner_ranks(self, policy: str) -> list[Any]:
         size = self._config.learner.ranks
-        address = rendezvous(self._seat("learner-0")["bundle"])
+        address = rendezvous(self._seat("learner-0")["bundle"], self._timeout_s)
         settings: dict[str, Any] = {
             "world_size": size,
             "init_method": address,

@@ -104,7 +104,8 @@ class StepThreadEngine:
         return self._switch(outline, self._core.sync_phases(outline, place), "broadcast")
 
     def versions(self) -> Mapping[str, str | int]:
-        """Engine name and version, version of the weights, device."""
+        """Engine name and version, version of the weights, device. Raises EngineDeadError."""
+        self._check_alive()
         return {**self._core.about(), "policy_version": self._version}
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ Imports vllm at the top: only an engine process may import this module. The inte
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,11 +70,12 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Put the layers back into the form they are loaded in, and watch what each of them gets."""
-        initialize_layerwise_reload(self.model)
-        self._received: dict[nn.Module, int] = {}
-        self._version, self._expected = 0, 0
-        for _, method in self._packed_layers():
-            self._sum_before_packing(method)
+        with self._channel.leaving_on_error() if self._channel else contextlib.nullcontext():
+            initialize_layerwise_reload(self.model)
+            self._received: dict[nn.Module, int] = {}
+            self._version, self._expected = 0, 0
+            for _, method in self._packed_layers():
+                self._sum_before_packing(method)
 
     def update_weights(self, update_info: dict) -> None:
         """Load one version. Overrides the base class, whose accelerator synchronisation fails without an accelerator."""

@@ -21,7 +21,7 @@ class ChaosConfig(Section):
         "outlives: the job itself then resumes the run on another cluster",
     )
     kills: int = Field(21, ge=1, description="kills over all victims, in turn, in an order drawn from run.seed")
-    nodes: int = Field(3, ge=2, description="raylets; the driver's own is never killed")
+    nodes: int = Field(3, ge=2, description="raylets; the driver's own dies with the cluster only")
     steps: int = Field(60, ge=1, description="policy steps of the run")
     engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine")
     train_workers: int = Field(2, ge=0, description="Ray Train workers of a fit; 0: none to kill")

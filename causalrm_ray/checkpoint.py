@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrm_ray.checks import InputError
+from causalrm_ray.data.files import write_whole
 
 MANIFEST = "manifest.json"
 
@@ -22,11 +23,8 @@ class CheckpointError(InputError):
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    _flush(aside)
-    aside.replace(path)
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:

@@ -7,8 +7,10 @@ attacked run    -> kill, wait for the next step, kill again ... -> audit of log,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -79,8 +81,8 @@ def run(config: ChaosConfig) -> int:
 def main_config(config: ChaosConfig, address: str, name: str) -> Config:
     """The main tree of a small run on the cluster: synchronous, a checkpoint every second step."""
     overrides = {
-        "run.name": name,
-        "run.dir": config.run.path,
+        "run.name": "run",  # of both: the ids of impressions begin with it, on which their users' reactions depend
+        "run.dir": config.run.path / name,
         "run.cache": config.run.cache,
         "run.seed": config.run.seed,
         "cluster.address": address,
@@ -106,10 +108,14 @@ class Victims:
     def __init__(self, config: Config, cluster: LocalCluster) -> None:
         self.path = config.run.path
         self.driver = _start(config)
+        self.killed = 0.0
         self._config, self._cluster = config, cluster
 
     def kill(self, victim: str, rng: random.Random) -> bool:
-        """kill -9; False where there is none to kill now."""
+        """kill -9, at `killed`; False where there is none to kill now."""
+        if _summary(self.path) is not None:
+            return False
+        self.killed = time.monotonic()
         if victim == "node":
             self._cluster.lose_node()
             return True
@@ -124,9 +130,11 @@ class Victims:
     def end(self) -> None:
         """Leave no driver behind."""
         if self.driver.poll() is None:
-            everyone = [*psutil.Process(self.driver.pid).children(recursive=True), psutil.Process(self.driver.pid)]
-            for process in everyone:
-                process.kill()
+            self.driver.send_signal(signal.SIGSTOP)  # that it starts no other
+            for process in psutil.Process(self.driver.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.driver.kill()
             self.driver.wait()
 
     def wait(self, true: Callable[[], bool], timeout_s: float, what: str) -> bool:
@@ -163,10 +171,10 @@ def attack(config: ChaosConfig, victims: Victims, progress: Progress) -> list[di
         time.sleep(rng.uniform(0.0, LONGEST_PAUSE_S))
         if not victims.wait(partial(victims.kill, victim, rng), config.timeout_s, f"a {victim} to kill"):
             break
-        began, before = time.monotonic(), _steps(path)
+        before = _steps(path)
         if not victims.wait(partial(_went_on, path, before), config.timeout_s, f"a step after the death of {victim}"):
             break
-        kills.append({"victim": victim, "at_step": before, "seconds": time.monotonic() - began})
+        kills.append({"victim": victim, "at_step": before, "seconds": time.monotonic() - victims.killed})
         progress.task(len(kills), f"{victim} at step {before}, next step after {kills[-1]['seconds']:.1f} s")
     return kills
 
@@ -193,20 +201,21 @@ def audit(attacked: Config, calm: Config) -> list[str]:
 
 def differing(attacked: Path, calm: Path) -> list[str]:
     """In what the two runs differ, where they should be equal to the bit: figures of a step but for times, weights at the end."""
-    rows = zip(Run.read_metrics(attacked), Run.read_metrics(calm), strict=False)
-    names = [
-        f"{name} of step {here['step']}" for here, there in rows for name in here.keys() - TIMINGS if here[name] != there[name]
-    ]
-    weights = [_final_weights(path) for path in (attacked, calm)]
-    names += [name for name, tensor in weights[0].items() if not tensor.equal(weights[1][name])]
+    names = []
+    for here, there in zip(Run.read_metrics(attacked), Run.read_metrics(calm), strict=False):
+        keys = sorted((here.keys() | there.keys()) - TIMINGS)
+        names += [f"{name} of step {here['step']}" for name in keys if here.get(name) != there.get(name)]
+    ours, theirs = _final_weights(attacked), _final_weights(calm)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs or not ours[name].equal(theirs[name]):
+            names.append(name)
     return [f"{len(names)} figures and weights differ from the undisturbed run's, such as {names[0]}"] if names else []
 
 
 def _final_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint; nothing where there is none."""
     checkpoint, _ = newest_complete(path / "checkpoints")
-    if checkpoint is None:
-        raise InputError(f"{path} holds no complete checkpoint")
-    return load_file(checkpoint / "policy" / "model.safetensors")
+    return load_file(checkpoint / "policy" / "model.safetensors") if checkpoint else {}
 
 
 def audit_log(config: Config) -> list[str]:
@@ -248,9 +257,9 @@ def _summary(path: Path) -> dict[str, Any] | None:
 
 
 def _start(config: Config, *overrides: str) -> subprocess.Popen[bytes]:
-    file = config.run.path.parent / f"{config.run.name}.yaml"
+    file = config.run.dir / "told.yaml"
     dump_config(config, file)
-    with (config.run.path.parent / f"{config.run.name}.log").open("ab") as log:
+    with (config.run.dir / "output.log").open("ab") as log:
         command = [sys.executable, "-P", "-m", "jobs", "train-policy", "--config", str(file), *overrides]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -67,7 +67,7 @@ class Progress:
             where = "CPU" if seat.bundle is None else f"{seat.gpus:.3g} GPU of group {seat.bundle}{shared}"
             table.add_row(role, where, f"{seat.bytes / 2**30:.2f} GiB")
         table.add_row("all without a GPU", "", f"{plan.host_bytes / 2**30:.2f} GiB")
-        if any(role.startswith("generator") for role in plan.seats):
+        if "generator-0" in plan.seats and "learner-0" in plan.seats:
             table.add_row("weight sync", f"by {plan.transport}", "")
         console.print(table)
 

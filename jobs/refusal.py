@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 
 from rich.console import Console
 
@@ -28,21 +27,19 @@ def refuse(job: str, why: object) -> int:
 
 def no_room(error: BaseException, run: RunFolder) -> str | None:
     """What to say where a full disk, or a quota, is behind an error, whoever met it and in whatever process; else none."""
-    if not any(_is_full(cause) for cause in _causes(error)):
-        return None
-    return (
-        f"no room to write, most likely under {run.path}: {error}\nNothing is half-written there. Make room, and go on with "
-        "resume=true, or begin again if there is no checkpoint yet"
-    )
+    for cause in _causes(error):
+        if getattr(cause, "errno", None) in FULL or any(word in str(cause) for word in WORDS):
+            return (
+                f"no room to write, most likely under {run.path}: {cause}\nNothing half-written will be read. Make room, and go "
+                "on with resume=true, or begin again if there is no checkpoint yet"
+            )
+    return None
 
 
-def _is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in FULL or any(word in str(error) for word in WORDS)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__ or error.__context__
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """What lies behind an error, the innermost first; what a role raised comes with Ray's own error around it, as its `cause`."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return found[::-1]

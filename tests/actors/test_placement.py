@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import ray
 
-from actors.placement import RoleDiedError, RoleTimeoutError, place, resolve, stream
+from actors.placement import RoleDiedError, RoleTimeoutError, place, resolve, resolve_all, stream
 
 
 class Worker:
-    """Answers, hangs or dies, as it is asked."""
+    """Answers, hangs, fails or dies, as it is asked."""
+
+    def fail(self, error: Exception) -> None:
+        raise error
 
     def answer(self) -> int:
         return 7
@@ -67,6 +70,21 @@ def test_a_stream_that_stands_still_is_named(workers: dict[str, Any]) -> None:
 def test_a_role_that_dies_is_named(workers: dict[str, Any]) -> None:
     with pytest.raises(RoleDiedError, match=r"^update policy: the process of generator-1 died"):
         resolve([workers["generator-0"].answer.remote(), workers["generator-1"].die.remote()], "update policy", 60.0)
+
+
+def test_of_all_who_failed_together_the_dead_are_named_first(workers: dict[str, Any]) -> None:
+    first, second, reward = workers.values()
+    lost = second.fail.remote(ConnectionResetError("peer gone"))
+    with pytest.raises(RoleTimeoutError, match=r"^sync \(generator-1\): ConnectionResetError: peer gone$"):
+        resolve_all({"generator-0": first.answer.remote(), "generator-1": lost}, "sync", 60.0)
+    with pytest.raises(RuntimeError, match=r"^sync \(reward\): ValueError: damaged$") as damaged:
+        resolve_all({"reward": reward.fail.remote(ValueError("damaged")), "generator-0": first.answer.remote()}, "sync", 60.0)
+    assert "in fail" in str(damaged.value.__cause__)  # where it was raised
+    calls = {"reward": reward.hang.remote(), "generator-1": lost, "generator-0": first.die.remote()}
+    with pytest.raises(RoleDiedError, match=r"^sync \(generator-0\): the process of generator-0 died") as died:
+        resolve_all(calls, "sync", 5.0)
+    assert died.value.roles == ("generator-0", "reward", "generator-1")
+    assert "no answer from reward" in str(died.value)
 
 
 ON_THREE_NODES = """

@@ -135,6 +135,19 @@ def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it
     assert roles.sample(REQUESTS) == answers
 
 
+def test_a_generator_that_is_dead_before_a_group_meets_is_replaced_and_not_waited_for(roles: Roles, told: list[str]) -> None:
+    def kill(name: str) -> None:
+        role = roles.generators.handles[name]
+        os.kill(ray.get(role.__ray_call__.remote(lambda generator: os.getpid())), signal.SIGKILL)
+
+    kill("generator-0")
+    before = roles.sample(REQUESTS)  # by another generator, which is in no group yet
+    kill("generator-1")
+    assert roles.publish()["sync_checksum_ok"] == 1.0
+    assert [text.split(" died")[0] for text in told[1:]] == ["generator-0", "generator-1"]
+    assert roles.sample(REQUESTS) == before
+
+
 def test_a_bucket_damaged_on_its_way_is_refused_by_name_and_version(roles: Roles) -> None:
     def damage(generator: object) -> None:
         from actors.device_sync import Channel

@@ -1,4 +1,4 @@
-"""A disk that takes no more: each library that we write with meets it in its own words, and all are understood."""
+"""A disk that takes no more: each library that we write files with meets it in its own words, and all are understood."""
 
 from __future__ import annotations
 
