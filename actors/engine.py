@@ -19,6 +19,10 @@ class EngineDeadError(RuntimeError):
     """The engine failed earlier and serves no more; `__cause__` holds what killed it where it happened in this process."""
 
 
+class WrongWeightsError(EngineDeadError):
+    """It is dead by what it was given: another one would die of it, too."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What an engine is started with.

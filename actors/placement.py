@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.engine import EngineDeadError, WrongWeightsError
 from actors.in_process import Handle
 from actors.in_process import stream as stream_here
 from actors.telemetry import event, record
@@ -151,8 +152,8 @@ def restarted() -> bool:
 def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
     """The value (or list of values) behind `refs`.
 
-    Raises RoleTimeoutError or RoleDiedError that names the phase and the roles that have not answered, or died. A role's own
-    error passes, an InputError in its plain form.
+    Raises RoleTimeoutError or RoleDiedError that names the phase and the roles that have not answered, or died, or whose engine
+    did. A role's own error passes, an InputError in its plain form.
     """
     if in_process():
         return refs
@@ -169,6 +170,9 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
+        if isinstance(error.cause, EngineDeadError) and not isinstance(error.cause, WrongWeightsError):
+            roles = [] if isinstance(refs, list) else [_label(refs)]  # which of a list it was, Ray does not tell
+            raise RoleDiedError(_failed(roles or ["a role"], f"{phase}: {error.cause}"), roles) from error
         raise
 
 
@@ -228,7 +232,12 @@ def _silent(refs: Any) -> list[str]:
     """The roles behind those of `refs` that are not there yet."""
     distinct = list(dict.fromkeys(refs if isinstance(refs, list) else [refs]))
     _, pending = ray.wait(distinct, num_returns=len(distinct), timeout=0)
-    return list(dict.fromkeys(_labels.get(ref.task_id().actor_id().hex(), "a task") for ref in pending))
+    return list(dict.fromkeys(map(_label, pending)))
+
+
+def _label(ref: Any) -> str:
+    """The role whose method is behind a reference."""
+    return _labels.get(ref.task_id().actor_id().hex(), "a task")
 
 
 def _late(phase: str, roles: Sequence[str], timeout_s: float) -> Exception:

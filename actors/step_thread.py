@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from actors.device_sync import Membership, Outline
-from actors.engine import EngineDeadError, EngineSettings
+from actors.engine import EngineDeadError, EngineSettings, WrongWeightsError
 from actors.weight_sync import SyncReport, Weights, verify
 from causalrm_ray.types import Completion, Request, Sampling
 
@@ -131,7 +131,8 @@ class StepThreadEngine:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            raise EngineDeadError(f"the {self._label} engine is dead: {self._failure!r}") from self._failure
+            kind = WrongWeightsError if isinstance(self._failure, ValueError) else EngineDeadError
+            raise kind(f"the {self._label} engine is dead: {self._failure!r}") from self._failure
 
     def _wait(self, phase: str, ready: Callable[[], object]) -> None:
         with self._wake:

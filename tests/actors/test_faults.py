@@ -35,7 +35,7 @@ REQUESTS = [
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     rollout = {"engine": "hf", "generators": 2, "prompts_per_step": 400, "samples_per_prompt": 2, "max_new_tokens": 6}
-    return validate({"run": {"dir": str(tmp_path)}, "rollout": rollout, "loop": {"max_failures": 1}})
+    return validate({"run": {"dir": str(tmp_path)}, "rollout": rollout, "loop": {"max_failures": 2}})
 
 
 def kill(role: Any) -> None:
@@ -69,6 +69,19 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
     for found, expected in zip(in_order(answers), in_order(undisturbed), strict=True):
         assert (found.prompt.id, found.token_ids) == (expected.prompt.id, expected.token_ids)
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)  # others share its batches now
+
+    def exhaust_memory(generator: Any) -> None:
+        def step() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        generator._engine._core.step = step
+
+    chunks = generators.micro_batches(generators.generate(REQUESTS), None)
+    answers = list(next(chunks))
+    ray.get(generators.handles["generator-0"].__ray_call__.remote(exhaust_memory), timeout=TIMEOUT_S)
+    answers += [answer for chunk in chunks for answer in chunk]  # its process lives, its engine is dead
+    assert told[1:] == ["generator-0 died; another one takes its place (2 of loop.max_failures)"]
+    assert [answer.prompt.id for answer in in_order(answers)] == [request.prompt.id for request in REQUESTS]
 
     chunks = generators.micro_batches(generators.generate(REQUESTS), None)
     next(chunks)
