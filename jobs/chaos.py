@@ -43,7 +43,7 @@ from jobs.supervise import ROOT
 from jobs.task import Task, find_models
 
 LONGEST_PAUSE_S = 4.0  # between a step and the next kill: it may hit any phase of the steps that follow
-LONGEST_REFIT = 20  # steps: train workers are there to be killed during refits only
+REFIT_EVERY = 20  # steps, at most: train workers are there to be killed during refits only
 POLL_S = 0.2
 KNOWN = ("prompt", "response", "policy_version", "time")  # of an impression, to its user
 NOISE = 3.0  # standard errors between the two runs' rewards that chance may make
@@ -91,7 +91,7 @@ def main_config(config: ChaosConfig, address: str, name: str) -> Config:
         "world.impressions": 600,
         "reward.epochs": 2,
         "reward.compare": "[]",
-        "reward.refit_every": max(2, min(config.steps // 3, LONGEST_REFIT)),
+        "reward.refit_every": max(2, min(config.steps // 3, REFIT_EVERY)),
         "reward.workers": config.train_workers,
         "rollout.engine": config.engine,
         "rollout.prompts_per_step": 16,
