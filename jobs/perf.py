@@ -50,7 +50,7 @@ from jobs.train_policy import policy_step
 from jobs.truth import Truth
 
 PROMPT_TOKENS = 32  # room for the longest prompt and the end
-BLOCK = 6  # steps that are measured together where one reaches into the next
+BLOCK = 6  # steps that are timed together where one reaches into the next
 WARM = 2  # steps of each side before it is measured
 SMALLEST: Case = ("0.94M", 32, 64)  # mostly what every call costs: here we must only not be slower than TRL
 COLUMNS = ("figure", "case", "median", "least", "largest", "n", "target", "met", "details")
@@ -289,16 +289,24 @@ def measure_memory(bench: Bench) -> Figure:
 
 
 def measure_asynchronous(bench: Bench) -> Figure:
-    """Steps in which the next answers are written while the learner trains, against steps one after the other, of one loop."""
+    """Steps in which the next answers are written while the learner trains, against steps one after the other, of one loop.
+
+    As in the middle of a long run: a step before those that are timed fills the pipeline, one after them empties it.
+    """
     roles, truth = bench.start(validate(_changed(bench.config, learner={"staleness": 1}))), Truth(bench.config)
     blocks = iter(range(10**6))
 
     def steps(ahead: bool) -> float:
-        first = next(blocks) * BLOCK
+        begin = next(blocks) * (BLOCK + 2)
+        first, *timed, last = range(begin, begin + BLOCK + 2)
+        step = partial(policy_step, bench.task, truth, roles, shown=False)
+        step(first, ahead=ahead)
         began = time.perf_counter()
-        for number in range(BLOCK):
-            policy_step(bench.task, truth, roles, first + number, shown=False, ahead=ahead and number + 1 < BLOCK)
-        return time.perf_counter() - began
+        for number in timed:
+            step(number, ahead=ahead)
+        seconds = time.perf_counter() - began
+        step(last)
+        return seconds
 
     pairs = bench.interleave(partial(steps, True), partial(steps, False), warm=1)
     return speed("asynchronous", bench.name, pairs, 1.3, steps=BLOCK)
