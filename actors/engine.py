@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from actors.device_sync import Membership, Outline
+from actors.ipc_sync import SharedWeights
 from actors.weight_sync import SyncReport, Weights
 from causalrm_ray.types import Completion, Request, Sampling
 
@@ -71,6 +72,10 @@ class Engine(Protocol):
 
         Raises LostPeerError if the sender is lost. An engine that fails on the way is dead, and leaves the group.
         """
+        ...
+
+    def map_weights(self, shared: SharedWeights) -> SyncReport:
+        """As `load_weights`, from memory that a process on the same device shows. An engine that fails on the way is dead."""
         ...
 
     def versions(self) -> Mapping[str, str | int]:

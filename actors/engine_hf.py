@@ -21,9 +21,9 @@ import transformers
 from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.device_sync import Membership, Outline
+from actors.device_sync import Membership
 from actors.engine import EngineSettings
-from actors.step_thread import Phase, StepThreadEngine
+from actors.step_thread import Phase, StepThreadEngine, Update
 from actors.weight_sync import Weights, checksum, unpack
 from causalrm_ray.models.policy import load_policy
 from causalrm_ray.models.sampling import draw, sampling_distribution
@@ -250,9 +250,9 @@ class _HfCore:
         for batch in self._batches:
             batch.abort(frozenset(request_ids))
 
-    def sync_phases(self, update: Weights | Outline, place: Membership | None = None) -> list[Phase]:
-        if isinstance(update, Outline):
-            raise ValueError("rollout.engine=hf takes weights as an object, got an outline of a broadcast")
+    def sync_phases(self, update: Update, place: Membership | None = None) -> list[Phase]:
+        if not isinstance(update, Weights):
+            raise ValueError(f"rollout.engine=hf takes weights as an object, got {type(update).__name__}")
         self._check_fits(update)
         return [
             ("receive", lambda: self._receive(update)),

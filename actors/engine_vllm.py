@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from actors.device_sync import Membership, Outline
+from actors.device_sync import Membership
 from actors.engine import MAX_SEQUENCES, EngineSettings
-from actors.step_thread import Phase, StepThreadEngine
-from actors.weight_sync import Weights
+from actors.step_thread import Phase, StepThreadEngine, Update
 from causalrm_ray.models.size import kv_width
 from causalrm_ray.models.text import decode_response, load_tokenizer
 from causalrm_ray.types import Completion, Request, Sampling, Span
@@ -90,7 +89,7 @@ class _VllmCore:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._llm.abort_request(list(request_ids))
 
-    def sync_phases(self, update: Weights | Outline, place: Membership | None = None) -> list[Phase]:
+    def sync_phases(self, update: Update, place: Membership | None = None) -> list[Phase]:
         from actors.vllm_weights import sync_phases  # imports vllm, which only an engine process may
 
         return sync_phases(self._llm, update, place)

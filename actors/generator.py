@@ -14,6 +14,7 @@ from actors.device_sync import Membership, Outline
 from actors.engine import Engine, EngineSettings
 from actors.engine_hf import HfEngine, hf_env
 from actors.engine_vllm import VllmEngine, vllm_env
+from actors.ipc_sync import SharedWeights
 from actors.weight_sync import SyncReport, Weights
 from causalrm_ray.types import Completion, Request, Sampling
 
@@ -28,7 +29,7 @@ def engine_env(engine: str, model: str, cache: str | Path, gpu: bool = False) ->
 class Generator:
     """Generates on an `engine`, a key of ENGINES, with `sampling` unless told otherwise.
 
-    Several threads may call it: `take_weights` and `receive_weights` work while `generate` streams.
+    Several threads may call it: weights may be taken, received and mapped while `generate` streams.
     """
 
     def __init__(self, engine: str, settings: EngineSettings, sampling: Sampling) -> None:
@@ -76,6 +77,10 @@ class Generator:
     def receive_weights(self, outline: Outline, place: Membership) -> SyncReport:
         """Switch to the weights that the learner is about to broadcast."""
         return self._engine.receive_weights(outline, place)
+
+    def map_weights(self, shared: SharedWeights) -> SyncReport:
+        """Switch to weights that a rank on the same device shows."""
+        return self._engine.map_weights(shared)
 
     def info(self) -> Mapping[str, str | int]:
         """`name` and `version` of the engine, `policy_version` and `device`."""

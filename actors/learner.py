@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ import torch
 
 from actors.device_sync import Channel, Membership, Outline, joined, make_outline, send
 from actors.engine_deepspeed import DeepSpeedEngine
+from actors.ipc_sync import SharedWeights, share
 from actors.rank_metrics import Step, add_up, rollout_metrics, step_metrics
 from actors.weight_sync import Weights, pack
 from causalrm_ray.checks import check_finite
@@ -37,6 +38,7 @@ from causalrm_ray.losses.experience import (
     Objective,
     answer_metrics,
     check_answer,
+    check_groups,
     groups_of,
     kl_estimator,
     looks_once,
@@ -176,6 +178,10 @@ class LearnerRank:
         finally:
             deque(whole, maxlen=0)  # takes part in the gathering, also where a receiver was lost
 
+    def share_weights(self) -> SharedWeights:
+        """Handles on this rank's whole weights, until the next update, for an engine on the same device. Not under ZeRO-3."""
+        return share(self.version, ((name, weight.value()) for name, weight in weights_of(self._base, self._policy)))
+
     def save(self, folder: Path) -> None:
         """Write the exact state under `folder`, which all ranks share: DeepSpeed's files of each rank, and JSON."""
         folder = Path(folder)
@@ -263,15 +269,8 @@ class LearnerRank:
                 raise ValueError(f"ids must be unique within a step, got {name!r} twice")
             seen.add(name)
         if self._config.algorithm in GROUPED:
-            self._check_groups(scored)
+            check_groups(self._config.algorithm, [answer.completion for answer in scored])
         check_finite("reward", torch.tensor([answer.reward for answer in scored]))
-
-    def _check_groups(self, scored: Sequence[Scored]) -> None:
-        sizes = Counter(answer.completion.prompt.token_ids for answer in scored)
-        for answer in scored:
-            if sizes[answer.completion.prompt.token_ids] == 1:
-                needs = f"{self._config.algorithm} needs at least 2 answers to each prompt"
-                raise ValueError(f"{needs}, got 1 to that of {answer.completion.prompt.id!r}")
 
     def _evaluate(self, completions: Sequence[Completion]) -> Prepared:
         """The fields [B, R] under the current weights; for a learner that looks once, as the engine saw them."""

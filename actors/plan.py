@@ -28,7 +28,7 @@ GIB = 1 << 30
 GENERATOR_BYTES = {"vllm": 0.75 * GIB, "hf": 0.45 * GIB}  # of a process with a tiny model, measured on a CPU
 PROCESS_BYTES = 0.5 * GIB
 
-Transport = Literal["object", "broadcast"]
+Transport = Literal["object", "broadcast", "ipc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,11 @@ class Plan:
     def colocated(self) -> bool:
         """Whether roles share a GPU."""
         return any(0 < seat.gpus < 1 for seat in self.seats.values())
+
+    @property
+    def partners(self) -> dict[str, int]:
+        """The learner rank on the GPU of a generator, by the generator's role, where they share one."""
+        return _partners(self.seats)
 
     @property
     def host_bytes(self) -> int:
@@ -108,7 +113,7 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
     seats = {role: Seat(role, sizes[role], place, bundles[place] / crowd[place]) for role, place in places.items()}
     seats |= {role: Seat(role, sizes[role]) for role in workers}
     ends = [seat for role, seat in seats.items() if role.startswith("generator") or role == "learner-0"]
-    transport = _transport(config, ends)
+    transport = _transport(config, ends, _partners(seats))
     if transport == "broadcast":
         largest = policy.vocabulary * policy.hidden * getattr(torch, config.model.dtype).itemsize  # a tensor is never cut
         buckets = BUCKETS * max(BUCKET_BYTES, largest)
@@ -116,12 +121,23 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
     return Plan(seats, bundles, bool(workers) and gpus - sum(bundles) >= len(workers), transport)
 
 
-def _transport(config: Config, ends: Sequence[Seat]) -> Transport:
+def _partners(seats: Mapping[str, Seat]) -> dict[str, int]:
+    """The learner rank on the one GPU of a generator, by the generator's role, where there is one."""
+    ranks = {seat.bundle: int(role.rpartition("-")[2]) for role, seat in seats.items() if role.startswith("learner")}
+    shared = {role: seat for role, seat in seats.items() if role.startswith("generator") and seat.gpus < 1}
+    return {role: ranks[seat.bundle] for role, seat in shared.items() if seat.bundle is not None and seat.bundle in ranks}
+
+
+def _transport(config: Config, ends: Sequence[Seat], partners: Mapping[str, int]) -> Transport:
     """From GPU to GPU where the generators and learner rank 0, the `ends`, have theirs to themselves: two processes on one
-    cannot talk by NCCL. Adapters are small, and the engine hf loads objects only."""
-    both = len(ends) > 1 and any(seat.role == "learner-0" for seat in ends)
-    alone = all(seat.gpus >= 1 for seat in ends)
-    return "broadcast" if both and alone and config.rollout.engine == "vllm" and not config.learner.lora else "object"
+    cannot talk by NCCL. Within the GPU where each generator shares one with a rank that has whole weights. Adapters are small,
+    and the engine hf loads objects only."""
+    generators = [seat for seat in ends if seat.role != "learner-0"]
+    if not generators or len(generators) == len(ends) or config.rollout.engine != "vllm" or config.learner.lora:
+        return "object"
+    if all(seat.gpus >= 1 for seat in ends):
+        return "broadcast"
+    return "ipc" if len(partners) == len(generators) and config.learner.zero_stage < 3 else "object"
 
 
 def _check_can_share(generators: int, spread: int, ranks: int, wanted: int, gpus: int) -> None:

@@ -1,7 +1,8 @@
-"""The learner's weights to all generators, by one of two transports (which one is the plan's to say).
+"""The learner's weights to all generators, by one of three transports (which one is the plan's to say).
 
 object      learner rank 0 packs them in host memory --> Ray's object store --> each generator      (see actors/weight_sync)
 broadcast   learner rank 0 ==buckets, over NCCL or gloo==> each worker of each generator             (see actors/device_sync)
+ipc         each generator maps the memory of the learner rank on its own GPU                        (see actors/ipc_sync)
 """
 
 from __future__ import annotations
@@ -78,3 +79,19 @@ class ByBroadcast:
         done = resolve_all({**sending, **taking}, "sync weights by broadcast", 2 * self.timeout_s)
         self._members = list(generators.values())
         return {name: done[name] for name in taking}
+
+
+@dataclass(frozen=True)
+class ByIpc:
+    """Whole weights, not split by ZeRO-3, of the rank that `partners` names for each generator: both are on one GPU."""
+
+    learners: Sequence[Any]
+    partners: Mapping[str, int]
+    timeout_s: float
+
+    def publish(self, generators: Mapping[str, Any]) -> dict[str, SyncReport]:
+        """See Publisher."""
+        ranks = sorted({self.partners[name] for name in generators})
+        shown = {rank: self.learners[rank].share_weights.remote() for rank in ranks}
+        taking = {name: generator.map_weights.remote(shown[self.partners[name]]) for name, generator in generators.items()}
+        return resolve_all(taking, "sync weights by ipc", self.timeout_s)

@@ -33,7 +33,7 @@ from actors.learner import LearnerRank
 from actors.placement import gpu_bytes, in_process, place, ray_resources, rendezvous, reserve, resolve
 from actors.plan import Plan, Transport, make_plan
 from actors.propensity import PropensityActor, read_propensities
-from actors.publish import ByBroadcast, ByObject
+from actors.publish import ByBroadcast, ByIpc, ByObject, Publisher
 from actors.reward import RewardActor
 from actors.telemetry import DRIVER, event, record
 from actors.users import UsersRole
@@ -108,7 +108,7 @@ class Roles:
             self.generators = Generators(config, self._generator, tell)
         self.learners = self._learner_ranks(policy) if "learner" in parts else []
         self._by_object = ByObject(self.learners, config.learner.lora > 0, self._timeout_s)
-        self.publisher = self._by_broadcast() if self.plan.transport == "broadcast" else self._by_object
+        self.publisher = self._publisher()
         self.engines = self._start(parts)
 
     def _start(self, parts: Collection[str]) -> dict[str, Any]:
@@ -194,7 +194,6 @@ class Roles:
             "sync_seconds": slowest.seconds,
             "sync_gb_per_s": slowest.bytes / slowest.seconds / 1e9,
             "sync_checksum_ok": float(all(report.checksum_ok for report in reports.values())),
-            "sync_by_broadcast": float(slowest.transport == "broadcast"),
         }
 
     def refit(
@@ -312,9 +311,13 @@ class Roles:
         env = engine_env(rollout.engine, self._policy, cache, gpu=seat["gpus"] > 0)
         return place(Generator, rollout.engine, settings, rollout.sampling(), env=env, concurrency=2, **seat)
 
-    def _by_broadcast(self) -> ByBroadcast:
-        bundle = self._seat("learner-0")["bundle"]
-        return ByBroadcast(self.learners, self._config.rollout.tensor_parallel, bundle, self._timeout_s)
+    def _publisher(self) -> Publisher:
+        if self.plan.transport == "ipc":
+            return ByIpc(self.learners, self.plan.partners, self._timeout_s)
+        if self.plan.transport == "broadcast":
+            bundle = self._seat("learner-0")["bundle"]
+            return ByBroadcast(self.learners, self._config.rollout.tensor_parallel, bundle, self._timeout_s)
+        return self._by_object
 
     def _learner_ranks(self, policy: str) -> list[Any]:
         size = self._config.learner.ranks

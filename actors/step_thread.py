@@ -20,9 +20,11 @@ from typing import Any, Protocol
 
 from actors.device_sync import Membership, Outline
 from actors.engine import EngineDeadError, EngineSettings, WrongWeightsError
+from actors.ipc_sync import SharedWeights
 from actors.weight_sync import SyncReport, Weights, verify
 from causalrm_ray.types import Completion, Request, Sampling
 
+Update = Weights | Outline | SharedWeights  # one policy version: here, on its way, or in another process's memory
 Phase = tuple[str, Callable[[], object]]
 
 
@@ -41,7 +43,7 @@ class Core(Protocol):
         """Forget these requests."""
         ...
 
-    def sync_phases(self, update: Weights | Outline, place: Membership | None = None) -> list[Phase]:
+    def sync_phases(self, update: Update, place: Membership | None = None) -> list[Phase]:
         """The steps of a weight sync, named and in order; an outline's come by broadcast to its first worker at `place`.
 
         Raises ValueError, with nothing changed, if it cannot succeed.
@@ -103,6 +105,10 @@ class StepThreadEngine:
         """Receive, load and verify between two steps. Requests in flight go on with the new weights. Any fault leaves it dead."""
         return self._switch(outline, self._core.sync_phases(outline, place), "broadcast")
 
+    def map_weights(self, shared: SharedWeights) -> SyncReport:
+        """Map, load and verify between two steps. Requests in flight go on with the new weights. Any fault leaves it dead."""
+        return self._switch(shared, self._core.sync_phases(shared), "ipc")
+
     def versions(self) -> Mapping[str, str | int]:
         """Engine name and version, version of the weights, device. Raises EngineDeadError."""
         self._check_alive()
@@ -115,7 +121,7 @@ class StepThreadEngine:
             self._wake.notify_all()
         self._thread.join(self._timeout_s)
 
-    def _switch(self, update: Weights | Outline, phases: Sequence[Phase], transport: str) -> SyncReport:
+    def _switch(self, update: Update, phases: Sequence[Phase], transport: str) -> SyncReport:
         began = time.perf_counter()
         done: dict[str, float] = {}
         phases = [("wait", lambda: None), *phases]

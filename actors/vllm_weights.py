@@ -1,4 +1,4 @@
-"""Our transports as a backend of vLLM's weight-transfer interface: tensors arrive as a Python object or as broadcast buckets.
+"""Our transports as a backend of vLLM's weight-transfer interface: tensors come as an object, mapped, or in broadcast buckets.
 
     start_weight_update   layers go back to the form they are loaded in
     update_weights        the model's own load_weights fuses and pads; each layer is summed before its kernel packs it
@@ -28,7 +28,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.utils.nccl import unpinned_nccl_env
 
-from actors.device_sync import Channel, Membership, Outline, joined, receive
+from actors.device_sync import Channel, Membership, joined, receive
+from actors.ipc_sync import SharedWeights, attach
+from actors.step_thread import Update
 from actors.weight_sync import Weights, checksum, unpack
 
 BACKEND = "causalrm_ray"
@@ -43,9 +45,9 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One whole policy version, or the outline of one that is about to be broadcast."""
+    """One whole policy version, handles on one, or the outline of one that is about to be broadcast."""
 
-    update: Weights | Outline
+    update: Update
 
 
 class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -89,6 +91,9 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._version = update.version
         if isinstance(update, Weights):
             self._load(unpack(update))
+            self._expected = update.checksum
+        elif isinstance(update, SharedWeights):
+            self._load(attach(update))
             self._expected = update.checksum
         else:
             assert self._channel is not None, "the phase before this one joins"
@@ -180,7 +185,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
 
 
-def sync_phases(engine: LLMEngine, update: Weights | Outline, place: Membership | None) -> list[tuple[str, Callable[[], object]]]:
+def sync_phases(engine: LLMEngine, update: Update, place: Membership | None) -> list[tuple[str, Callable[[], object]]]:
     """The steps of one weight sync, in order; a `place` in a group is joined first.
 
     The prefix cache belongs to the old weights, so requests in flight redo theirs.

@@ -44,8 +44,8 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one weight sync did, by which `transport` ("object" or "broadcast", see actors/publish). `phases` are seconds per
-    phase; `checksum_ok` says that the engine's own parameters, as its kernels got them, sum to the sender's checksum."""
+    """What one weight sync did, by which `transport` ("object", "broadcast" or "ipc", see actors/publish). `phases` are seconds
+    per phase; `checksum_ok` says that the engine's own parameters, as its kernels got them, sum to the sender's checksum."""
 
     version: int
     bytes: int

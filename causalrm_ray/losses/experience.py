@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -149,6 +150,14 @@ def stack_rows(rows: Sequence[torch.Tensor], width: int, device: torch.device) -
     for place, row in enumerate(rows):
         padded[place, : row.shape[0]] = row
     return padded
+
+
+def check_groups(algorithm: str, completions: Sequence[Completion]) -> None:
+    """Raise ValueError, naming the id, for a prompt with one answer only: `algorithm` compares answers to one prompt."""
+    sizes = Counter(completion.prompt.token_ids for completion in completions)
+    for completion in completions:
+        if sizes[completion.prompt.token_ids] == 1:
+            raise ValueError(f"{algorithm} needs at least 2 answers to each prompt, got 1 to that of {completion.prompt.id!r}")
 
 
 def check_answer(completion: Completion, version: int, staleness: int, max_length: int) -> None:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.engine import EngineSettings
 from actors.generator import ENGINES, Generator, engine_env
+from actors.ipc_sync import SharedWeights, share
 from actors.weight_sync import SyncReport, Weights, pack
 from causalrm_ray.config import RunConfig
 from causalrm_ray.models.lora import adapter_of, with_adapter
@@ -119,6 +120,9 @@ class Remote:
 
     def take(self, weights: Weights) -> SyncReport:
         return ray.get(self.actor.take_weights.remote(ray.put(weights)))
+
+    def map(self, shared: SharedWeights) -> SyncReport:
+        return ray.get(self.actor.map_weights.remote(shared))
 
     def micro_batches(self, batch: Sequence[Request], size: int) -> list[list[Completion]]:
         return [ray.get(part) for part in self.actor.micro_batches.options(num_returns="streaming").remote(batch, size)]
@@ -223,6 +227,23 @@ def test_logprobs_equal_transformers(generator: Remote | Local, old: LlamaForCau
 def test_logprobs_are_of_the_cut_distribution(generator: Remote | Local, old: LlamaForCausalLM, cut: dict[str, Any]) -> None:
     sampling = dataclasses.replace(PLAIN, **cut)
     assert error(old, generator.generate(requests(20), sampling), sampling) <= 1e-4
+
+
+def test_mapped_weights_are_those_of_an_object(generator: Remote | Local, new: LlamaForCausalLM) -> None:
+    if isinstance(generator, Local):
+        with pytest.raises(ValueError, match=r"rollout\.engine=hf takes weights as an object, got SharedWeights"):
+            generator.generator.map_weights(share(6, new.named_parameters()))
+        return
+    model = copy.deepcopy(new)  # whose memory is shown to others from here on
+    report = generator.map(share(6, model.named_parameters()))
+    assert (report.version, report.transport, report.checksum_ok) == (6, "ipc", True)
+    assert report.bytes == sum(parameter.nbytes for parameter in new.parameters())
+    answers = generator.generate(requests(20))
+    assert {done.policy_version for done in answers} == {6}
+    assert error(new, answers) <= 1e-4
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)  # the next step: what was loaded was copied
+    assert error(new, generator.generate(requests(20))) <= 1e-4
 
 
 def test_greedy_answers_and_their_logprobs_equal_those_of_whole_forward_passes(

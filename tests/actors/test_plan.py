@@ -126,7 +126,12 @@ def test_weights_are_broadcast_where_generators_and_rank_0_have_gpus_of_their_ow
     assert plan(5).transport == "broadcast"
     assert plan(7, "rollout.tensor_parallel=2").transport == "broadcast"
     assert plan(0).transport == "object"
-    assert plan(4).transport == "object"  # colocated
+    assert plan(4).transport == "ipc"  # each generator beside a rank
+    assert plan(4).partners == {"generator-0": 0, "generator-1": 1}
+    assert plan(1, "learner.ranks=1").partners == {"generator-0": 0, "generator-1": 0}
+    assert plan(4, "learner.zero_stage=3").transport == "object"  # a rank has but its part
+    assert plan(3, "rollout.generators=3").transport == "object"  # generator-2 has no rank beside it
+    assert plan(4, "rollout.engine=hf").transport == plan(4, "learner.lora=4").transport == "object"
     assert plan(5, "rollout.engine=hf").transport == "object"
     assert plan(5, "learner.lora=4").transport == "object"
     assert make_plan(config(), SIZE, SIZE, ("generators",), 5).transport == "object"
