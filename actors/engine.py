@@ -20,6 +20,10 @@ class EngineDeadError(RuntimeError):
     """The engine failed earlier and serves no more; `__cause__` holds what killed it where it happened in this process."""
 
 
+class StrandedError(EngineDeadError):
+    """It is dead for want of another process, which it waited for in vain."""
+
+
 class WrongWeightsError(EngineDeadError):
     """It is dead by what it was given: another one would die of it, too."""
 

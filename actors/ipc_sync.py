@@ -31,15 +31,21 @@ class SharedWeights:
     num_bytes: int
 
 
-def share(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> SharedWeights:
-    """Handles on tensors, which stay where they are. Raises ValueError for a dtype other than float32, bfloat16 and float16."""
+Known = dict[str, tuple[tuple[Any, ...], Handle]]  # by name: where the tensor was, and its handle
+
+
+def share(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]], known: Known) -> SharedWeights:
+    """Handles on tensors, which stay where they are; those of the version before are in `known`, and are kept there.
+
+    Raises ValueError for a dtype other than float32, bfloat16 and float16.
+    """
     tensors = {name: tensor.detach() for name, tensor in named_tensors}
     for name, tensor in tensors.items():
         dtype_name(name, tensor.dtype)
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()  # other processes do not wait for this one's kernels
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    handles = tuple((name, _handle(tensor)) for name, tensor in tensors.items())
+    handles = tuple((name, _handle(name, tensor, known)) for name, tensor in tensors.items())
     return SharedWeights(version, handles, checksum(tensors.values()), num_bytes)
 
 
@@ -49,9 +55,13 @@ def attach(shared: SharedWeights) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, rebuild(*arguments)
 
 
-def _handle(tensor: torch.Tensor) -> Handle:
+def _handle(name: str, tensor: torch.Tensor, known: Known) -> Handle:
     if tensor.is_cuda:
-        return reduce_tensor(tensor)
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if name not in known or known[name][0] != place:  # torch never forgets what it handed out: once is enough
+            rebuild, arguments = reduce_tensor(tensor)
+            known[name] = place, (rebuild, (*arguments[:-1], False))  # no event to wait for: `share` has synchronised
+        return known[name][1]
     torch.multiprocessing.set_sharing_strategy("file_system")  # names of files can travel, open ones cannot
     rebuild, arguments = reduce_storage(tensor.untyped_storage())
     return _view, (rebuild, arguments, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

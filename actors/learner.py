@@ -25,7 +25,7 @@ import torch
 
 from actors.device_sync import Channel, Membership, Outline, joined, make_outline, send
 from actors.engine_deepspeed import DeepSpeedEngine
-from actors.ipc_sync import SharedWeights, share
+from actors.ipc_sync import Known, SharedWeights, share
 from actors.rank_metrics import Step, add_up, rollout_metrics, step_metrics
 from actors.weight_sync import Weights, pack
 from causalrm_ray.checks import check_finite
@@ -104,6 +104,7 @@ class LearnerRank:
         self._owners: dict[str, int] = {}  # id -> rank that prepared it, of all rows of the step
         self._prepared: dict[str, Prepared] = {}
         self._channel: Channel | None = None
+        self._shown: Known = {}
         checkpointing = "checkpointing" in config.save_memory
         module = ActorCritic(policy, self._algorithm.critic, config.lora, seed, checkpointing)
         groups = [{"params": module.policy_parameters(), "lr": config.lr}]
@@ -180,7 +181,8 @@ class LearnerRank:
 
     def share_weights(self) -> SharedWeights:
         """Handles on this rank's whole weights, until the next update, for an engine on the same device. Not under ZeRO-3."""
-        return share(self.version, ((name, weight.value()) for name, weight in weights_of(self._base, self._policy)))
+        named = ((name, weight.value()) for name, weight in weights_of(self._base, self._policy))
+        return share(self.version, named, self._shown)
 
     def save(self, folder: Path) -> None:
         """Write the exact state under `folder`, which all ranks share: DeepSpeed's files of each rank, and JSON."""

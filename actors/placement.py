@@ -18,11 +18,19 @@ import psutil
 import ray
 import torch
 import transformers
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from actors.engine import EngineDeadError, WrongWeightsError
+from actors.engine import EngineDeadError, StrandedError, WrongWeightsError
 from actors.in_process import Handle
 from actors.in_process import stream as stream_here
 from actors.telemetry import event, record
@@ -163,6 +171,9 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
         raise _late(phase, _silent(refs), timeout_s) from error
     except ObjectLostError as error:  # of an argument, too: then it is a RayTaskError besides
         raise RoleDiedError(_failed(["a role"], f"{phase}: what a role had made was lost with its node: {error}")) from error
+    except (ActorUnschedulableError, TaskUnschedulableError) as error:  # its node died before it could start there
+        roles = [] if isinstance(refs, list) else [_label(refs)]
+        raise RoleDiedError(_failed(roles or ["a role"], f"{phase}: {error}"), roles) from error
     except (RayActorError, WorkerCrashedError) as error:
         role = _labels.get(getattr(error, "actor_id", None) or "")
         name = role or "a role"
@@ -179,18 +190,20 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
 def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[str, Any]:
     """The value behind each of `refs`, by the name of its role, within `timeout_s` for all.
 
-    Where one role fails, those that work with it fail too, so all are heard: RoleDiedError if a process died, RoleTimeoutError
-    if one is silent, waited in vain or lost its peers, else RuntimeError, each naming all that failed, the dead first.
+    Where one role fails, those that work with it fail too, so all are heard: RoleDiedError if a process or an engine died,
+    RuntimeError if a role failed otherwise, RoleTimeoutError if they are but silent, waited in vain or lost their peers; each
+    names all, the dead first.
     """
     until = time.monotonic() + timeout_s
     found: dict[str, Any] = {}
-    died, late, failed = {}, {}, {}
+    died, failed, late = {}, {}, {}
     first: Exception | None = None
     for name, ref in refs.items():
         try:
             found[name] = resolve(ref, f"{phase} ({name})", max(0.0, until - time.monotonic()))
         except RoleDiedError as error:
-            died[error.roles[0] if error.roles else name] = str(error)
+            stranded = isinstance(getattr(error.__cause__, "cause", None), StrandedError)
+            (late if stranded else died)[error.roles[0] if error.roles else name] = str(error)
             first = first or error
         except RoleTimeoutError as error:
             late[name] = str(error)
@@ -199,12 +212,12 @@ def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[s
             kind = late if isinstance(error.cause, ConnectionError | TimeoutError) else failed
             kind[name] = f"{phase} ({name}): {type(error.cause).__name__}: {error.cause}"
             first = first or error
-    unusable = {**failed, **late, **died}
-    message = "\n".join({**died, **late, **failed}.values())
+    unusable = {**died, **failed, **late}
+    message = "\n".join(unusable.values())
     if died:
         raise RoleDiedError(message, [*died, *(name for name in refs if name in unusable and name not in died)]) from first
     if unusable:
-        raise (RoleTimeoutError if late else RuntimeError)(message) from first
+        raise (RuntimeError if failed else RoleTimeoutError)(message) from first
     return found
 
 

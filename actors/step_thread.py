@@ -18,8 +18,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from actors.device_sync import Membership, Outline
-from actors.engine import EngineDeadError, EngineSettings, WrongWeightsError
+from actors.engine import EngineDeadError, EngineSettings, StrandedError, WrongWeightsError
 from actors.ipc_sync import SharedWeights
 from actors.weight_sync import SyncReport, Weights, verify
 from causalrm_ray.types import Completion, Request, Sampling
@@ -76,6 +78,7 @@ class StepThreadEngine:
         self._commands: deque[Callable[[], object]] = deque()
         self._streams: dict[str, _Stream] = {}  # request id -> who waits for it
         self._failure: BaseException | None = None
+        self._refused = False  # it is dead by the weights that it was given
         self._batches = itertools.count()
         self._core: Any = None
         self._thread = threading.Thread(target=self._run, args=(build,), name=f"{label}-step", daemon=True)
@@ -137,7 +140,8 @@ class StepThreadEngine:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            kind = WrongWeightsError if isinstance(self._failure, ValueError) else EngineDeadError
+            kind = StrandedError if isinstance(self._failure, ConnectionError) else EngineDeadError
+            kind = WrongWeightsError if self._refused else kind
             raise kind(f"the {self._label} engine is dead: {self._failure!r}") from self._failure
 
     def _wait(self, phase: str, ready: Callable[[], object]) -> None:
@@ -208,7 +212,13 @@ class StepThreadEngine:
 
     def _sync(self, version: int, phases: Sequence[Phase], began: float, done: dict[str, float]) -> None:
         for phase, act in phases:
-            act()
+            try:
+                act()
+            except (torch.OutOfMemoryError, TimeoutError, ConnectionError):
+                raise
+            except Exception:
+                self._refused = True  # another engine would fail of the same weights
+                raise
             with self._wake:
                 ended = time.perf_counter()
                 done[phase], began = ended - began, ended

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors import engine_deepspeed
+from actors.ipc_sync import attach
 from actors.learner import LearnerRank
-from actors.weight_sync import unpack
+from actors.weight_sync import checksum, unpack
 from causalrm_ray.config import LearnerConfig
 from causalrm_ray.types import Completion, Prompt, Scored, Span
 
@@ -141,11 +142,26 @@ def train(learner: LearnerRank, steps: int, make: Callable[[int], list[Scored]] 
     return metrics
 
 
+def check_shown(learner: LearnerRank) -> None:
+    """What a rank shows to engines on its device is what it would save."""
+    shared, state = learner.share_weights(), learner._base.state_dict()
+    for name, tensor in attach(shared):
+        if not torch.equal(tensor, state[name]):
+            raise AssertionError(f"{name} of version {shared.version} is shown otherwise than it is")
+    if shared.checksum != checksum(dict(learner._base.named_parameters()).values()) or shared.version != learner.version:
+        raise AssertionError(f"version {shared.version} or its checksum is not the learner's")
+
+
 def update(place: Rank) -> None:
     """Two updates: on one rank in one micro-batch; on more under each ZeRO stage, in narrow micro-batches."""
     for stage, tokens in [(0, 8192)] if place.world_size == 1 else [(0, NARROW), (1, NARROW), (2, NARROW), (3, NARROW)]:
         learner = place.learner(tokens, zero_stage=stage, **BASE)
-        place.keep(f"update-{stage}", learner, train(learner, 2))
+        metrics = train(learner, 1)
+        if stage < 3:
+            check_shown(learner)
+        place.keep(f"update-{stage}", learner, metrics + train(learner, 1))
+        if stage < 3:
+            check_shown(learner)  # the memory that was shown before is what the step wrote to
 
 
 def gradient(place: Rank) -> None:

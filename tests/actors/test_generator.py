@@ -232,10 +232,10 @@ def test_logprobs_are_of_the_cut_distribution(generator: Remote | Local, old: Ll
 def test_mapped_weights_are_those_of_an_object(generator: Remote | Local, new: LlamaForCausalLM) -> None:
     if isinstance(generator, Local):
         with pytest.raises(ValueError, match=r"rollout\.engine=hf takes weights as an object, got SharedWeights"):
-            generator.generator.map_weights(share(6, new.named_parameters()))
+            generator.generator.map_weights(share(6, new.named_parameters(), {}))
         return
     model = copy.deepcopy(new)  # whose memory is shown to others from here on
-    report = generator.map(share(6, model.named_parameters()))
+    report = generator.map(share(6, model.named_parameters(), {}))
     assert (report.version, report.transport, report.checksum_ok) == (6, "ipc", True)
     assert report.bytes == sum(parameter.nbytes for parameter in new.parameters())
     answers = generator.generate(requests(20))

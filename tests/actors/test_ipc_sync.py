@@ -26,7 +26,7 @@ def test_another_process_sees_the_same_memory() -> None:
     torch.manual_seed(0)
     whole = torch.nn.Parameter(torch.randn(6, 4))
     tensors = {"rows": whole[2:4], "transposed": whole.t(), "half": torch.randn(5).to(torch.bfloat16), "empty": torch.empty(0, 3)}
-    shared = share(3, tensors.items())
+    shared = share(3, tensors.items(), {})
     assert (shared.version, shared.num_bytes) == (3, 4 * (8 + 24) + 2 * 5)
     assert shared.checksum == checksum(tensor.contiguous() for tensor in tensors.values())
     context = multiprocessing.get_context("spawn")
@@ -46,4 +46,4 @@ def test_another_process_sees_the_same_memory() -> None:
 
 def test_only_what_engines_compute_in_is_shown() -> None:
     with pytest.raises(ValueError, match=r"dtype of w must be one of .* got int64"):
-        share(0, [("w", torch.zeros(1, dtype=torch.int64))])
+        share(0, [("w", torch.zeros(1, dtype=torch.int64))], {})

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 
+from actors.engine import EngineDeadError, StrandedError
 from actors.placement import RoleDiedError, RoleTimeoutError, place, resolve, resolve_all, stream
 
 
@@ -80,6 +81,16 @@ def test_of_all_who_failed_together_the_dead_are_named_first(workers: dict[str, 
     with pytest.raises(RuntimeError, match=r"^sync \(reward\): ValueError: damaged$") as damaged:
         resolve_all({"reward": reward.fail.remote(ValueError("damaged")), "generator-0": first.answer.remote()}, "sync", 60.0)
     assert "in fail" in str(damaged.value.__cause__)  # where it was raised
+    stranded = second.fail.remote(StrandedError("peer gone"))
+    with pytest.raises(RuntimeError, match=r"^sync \(reward\): ValueError: damaged\nsync \(generator-1\): peer gone$") as own:
+        resolve_all({"generator-1": stranded, "reward": reward.fail.remote(ValueError("damaged"))}, "sync", 60.0)
+    assert not isinstance(own.value, RoleDiedError)
+    with pytest.raises(RoleTimeoutError, match="peer gone"):
+        resolve_all({"generator-1": stranded}, "sync", 60.0)
+    dead = first.fail.remote(EngineDeadError("out of memory"))
+    with pytest.raises(RoleDiedError, match="out of memory") as engine:
+        resolve_all({"generator-1": stranded, "generator-0": dead}, "sync", 60.0)
+    assert engine.value.roles == ("generator-0", "generator-1")
     calls = {"reward": reward.hang.remote(), "generator-1": lost, "generator-0": first.die.remote()}
     with pytest.raises(RoleDiedError, match=r"^sync \(generator-0\): the process of generator-0 died") as died:
         resolve_all(calls, "sync", 5.0)

@@ -121,11 +121,11 @@ def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it
         Channel.start = kill_and_start
 
     begun = roles.generators.generate(REQUESTS)  # under the old weights, as an asynchronous run has it
-    victim = ray.get(roles.generators.handles["generator-0"].__ray_call__.remote(lambda generator: os.getpid()))
+    victim = ray.get(roles.generators.handles["generator-1"].__ray_call__.remote(lambda generator: os.getpid()))
     ray.get(roles.learners[0].__ray_call__.remote(kill_at_bucket, victim))
     figures = roles.publish()
     assert figures["sync_checksum_ok"] == 1.0
-    assert told == ["generator-0 died; another one takes its place (1 of loop.max_failures); generator-1 failed with it"]
+    assert told == ["generator-1 died; another one takes its place (1 of loop.max_failures); generator-0 failed with it"]
     answered = [done.prompt.id for chunk in roles.generators.micro_batches(begun, roles.publisher) for done in chunk]
     assert sorted(answered) == [request.prompt.id for request in REQUESTS]
     assert len(told) == 1  # what was begun knows of the replacement
