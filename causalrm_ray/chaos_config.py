@@ -23,6 +23,7 @@ class ChaosConfig(Section):
     kills: int = Field(21, ge=1, description="kills over all victims, in turn, in an order drawn from run.seed")
     nodes: int = Field(3, ge=2, description="raylets; the driver's own dies with the cluster only")
     steps: int = Field(150, ge=1, description="policy steps of the run; it must last until the last kill")
+    undisturbed: bool = Field(True, description="do the same run undisturbed first, and compare")
     engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine")
     train_workers: int = Field(2, ge=0, description="Ray Train workers of a fit; 0: none to kill")
     timeout_s: float = Field(600.0, gt=0, description="longest wait for a victim, and for the next step after a kill, seconds")

@@ -59,9 +59,10 @@ def run(config: ChaosConfig) -> int:
         raise InputError("victims must not hold 'train worker' with train_workers=0")
     dump_config(config, folder / "config.yaml")
     with Progress() as progress, local_cluster(config.nodes, config.run.cache) as cluster:
-        calm = main_config(config, cluster.address, "calm")
-        progress.phase("undisturbed run")
-        _start(calm).wait()
+        calm = main_config(config, cluster.address, "calm") if config.undisturbed else None
+        if calm:
+            progress.phase("undisturbed run")
+            _start(calm).wait()
         progress.phase(f"attacked run, {config.kills} kills")
         attacked = main_config(config, cluster.address, "attacked")
         victim = Victims(attacked, cluster)
@@ -70,7 +71,10 @@ def run(config: ChaosConfig) -> int:
             status = victim.driver.wait()
         finally:
             victim.end()
-    faults = audit(attacked, calm) + ([] if REBATCHING & set(config.victims) else differing(attacked.run.path, calm.run.path))
+    faults = audit(attacked)
+    if calm:
+        faults += audit_reward(attacked, calm)
+        faults += [] if REBATCHING & set(config.victims) else differing(attacked.run.path, calm.run.path)
     if status:
         faults.append(f"the job ended with status {status}")
     if len(kills) < config.kills:
@@ -180,7 +184,7 @@ def attack(config: ChaosConfig, victims: Victims, progress: Progress) -> list[di
     return kills
 
 
-def audit(attacked: Config, calm: Config) -> list[str]:
+def audit(attacked: Config) -> list[str]:
     """What is wrong with the attacked run; nothing, as a rule."""
     faults = []
     metrics = Run.read_metrics(attacked.run.path)
@@ -189,15 +193,18 @@ def audit(attacked: Config, calm: Config) -> list[str]:
     versions = [row["reward_version"] for row in metrics]
     if versions != sorted(versions):
         faults.append(f"versions of the reward model must never fall, got {versions}")
+    return [*faults, *audit_log(attacked)]
+
+
+def audit_reward(attacked: Config, calm: Config) -> list[str]:
+    """Whether the two runs end with rewards that chance may tell apart."""
     found = {name: _summary(config.run.path) for name, config in (("attacked", attacked), ("calm", calm))}
     if None in found.values():
-        return [*faults, f"runs without a summary: {[name for name, summary in found.items() if summary is None]}"]
+        return [f"runs without a summary: {[name for name, summary in found.items() if summary is None]}"]
     rewards = [summary["oracle_reward"] for summary in found.values() if summary]
     apart = abs(rewards[0]["after"] - rewards[1]["after"])
     noise = NOISE * sum(reward["stderr"] ** 2 for reward in rewards) ** 0.5
-    if apart > noise:
-        faults.append(f"the final rewards must be within {noise:.2f}, got {apart:.2f}")
-    return [*faults, *audit_log(attacked)]
+    return [f"the final rewards must be within {noise:.2f}, got {apart:.2f}"] if apart > noise else []
 
 
 def differing(attacked: Path, calm: Path) -> list[str]:

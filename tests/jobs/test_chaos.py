@@ -19,7 +19,15 @@ from jobs.chaos import differences, differing
 
 @pytest.mark.timeout(1200)
 def test_killed_roles_nodes_and_drivers_lose_and_double_nothing(tmp_path: Path) -> None:
-    told = ["victims=[generator,driver,node]", "kills=3", "steps=10", "engine=hf", "train_workers=0", f"run.dir={tmp_path}"]
+    told = [
+        "victims=[generator,driver,node]",
+        "kills=3",
+        "steps=10",
+        "engine=hf",
+        "train_workers=0",
+        "undisturbed=false",
+        f"run.dir={tmp_path}",
+    ]
     done = subprocess.run([sys.executable, "-m", "jobs", "chaos", *told], stdout=subprocess.PIPE, text=True)
     found = json.loads((tmp_path / "chaos" / "chaos.json").read_text(encoding="utf-8"))
     assert found["faults"] == []
