@@ -53,7 +53,8 @@ def record(name: str, role: str, value: float) -> None:
         return
     metric, tags = _metric(name), {"run": run_name.get(), "role": role}
     if kind == "counter":
-        metric.inc(value, tags)
+        if value:  # Ray refuses to add nothing
+            metric.inc(value, tags)
     elif kind == "gauge":
         metric.set(value, tags)
     else:

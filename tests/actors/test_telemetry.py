@@ -42,6 +42,7 @@ def test_every_metric_reaches_the_exporter_with_its_run_and_role() -> None:
     for name in METRICS:
         record(name, "learner-0", 2.0)
         record(name, "learner-0", 3.0)
+    record("feedback_rows", "learner-0", 0.0)  # a step whose answers nobody sees
     run_name.reset(token)
     page = scraped(set().union(*map(exported, METRICS)))
 
