@@ -170,20 +170,18 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
     except GetTimeoutError as error:
         raise _late(phase, _silent(refs), timeout_s) from error
     except ObjectLostError as error:  # of an argument, too: then it is a RayTaskError besides
-        raise RoleDiedError(_failed(["a role"], f"{phase}: what a role had made was lost with its node: {error}")) from error
+        raise _death([], f"{phase}: what a role had made was lost with its node: {error}") from error
     except (ActorUnschedulableError, TaskUnschedulableError) as error:  # its node died before it could start there
-        roles = [] if isinstance(refs, list) else [_label(refs)]
-        raise RoleDiedError(_failed(roles or ["a role"], f"{phase}: {error}"), roles) from error
+        raise _death(_known(refs), f"{phase}: {error}") from error
     except (RayActorError, WorkerCrashedError) as error:
         role = _labels.get(getattr(error, "actor_id", None) or "")
         name = role or "a role"
-        raise RoleDiedError(_failed([name], f"{phase}: the process of {name} died: {error}"), [role] if role else []) from error
+        raise _death([role] if role else [], f"{phase}: the process of {name} died: {error}") from error
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         if isinstance(error.cause, EngineDeadError) and not isinstance(error.cause, WrongWeightsError):
-            roles = [] if isinstance(refs, list) else [_label(refs)]  # which of a list it was, Ray does not tell
-            raise RoleDiedError(_failed(roles or ["a role"], f"{phase}: {error.cause}"), roles) from error
+            raise _death(_known(refs), f"{phase}: {error.cause}") from error
         raise
 
 
@@ -246,6 +244,15 @@ def _silent(refs: Any) -> list[str]:
     distinct = list(dict.fromkeys(refs if isinstance(refs, list) else [refs]))
     _, pending = ray.wait(distinct, num_returns=len(distinct), timeout=0)
     return list(dict.fromkeys(map(_label, pending)))
+
+
+def _known(refs: Any) -> list[str]:
+    """The role behind a single reference; which one of a list failed, Ray does not tell."""
+    return [] if isinstance(refs, list) else [_label(refs)]
+
+
+def _death(roles: Sequence[str], message: str) -> RoleDiedError:
+    return RoleDiedError(_failed(roles or ["a role"], message), roles)
 
 
 def _label(ref: Any) -> str:

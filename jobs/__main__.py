@@ -23,7 +23,7 @@ from causalrm_ray.perf_config import PerfConfig
 from causalrm_ray.plan_config import PlanConfig
 from causalrm_ray.submit_config import SubmitConfig, SubmittedConfig
 from jobs.lock import alone
-from jobs.refusal import no_room, refuse
+from jobs.refusal import naming_full_disks, refuse
 
 
 class Job(NamedTuple):
@@ -88,19 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(f"{'run.name' if job.revisits else 'resume=true'}: {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
         run = find_run(job.tree, file, arguments.overrides, defaults)
-        with alone(run) if job.writes and not job.supervised else contextlib.nullcontext(), _logged(job, run):
-            return _run(job, config, run)
+        lock = alone(run) if job.writes and not job.supervised else contextlib.nullcontext()
+        with lock, _logged(job, run), naming_full_disks(run):
+            return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         return refuse(arguments.job, error)
-
-
-def _run(job: Job, config: Section, run: RunFolder) -> int:
-    try:
-        return importlib.import_module(job.module).run(config)
-    except Exception as error:
-        if (why := no_room(error, run)) is None:
-            raise
-        raise InputError(why) from error
 
 
 def _logged(job: Job, run: RunFolder) -> contextlib.AbstractContextManager[object]:

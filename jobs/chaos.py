@@ -65,12 +65,12 @@ def run(config: ChaosConfig) -> int:
             _start(calm).wait()
         progress.phase(f"attacked run, {config.kills} kills")
         attacked = main_config(config, cluster.address, "attacked")
-        victim = Victims(attacked, cluster)
+        victims = Victims(attacked, cluster)
         try:
-            kills = attack(config, victim, progress)
-            status = victim.driver.wait()
+            kills = attack(config, victims, progress)
+            status = victims.driver.wait()
         finally:
-            victim.end()
+            victims.end()
     faults = audit(attacked)
     if calm:
         faults += audit_reward(attacked, calm)

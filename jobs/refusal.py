@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 from rich.console import Console
 
+from causalrm_ray.checks import InputError
 from causalrm_ray.config import RunFolder
 
 REFUSED = 2  # exit status: what was told or handed in cannot be used; trying again would not help
@@ -34,6 +37,17 @@ def no_room(error: BaseException, run: RunFolder) -> str | None:
                 "on with resume=true, or begin again if there is no checkpoint yet"
             )
     return None
+
+
+@contextlib.contextmanager
+def naming_full_disks(run: RunFolder) -> Iterator[None]:
+    """Raise InputError with the words of `no_room` where they apply; every other error passes."""
+    try:
+        yield
+    except Exception as error:  # each library has a class of its own for it: OSError, torch's, safetensors', SQLAlchemy's, Ray's
+        if (why := no_room(error, run)) is None:
+            raise
+        raise InputError(why) from error
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -26,7 +26,7 @@ from causalrm_ray.checks import InputError
 from causalrm_ray.config import IN_PROCESS, Config, ConfigError
 from causalrm_ray.options import validate
 from jobs.lock import alone
-from jobs.refusal import no_room, refuse
+from jobs.refusal import naming_full_disks, refuse
 
 ROOT = Path(__file__).parents[1]
 LOST = 75  # an attempt that lost a role (EX_TEMPFAIL): another may do better
@@ -113,16 +113,13 @@ def attempt() -> int:
 
     config = validate(told["config"])
     try:
-        return train_policy.run(config, again=told["again"])
+        with naming_full_disks(config.run):
+            return train_policy.run(config, again=told["again"])
     except (RoleDiedError, RoleTimeoutError) as error:
         refuse("train-policy", error)
         return LOST
     except (ConfigError, InputError) as error:
         return refuse("train-policy", error)
-    except Exception as error:
-        if (why := no_room(error, config.run)) is None:
-            raise
-        return refuse("train-policy", why)
 
 
 if __name__ == "__main__":
