@@ -1,7 +1,8 @@
-"""What a reward fit is told: light to import, for Ray Train's controller reads it too."""
+"""What a reward fit is told, and where its workers get it: light to import, for Ray Train's controller reads it too."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,3 +36,42 @@ class FitOrder:
     config: RewardConfig
     max_length: int
     seed: int
+
+
+class Orders:
+    """The counter between a reward role and its Ray Train workers: one order at a time, there to take until it is done."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._number = 0
+        self._order: tuple[int, FitOrder, Path] | None = None
+        self._seconds: asyncio.Future[float] | None = None
+        self._closed = False
+
+    async def fitted(self, order: FitOrder, folder: Path) -> float:
+        """Lay out `order`, in the place of one that may still lie there, and wait until workers have it in `folder`. Returns the
+        seconds that they took."""
+        async with self._changed:
+            self._number += 1
+            self._order = self._number, order, folder
+            seconds = self._seconds = asyncio.get_running_loop().create_future()
+            self._changed.notify_all()
+        return await seconds
+
+    async def take(self) -> tuple[int, FitOrder, Path] | None:
+        """The order that lies there, waiting for one: (number, order, folder to write). None: there will be no more."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._order is not None or self._closed)
+            return None if self._closed else self._order
+
+    async def done(self, number: int, seconds: float) -> None:
+        """Order `number` is in its folder; one that does not lie there any more is nobody's concern."""
+        if self._order is not None and self._seconds is not None and number == self._order[0]:
+            self._order = None
+            self._seconds.set_result(seconds)
+
+    async def close(self) -> None:
+        """No more orders: let the workers end."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -38,7 +38,7 @@ from causalrm_ray.checks import InputError
 from causalrm_ray.config import IN_PROCESS, ClusterConfig
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a local cluster: weights and completions of tiny models; a real cluster brings its own
-QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 _in_process: ContextVar[bool] = ContextVar("in_process", default=False)

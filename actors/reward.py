@@ -2,13 +2,11 @@
 
     snapshot + propensities -> fit (W workers, DDP) -> FOLDER/CANDIDATE/METHOD -> promote (gate) -> score
 
-One launch of Ray Train fits all methods that are asked for; `config.method` is the one that may serve, the others for reports.
+One fit makes all methods that are asked for; `config.method` is the one that may serve, the others for reports.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray.train import Result
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # how a worker that died is told
-from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # ray.train names a union of both versions
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.fit_order import REPORT, FitOrder
 from actors.placement import restarted
+from actors.trainer import RewardTrainer
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
-from causalrm_ray.checks import InputError
 from causalrm_ray.config import RewardConfig
 from causalrm_ray.data.snapshot import check_log, read_snapshot
 from causalrm_ray.estimators.fit import Shard
@@ -35,15 +28,14 @@ from causalrm_ray.models.text import load_tokenizer
 
 GATE_TOLERANCE = 0.01  # a refit serves if its held-out observed risk is at most this above the serving model's
 SERVING = "serving.json"
-WORKER_FAILURES = 3  # times that a fit starts anew where a worker died
-SCRATCH = ".ray_train"  # where Ray Train keeps a fit's checkpoint until it is moved to its place
+SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
 
 
 @dataclass(frozen=True)
 class RewardReport:
     """What a fit made: models in `folder`/METHOD, and `figures` (JSON, see train_workers.describe).
 
-    `seconds` of the whole launch, `train_seconds` of them by the worker of rank 0.
+    `seconds` in all, `train_seconds` of them by the worker of rank 0: the first fit starts the workers besides.
     """
 
     candidate: str
@@ -88,8 +80,7 @@ class RewardActor:
         self._max_length = max_length
         self._seed = seed
         self._folder = folder.resolve()
-        self._timeout_s = timeout_s
-        self._use_gpu = use_gpu
+        self._trainer = RewardTrainer(config.workers, self._folder / SCRATCH, use_gpu=use_gpu, timeout_s=timeout_s)
         self._device = device
         self._scorers: dict[str, SequenceScorer] = {}
         self._serving: Path | None = None
@@ -140,7 +131,7 @@ class RewardActor:
         )
         started = time.perf_counter()
         folder = self._folder / candidate
-        train_seconds = self._launch(order, candidate, folder) if self._config.workers else self._fit_here(order, folder)
+        train_seconds = self._trainer.fit(order, folder) if self._config.workers else self._fit_here(order, folder)
         return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started, train_seconds)
 
     def promote(self, candidate: str) -> Promotion:
@@ -195,6 +186,10 @@ class RewardActor:
         self._scorers[str(self._serving)] = SequenceScorer.from_pretrained(self._serving).to(self._device)
         write_json(self._folder / SERVING, self.state())
 
+    def close(self) -> None:
+        """End the workers, which otherwise wait for the next fit until this process ends."""
+        self._trainer.close()
+
     def _promoted(self, folder: Path, reason: str) -> Promotion:
         self.load(folder / self._config.method, self._version + 1)
         return Promotion(True, reason, self._version)
@@ -204,59 +199,6 @@ class RewardActor:
 
         with atomic_folder(folder) as aside:
             return fit_into(aside, order, Shard(), torch.device(self._device))
-
-    def _launch(self, order: FitOrder, candidate: str, folder: Path) -> float:
-        """Run the workers and move what rank 0 saved to `folder`. Returns the seconds that rank 0 worked."""
-        for key, value in (
-            ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1"),  # the default polls so rarely that a launch takes 20 s
-            ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._timeout_s)),
-            ("RAY_TRAIN_ENABLE_PRINT_PATCH", "0"),  # the patched print breaks the hashing that `datasets` does of what it reads
-        ):
-            os.environ.setdefault(key, value)
-
-        def train_function(loop: dict[str, FitOrder]) -> None:
-            # Defined here, it travels by value: Ray Train's controller need not import what only workers use.
-            from actors.train_workers import work
-
-            work(loop["order"])
-
-        scratch = self._folder / SCRATCH
-        trainer = TorchTrainer(
-            train_function,
-            train_loop_config={"order": order},
-            scaling_config=ScalingConfig(
-                num_workers=self._config.workers,
-                use_gpu=self._use_gpu,
-                resources_per_worker=None if self._use_gpu else {"CPU": 0.01},
-            ),
-            # Reductions of figures happen on the CPU, those of gradients where the model lies.
-            torch_config=TorchConfig("cpu:gloo,cuda:nccl" if self._use_gpu else "gloo", timeout_s=int(self._timeout_s)),
-            run_config=RunConfig(name=candidate, storage_path=str(scratch), logging_config=LoggingConfig(log_level="ERROR")),
-        )
-        result = _fit_again_where_workers_die(trainer, scratch / candidate)
-        if result.checkpoint is None or result.metrics is None:
-            raise RuntimeError(f"Ray Train ended fit {candidate} without a checkpoint")
-        with result.checkpoint.as_directory() as saved, atomic_folder(folder) as aside:
-            shutil.copytree(saved, aside, dirs_exist_ok=True)
-        shutil.rmtree(scratch / candidate)
-        return result.metrics["train_seconds"]
-
-
-def _fit_again_where_workers_die(trainer: TorchTrainer, scratch: Path) -> Result:
-    """The result of a fit that begins anew up to WORKER_FAILURES times; what a worker itself raises ends it."""
-    failures = 0
-    while True:
-        shutil.rmtree(scratch, ignore_errors=True)  # Ray Train would resume what a killed run left there
-        try:
-            return trainer.fit()
-        except WorkerGroupError as error:
-            causes = error.worker_failures.values()
-            for cause in causes:
-                if isinstance(cause, InputError):  # every worker reads the same log and meets the same fault
-                    raise cause from error
-            failures += 1
-            if failures > WORKER_FAILURES or not any(isinstance(cause, WorkerHealthCheckFailedError) for cause in causes):
-                raise
 
 
 def _figures(folder: Path) -> dict[str, Any]:

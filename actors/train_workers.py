@@ -1,23 +1,24 @@
-"""What each Ray Train worker does in a reward fit: the same rows and seeds, its own slice of every batch, one checkpoint.
+"""What each Ray Train worker does in a reward fit: the same rows and seeds, its own slice of every batch, one folder.
 
-snapshot -> token rows -> fit_reward_models (DDP, this rank's shard) -> rank 0: METHOD/ (Hugging Face folders), report.json
+order: snapshot -> token rows -> fit_reward_models (DDP, this rank's shard) -> rank 0: METHOD/ (Hugging Face folders), report.json
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.collective import broadcast_from_rank_zero
 
 from actors.fit_order import BATCH_SIZE, LOSS, REPORT, FitOrder
 from actors.snapshot_rows import SnapshotRows, load_rows
-from causalrm_ray.checkpoint import write_json
+from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.estimators.diagnostics import diagnose_fit
 from causalrm_ray.estimators.fit import FitSettings, Inputs, Shard, predict
@@ -29,16 +30,19 @@ from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import NoiseRates
 
 
-def work(order: FitOrder) -> None:
-    """Fit as `order` says with the other workers; rank 0 reports models and figures as a checkpoint."""
+def work(orders: Any) -> None:
+    """Fit what lies at `orders` (an actor, `fit_order.Orders`) with the other workers, order after order, until it closes."""
     context = ray.train.get_context()
     shard = Shard(context.get_world_rank(), context.get_world_size(), ray.train.torch.prepare_model)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = {"train_seconds": fit_into(Path(folder), order, shard, ray.train.torch.get_device())}
+    device = ray.train.torch.get_device()
+    while (taken := broadcast_from_rank_zero(None if shard.rank else ray.get(orders.take.remote()))) is not None:
+        number, order, folder = taken
         if shard.rank:
-            ray.train.report({})
-        else:
-            ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            fit_into(folder, order, shard, device)
+            continue
+        with atomic_folder(folder) as aside:
+            seconds = fit_into(aside, order, shard, device)
+        ray.get(orders.done.remote(number, seconds))
 
 
 def fit_into(folder: Path, order: FitOrder, shard: Shard, device: torch.device) -> float:

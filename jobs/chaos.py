@@ -43,7 +43,7 @@ from jobs.supervise import ROOT
 from jobs.task import Task, find_models
 
 LONGEST_PAUSE_S = 4.0  # between a step and the next kill: it may hit any phase of the steps that follow
-REFIT_EVERY = 20  # steps, at most: train workers are there to be killed during refits only
+REFIT_EVERY = 20  # steps, at most: some kills are to meet refits
 POLL_S = 0.2
 KNOWN = ("prompt", "response", "policy_version", "time")  # of an impression, to its user
 NOISE = 3.0  # standard errors between the two runs' rewards that chance may make

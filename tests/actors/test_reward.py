@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -51,6 +52,11 @@ def write_candidate(
         write_json(aside / "report.json", figures)
 
 
+def workers() -> set[int]:
+    """Process ids of the Ray Train workers."""
+    return {one.pid for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(one.cmdline())}
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
     backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path
@@ -74,6 +80,8 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
     with torch.inference_mode():
         np.testing.assert_allclose(stock(**padded).logits.squeeze(-1).numpy(), logits, atol=1e-5)
 
+    first_workers = workers()
+    assert len(first_workers) == 2
     again = actor.fit(tmp_path / "snapshot.parquet", PROPENSITY, ["causalrm_dr"], candidate="again")
     first_risk = report.figures["methods"]["causalrm_dr"]["heldout_risk"]
     assert again.figures["methods"]["causalrm_dr"]["heldout_risk"] == first_risk
@@ -88,6 +96,8 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
     weights = [load_file(folder / "causalrm_dr" / "model.safetensors") for folder in (report.folder, again.folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert actor.promote("again").version == 2
+    assert workers() == first_workers
+    actor.close()
 
 
 def test_first_candidate_serves_and_a_worse_one_does_not(backbone: str, tmp_path: Path):

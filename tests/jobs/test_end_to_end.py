@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -41,14 +41,19 @@ def metrics(run: Path) -> list[dict[str, float]]:
 @contextmanager
 def stopped(process: subprocess.Popen) -> Iterator[None]:
     """Stop the driver and all that it started, at once: what is on the disk then is all that kill -9 would have left."""
-    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in everyone:
-        one.send_signal(signal.SIGSTOP)
+    driver = psutil.Process(process.pid)
+    everyone: set[psutil.Process] = set()
+    while started := {driver, *driver.children(recursive=True)} - everyone:
+        for one in started:
+            with suppress(psutil.NoSuchProcess):  # it ended by itself
+                one.send_signal(signal.SIGSTOP)
+        everyone |= started
     try:
         yield
     finally:
         for one in everyone:
-            one.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")
