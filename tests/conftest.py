@@ -1,13 +1,28 @@
-"""What all tests share: one Ray cluster per session, for a process can join one only."""
+"""What all tests share: one Ray cluster per session, for a process can join one only; and the order of their files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from actors import placement
 from causalrm_ray.config import ClusterConfig
+
+TESTS = Path(__file__).parent
+LONGEST = ("jobs/test_chaos.py", "jobs/test_end_to_end.py")  # minutes each, on clusters of their own
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files beside those without clusters: two clusters at once on two cores take longer than one after the other."""
+    files = list(dict.fromkeys(item.path for item in items))
+    longest = [TESTS / name for name in LONGEST if TESTS / name in files]
+    light = [file for file in files if file.parent == TESTS or TESTS / "causalrm_ray" in file.parents]
+    order = [*light, *(file for file in files if file not in {*light, *longest})]
+    for number, file in enumerate(longest):  # the first at once, the second when half of the light ones are done
+        order.insert(number * (len(light) // len(longest) + 1), file)
+    items.sort(key=lambda item: order.index(item.path))
 
 
 @pytest.fixture(scope="session")
