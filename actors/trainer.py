@@ -53,14 +53,15 @@ class RewardTrainer:
         if self._orders is None:
             self._orders = place(Orders, concurrency=CALLERS, beside_driver=True)
         fitted = self._orders.fitted.remote(order, folder.resolve())
+        if self._running is None or self._running.done():
+            self._running = self._start()
         failures = 0
-        while True:
-            running = self._running = self._start() if self._running is None or self._running.done() else self._running
-            while not running.done():
-                if ray.wait([fitted], timeout=POLL_S)[0]:
-                    return ray.get(fitted)
-            failures += 1
-            _raise_unless_a_worker_died(running.exception(), final=failures > WORKER_FAILURES)
+        while not ray.wait([fitted], timeout=POLL_S)[0]:
+            if self._running.done():
+                failures += 1
+                _raise_unless_a_worker_died(self._running.exception(), final=failures > WORKER_FAILURES)
+                self._running = self._start()
+        return ray.get(fitted)
 
     def close(self) -> None:
         """End the workers, if there are any, and wait for that."""
@@ -69,7 +70,7 @@ class RewardTrainer:
             self._running.result(self._timeout_s)
 
     def _start(self) -> Future[Result]:
-        for key, value in SETTINGS.items() | {("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._timeout_s))}:
+        for key, value in {**SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(self._timeout_s)}.items():
             os.environ.setdefault(key, value)
         shutil.rmtree(self._scratch, ignore_errors=True)  # Ray Train would resume what a killed run left there
 
