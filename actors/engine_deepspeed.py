@@ -91,7 +91,7 @@ class DeepSpeedEngine:
         self._zero_stage = config.zero_stage
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         # The forward has no dropout, and moment estimates need no decay of the weights they tune.
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=_settings(config, dtype))
         for (
             state

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.device_sync import Membership
 from actors.engine import EngineSettings
+from actors.environment import compute_env
 from actors.step_thread import Phase, StepThreadEngine, Update
 from actors.weight_sync import Weights, checksum, unpack
 from causalrm_ray.models.policy import load_policy
@@ -37,7 +38,7 @@ PREFILL_TOKENS = 16_384  # most tokens, pads included, of one prefill
 def hf_env(model: str, gpu: bool) -> dict[str, str]:
     """Environment variables of an engine process."""
     offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
-    return {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else {"OMP_NUM_THREADS": "1"}) | offline
+    return compute_env(gpu) | offline
 
 
 class HfEngine(StepThreadEngine):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from actors.engine import DEVICE_SHARE, EngineSettings
+from actors.environment import compute_env
 from actors.feedback import FeedbackRole
 from actors.fit_order import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.generator import Generator, engine_env
@@ -43,7 +44,6 @@ from causalrm_ray.models.size import model_size
 from causalrm_ray.types import Completion, Impression, Request, Scored
 
 ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
-CPU_THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 Show = Callable[[Sequence[Completion]], list[Impression]]
 
@@ -92,7 +92,8 @@ class Roles:
         if "users" in parts:
             self.users = place(UsersRole, config.world, config.run.seed, label="users", **restarts)
         if "reward" in parts:
-            common |= {"device": "cuda" if self.plan.bundles else "cpu", "env": CPU_THREADS}
+            gpu = bool(self.plan.bundles)
+            common |= {"device": "cuda" if gpu else "cpu", "env": compute_env(gpu)}
             settings = FitSettings(PROPENSITY_EPOCHS, config.reward.lr, BATCH_SIZE, seed=config.run.seed)
             memory = self._folder / "propensity" / "serving.json"
             arguments = (reward, settings, config.reward.clip)
@@ -335,7 +336,7 @@ class Roles:
                 policy,
                 self._config.learner,
                 rank=rank,
-                env=CPU_THREADS,
+                env=compute_env(gpu=bool(self.plan.bundles)),
                 beside_driver=rank == 0 and not self.plan.bundles,
                 **self._seat(f"learner-{rank}"),
                 **settings,

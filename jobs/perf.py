@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.engine import EngineSettings
+from actors.environment import THREADS
 from actors.generator import engine_env
 from actors.perf import PlainLearner, RawVllm, TokenReward, role_spans, timeline, token_reward
 from actors.perf_trl import TrlTrainer, check_trl
 from actors.placement import place, ray_cluster, resolve
-from actors.roles import CPU_THREADS, Roles
+from actors.roles import Roles
 from actors.weight_sync import unpack
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.checks import InputError
@@ -185,7 +186,7 @@ def measure_learner(bench: Bench) -> Figure:
     config = validate(_changed(bench.config, learner={"ranks": 1}))
     roles = Roles(config, bench.model, bench.model, parts=("learner",))
     arguments = (bench.model, config.learner, config.rollout.temperature, max(1, TOKEN_BUDGET // config.model.max_length))
-    plain = place(PlainLearner, *arguments, env=CPU_THREADS)
+    plain = place(PlainLearner, *arguments, env=THREADS)
     scored = _random_answers(bench)
     steps = iter(range(10**6))
 
@@ -249,7 +250,7 @@ def measure_trl(bench: Bench) -> Figure:
     roles, truth = bench.loop, Truth(bench.config)
     rewards, roles.reward = roles.reward, place(TokenReward)
     options = {"answers": bench.answers, "samples": SAMPLES, "tokens": bench.tokens, "threads": bench.told.trl_threads}
-    threads = {**CPU_THREADS, "OMP_NUM_THREADS": str(bench.told.trl_threads), "HF_HUB_OFFLINE": "1"}
+    threads = {**THREADS, "OMP_NUM_THREADS": str(bench.told.trl_threads), "HF_HUB_OFFLINE": "1"}
     folder = bench.config.run.path / "trl"
     trl = place(TrlTrainer, bench.model, train_prompts()[:64], str(folder), env=threads, **options)
     steps = iter(range(10**6, 2 * 10**6))

@@ -21,9 +21,9 @@ def token_logprobs(log_distribution_BTV: torch.Tensor, tokens_BT: torch.Tensor) 
 
 
 def entropy(log_distribution_BTV: torch.Tensor) -> torch.Tensor:
-    """Entropy [B, T] of each distribution, nats, in [0, ln V]: -sum over v of p_v log p_v."""
-    prob_BTV = log_distribution_BTV.exp()
-    return -torch.where(prob_BTV > 0, prob_BTV * log_distribution_BTV, 0.0).sum(dim=-1)
+    """Entropy [B, T] of each distribution, nats, in [0, ln V]: -sum over v of p_v log p_v, 0 where p_v is. No gradient."""
+    distribution_BTV = log_distribution_BTV.detach()
+    return -distribution_BTV.exp().mul_(distribution_BTV).nansum(dim=-1)  # 0 times -inf is NaN; in place, for V can be large
 
 
 def ppo_clip(

@@ -80,7 +80,7 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             hidden_BKH = read(self.critic, batch).last_hidden_state[:, -batch.targets_BK.shape[1] :]
             values_BK = self.value_head(hidden_BKH).squeeze(-1).float()
-        outputs = (logprobs_BK, entropy(log_distribution_BKV.detach()), values_BK)
+        outputs = (logprobs_BK, entropy(log_distribution_BKV), values_BK)
         return TokenOutputs(*(field.gather(1, batch.answer_BR) for field in outputs))
 
     def policy_parameters(self) -> list[nn.Parameter]:
