@@ -78,6 +78,7 @@ def uncovered(spans: Iterable[tuple[float, float]], begin: float, end: float) ->
 def draw_figures(figures: Sequence[Figure], path: Path) -> None:
     """Every figure over its target, turned so that 1 and more meets it, with least and largest measurement."""
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     canvas = Canvas(figsize=(8, 0.9 + 0.3 * len(figures)), layout="constrained")
     axes = canvas.subplots()
@@ -89,9 +90,13 @@ def draw_figures(figures: Sequence[Figure], path: Path) -> None:
         axes.annotate(f"{found.value:.3g}", (high, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(1.0, color=GREY, linewidth=1)
     axes.set_yticks(range(len(figures)), [f"{found.name}  {found.case}" for found in figures], fontsize=8)
-    axes.invert_yaxis()
     axes.set(xscale="log", xlabel="share of the target that is reached: 1 and more meets it")
-    axes.margins(x=0.15, y=0.06)
+    axes.margins(x=0.15)
+    axes.set_ylim(len(figures) - 0.5, -0.5)  # the first on top
+    left, right = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if right > 5 * left else range(1, 10)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
     canvas.savefig(path, dpi=110)
 
 
