@@ -1,4 +1,4 @@
-"""What a reward fit is told, and where its workers get it: light to import, for Ray Train's controller reads it too."""
+"""What a reward fit is told, and where its workers get it: light to import, for the process of the orders reads it too."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class RawVllm:
 class PlainLearner:
     """One GRPO step in plain torch: our learner's loss (k3 in it, clipped both ways, importance weights), one optimizer step.
 
-    As one would write it by hand: the answers' logits only, log-probabilities by logsumexp, and no second look at the old
-    policy, which is the new one before the only step.
+    As one would write it by hand, in a process as Python starts it (our ranks keep the memory that they free): the answers'
+    logits only, log-probabilities by logsumexp, and no second look at the old policy, which is the new one before the only step.
     """
 
     def __init__(self, model: str, config: LearnerConfig, temperature: float, rows: int) -> None:

@@ -186,8 +186,8 @@ class RewardActor:
         self._scorers[str(self._serving)] = SequenceScorer.from_pretrained(self._serving).to(self._device)
         write_json(self._folder / SERVING, self.state())
 
-    def close(self) -> None:
-        """End the workers, which otherwise wait for the next fit until this process ends."""
+    def end_fits(self) -> None:
+        """End the workers, which otherwise wait for the next fit until this process ends; one that comes starts new ones."""
         self._trainer.close()
 
     def _promoted(self, folder: Path, reason: str) -> Promotion:

@@ -232,6 +232,10 @@ class Roles:
         reward = {**report.figures, "folders": folders, "seconds": report.seconds, "train_seconds": report.train_seconds}
         return {"propensity": propensity, "reward": reward, "promotion": asdict(promotion)}
 
+    def end_fits(self) -> None:
+        """End the processes that wait for the reward model's next fit; one that comes all the same starts new ones."""
+        self._wait(self.reward.end_fits.remote(), "end the workers of fits")
+
     def has_news(self) -> bool:
         """Whether the log has grown since it was last fitted."""
         return self._wait(self.log.position.remote(), "read the log") > self._fitted_position

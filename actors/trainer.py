@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import Result
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # how a worker that died is told
@@ -17,10 +18,10 @@ from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # r
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.fit_order import FitOrder, Orders
-from actors.placement import place
+from actors.placement import end, place
 from causalrm_ray.checks import InputError
 
-WORKER_FAILURES = 3  # times that a fit begins anew where a worker died
+DEATHS = 3  # of workers, after each of which a fit begins anew
 CALLERS = 8  # of the orders' methods at once: a fit that waits, a worker that waits, one that is done
 POLL_S = 0.5  # between two looks at whether the workers still run
 SETTINGS = {
@@ -47,27 +48,50 @@ class RewardTrainer:
     def fit(self, order: FitOrder, folder: Path) -> float:
         """Have `order` fitted and written to `folder`, whole or not at all. Returns the seconds that rank 0 worked.
 
-        A fit whose workers die begins anew, up to WORKER_FAILURES times; what a worker itself raises ends it and the workers.
-        Raises InputError for what cannot be fitted, WorkerGroupError for other errors of workers.
+        A fit whose workers die begins anew, up to DEATHS times, after other errors once: a death may show first as a peer's lost
+        connection. Raises InputError for what cannot be fitted, WorkerGroupError for other errors of workers.
         """
-        if self._orders is None:
-            self._orders = place(Orders, concurrency=CALLERS, beside_driver=True)
-        fitted = self._orders.fitted.remote(order, folder.resolve())
-        if self._running is None or self._running.done():
-            self._running = self._start()
         failures = 0
-        while not ray.wait([fitted], timeout=POLL_S)[0]:
-            if self._running.done():
+        while True:
+            try:
+                return self._fit(order, folder)
+            except (WorkerGroupError, RayActorError) as error:
+                self._leave()
                 failures += 1
-                _raise_unless_a_worker_died(self._running.exception(), final=failures > WORKER_FAILURES)
-                self._running = self._start()
-        return ray.get(fitted)
+                causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+                for cause in causes:
+                    if isinstance(cause, InputError):  # every worker reads the same log and meets the same fault
+                        raise cause from error
+                if failures > (DEATHS if any(isinstance(cause, WorkerHealthCheckFailedError) for cause in causes) else 1):
+                    raise
 
     def close(self) -> None:
-        """End the workers, if there are any, and wait for that."""
+        """End the workers, if there are any, and wait for that. A fit that comes all the same starts new ones."""
         if self._running is not None and not self._running.done():
             ray.get(self._orders.close.remote())
-            self._running.result(self._timeout_s)
+            self._running.exception(self._timeout_s)
+        self._leave()
+
+    def _fit(self, order: FitOrder, folder: Path) -> float:
+        if self._running is not None and self._running.done():  # they died while there was nothing to do
+            self._leave()
+        if self._orders is None or self._running is None:
+            self._orders = place(Orders, concurrency=CALLERS, beside_driver=True)
+            self._running = self._start()
+        fitted = self._orders.fitted.remote(order, folder.resolve())
+        while not ray.wait([fitted], timeout=POLL_S)[0]:
+            if self._running.done():
+                raise self._running.exception() or RuntimeError("the Ray Train workers ended in the middle of a fit")
+        return ray.get(fitted)
+
+    def _leave(self) -> None:
+        """End what is left of the workers and their orders: who waits at these for one gets an error, and ends."""
+        orders, running = self._orders, self._running
+        self._orders = self._running = None
+        if orders is not None:
+            end(orders)
+        if running is not None:
+            running.exception(self._timeout_s)
 
     def _start(self) -> Future[Result]:
         for key, value in {**SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(self._timeout_s)}.items():
@@ -104,14 +128,3 @@ def _run(trainer: TorchTrainer, running: Future[Result]) -> None:
         running.set_result(trainer.fit())
     except BaseException as error:  # noqa: BLE001 - this thread has no caller: the error goes to the fit that waits
         running.set_exception(error)
-
-
-def _raise_unless_a_worker_died(error: BaseException | None, final: bool) -> None:
-    if error is None:
-        raise RuntimeError("the Ray Train workers ended in the middle of a fit")
-    causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    for cause in causes:
-        if isinstance(cause, InputError):  # every worker reads the same log and meets the same fault
-            raise cause from error
-    if final or not any(isinstance(cause, WorkerHealthCheckFailedError) for cause in causes):
-        raise error

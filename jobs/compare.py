@@ -86,6 +86,7 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
         roles = Roles(config, models.policy, models.reward)
         simulate_feedback(config, task, roles)
         fit = roles.refit("log", task.as_of(0), METHODS, truth.preferences)
+        roles.end_fits()
         start = run.path / "start"
         with atomic_folder(start) as folder:
             serving = roles.save(folder)

@@ -30,6 +30,7 @@ def run(config: Config) -> int:
             progress.phase("fitting propensity and reward")
             methods = [name for name in dict.fromkeys((config.reward.method, *config.reward.compare)) if name != "oracle"]
             fit = roles.refit("log", None, methods)
+            roles.end_fits()
     summary = {"import": imported, **fit_summary(fit)}
     run.summarise(summary)
     write_report(run.path, [], summary)

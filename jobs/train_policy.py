@@ -45,6 +45,7 @@ def run(config: Config, again: bool = False) -> int:
             progress.phase("starting roles")
             roles = Roles(config, models.policy, models.reward, announce=progress.plan, tell=progress.phase)
             summary = train(config, run, task, roles, progress)
+            roles.end_fits()
     if summary is None:
         return STOPPED
     summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
@@ -99,6 +100,8 @@ def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Pr
     if not truth.known and "oracle" in methods:
         methods.remove("oracle")
     fit = roles.refit("log", task.as_of(0), methods, truth.preferences if "oracle" in methods else None)
+    if not config.reward.refit_every:
+        roles.end_fits()
     progress.phase("measuring the start")
     return judge_start(config, roles, task, truth, fit, shown)
 

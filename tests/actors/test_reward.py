@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +57,12 @@ def write_candidate(
 
 def workers() -> set[int]:
     """Process ids of the Ray Train workers."""
-    return {one.pid for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(one.cmdline())}
+    found = set()
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if "RayTrainWorker" in "".join(one.cmdline()):
+                found.add(one.pid)
+    return found
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -97,7 +105,14 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert actor.promote("again").version == 2
     assert workers() == first_workers
-    actor.close()
+
+    os.kill(min(first_workers), signal.SIGKILL)  # one that died at rest is missed by the next fit, which starts new ones
+    third = actor.fit(tmp_path / "snapshot.parquet", PROPENSITY, ["causalrm_dr"], candidate="third")
+    assert third.figures["methods"]["causalrm_dr"]["heldout_risk"] == first_risk
+    assert len(workers()) == 2
+    assert not workers() & first_workers
+    actor.end_fits()
+    assert workers() == set()
 
 
 def test_first_candidate_serves_and_a_worse_one_does_not(backbone: str, tmp_path: Path):
