@@ -75,7 +75,7 @@ class RewardTrainer:
     def _fit(self, order: FitOrder, folder: Path) -> float:
         if self._running is not None and self._running.done():  # they died while there was nothing to do
             self._leave()
-        if self._orders is None or self._running is None:
+        if self._running is None:
             self._orders = place(Orders, concurrency=CALLERS, beside_driver=True)
             self._running = self._start()
         fitted = self._orders.fitted.remote(order, folder.resolve())
