@@ -401,6 +401,13 @@ def test_info_names_the_engine(generator: Remote | Local) -> None:
     assert info["device"] in ("cpu", "cuda")
 
 
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True, scope="module")
+def test_only_the_default_process_group_keeps_a_thread(generator: Remote) -> None:
+    tasks = Path("/proc/self/task")
+    names = ray.get(generator.actor.__ray_call__.remote(lambda _: [(task / "comm").read_text() for task in tasks.iterdir()]))
+    assert names.count("gloo_tcp_loop\n") == 1
+
+
 def test_untied_model_with_temperature_and_top_p(start: Callable[..., Remote | Local], engine: str, tmp_path: Path) -> None:
     before, after = make_model(2, tied=False), make_model(3, tied=False)
     before.save_pretrained(tmp_path)
