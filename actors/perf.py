@@ -3,23 +3,28 @@
 RawVllm       vLLM's LLMEngine, stepped until all requests are done
 PlainLearner  a GRPO step in plain torch
 TokenReward   a reward that costs nothing, in our loop and in the others'
+standstill    what is not measured does not disturb what is
 role_spans    when any of our roles worked, as Ray saw it
 timeline      all that Ray ran meanwhile, for a viewer of traces
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import torch
 from transformers import AutoModelForCausalLM
 
 from actors.engine import EngineSettings
 from actors.engine_vllm import raw_engine, sampling_params
+from actors.placement import resolve
 from causalrm_ray.config import LearnerConfig
 from causalrm_ray.types import Completion, Request, Sampling, Scored
 
@@ -134,6 +139,23 @@ def token_reward(token_ids: Sequence[int]) -> float:
     """A trivial function of the last ten token ids, in [0, 1)."""
     last = token_ids[-10:]
     return sum(token % 7 for token in last) / (7 * len(last))
+
+
+def processes_of(roles: Sequence[Any], timeout_s: float) -> list[psutil.Process]:
+    """The processes behind handles on roles, those on this machine."""
+    where = [role.__ray_call__.remote(lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())) for role in roles]
+    here = ray.get_runtime_context().get_node_id()
+    return [psutil.Process(pid) for node, pid in resolve(where, "find the processes", timeout_s) if node == here]
+
+
+@contextmanager
+def standstill(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Nothing runs in `processes` meanwhile. At rest, too, each wakes 150 to 1,500 times a second, for Ray and for gloo."""
+    with ExitStack() as woken:
+        for process in processes:
+            process.suspend()
+            woken.callback(process.resume)
+        yield
 
 
 def timeline(begin: float, end: float) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from actors.engine import EngineSettings
 from actors.environment import THREADS
 from actors.generator import engine_env
-from actors.perf import PlainLearner, RawVllm, TokenReward, role_spans, timeline, token_reward
+from actors.perf import PlainLearner, RawVllm, TokenReward, processes_of, role_spans, standstill, timeline, token_reward
 from actors.perf_trl import TrlTrainer, check_trl
 from actors.placement import place, ray_cluster, resolve
 from actors.roles import Roles
@@ -246,20 +246,28 @@ def measure_driver(bench: Bench) -> Figure:
 
 
 def measure_trl(bench: Bench) -> Figure:
-    """A whole step, generation, reward, update and sync, against TRL's; the same trivial reward for both, users see nothing."""
+    """A whole step, generation, reward, update and sync, against TRL's; the same trivial reward for both, users see nothing.
+
+    Each has the machine to itself: while one steps, the other's processes stand still.
+    """
     roles, truth = bench.loop, Truth(bench.config)
     rewards, roles.reward = roles.reward, place(TokenReward)
+    handles = [roles.log, roles.users, roles.propensity, rewards, *roles.learners, *roles.generators.handles.values()]
     options = {"answers": bench.answers, "samples": SAMPLES, "tokens": bench.tokens, "threads": bench.told.trl_threads}
     threads = {**THREADS, "OMP_NUM_THREADS": str(bench.told.trl_threads), "HF_HUB_OFFLINE": "1"}
     folder = bench.config.run.path / "trl"
     trl = place(TrlTrainer, bench.model, train_prompts()[:64], str(folder), env=threads, **options)
+    our_processes = processes_of([*handles, roles.reward], bench.timeout_s)
+    their_processes = processes_of([trl], bench.timeout_s)
     steps = iter(range(10**6, 2 * 10**6))
 
     def ours() -> float:
-        return policy_step(bench.task, truth, roles, next(steps), shown=False)["seconds"]
+        with standstill(their_processes):
+            return policy_step(bench.task, truth, roles, next(steps), shown=False)["seconds"]
 
     def other() -> float:
-        return resolve(trl.step.remote(), "a step of TRL", bench.timeout_s)
+        with standstill(our_processes):
+            return resolve(trl.step.remote(), "a step of TRL", bench.timeout_s)
 
     try:
         return speed("trl", bench.name, bench.interleave(ours, other), 1.0 if bench.case == SMALLEST else 2.0)
