@@ -37,7 +37,7 @@ from actors.telemetry import event, record
 from causalrm_ray.checks import InputError
 from causalrm_ray.config import IN_PROCESS, ClusterConfig
 
-OBJECT_STORE_BYTES = 512 * 2**20  # of a local cluster: weights and completions of tiny models; a real cluster brings its own
+OBJECT_STORE_BYTES = 512 * 2**20  # the least of a cluster of our own
 QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -86,7 +86,7 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
             num_cpus=os.cpu_count(),
             include_dashboard=False,
             log_to_driver=False,  # what roles print stays in Ray's session folder; what they raise comes here
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes(psutil.virtual_memory().total, _shared_memory_bytes()),
             _node_ip_address="127.0.0.1",
         )
     else:
@@ -95,6 +95,20 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def object_store_bytes(memory: int, shared: int) -> int:
+    """Size of the object store on a machine with so many bytes of memory, `shared` of them free in /dev/shm.
+
+    Weights pass through it, and a version is freed up to a second late. Above 70 % of it Ray collects garbage in all processes,
+    half a second each time; what does not fit goes over the disk, 600 MB in seconds instead of tenths.
+    """
+    return max(OBJECT_STORE_BYTES, min(memory // 10, shared // 2))
+
+
+def _shared_memory_bytes() -> int:
+    folder = Path("/dev/shm")
+    return psutil.disk_usage(str(folder)).free if folder.is_dir() else 0
 
 
 def in_process() -> bool:

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from actors.engine import EngineDeadError, StrandedError
-from actors.placement import RoleDiedError, RoleTimeoutError, place, resolve, resolve_all, stream
+from actors.placement import RoleDiedError, RoleTimeoutError, object_store_bytes, place, resolve, resolve_all, stream
 
 
 class Worker:
@@ -122,3 +122,16 @@ def test_roles_go_to_the_nodes_in_turn(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     done = subprocess.run(told, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.split()) == (0, ["3", "True"]), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "shared_gib", "store_gib"),
+    [
+        (80, 40, 8),  # a tenth of the memory
+        (80, 6, 3),  # half of what is free in /dev/shm: a container that was given some
+        (80, 1 / 16, 0.5),  # one that was not, which has 64 MiB: never less than the least
+        (4, 2, 0.5),
+    ],
+)
+def test_the_object_store_grows_with_the_machine(memory_gib: float, shared_gib: float, store_gib: float) -> None:
+    assert object_store_bytes(int(memory_gib * 2**30), int(shared_gib * 2**30)) == int(store_gib * 2**30)
