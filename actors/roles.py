@@ -83,6 +83,7 @@ class Roles:
         self._timeout_s = config.cluster.timeout_s
         self._propensity_folder: Path | None = None
         self._begun: tuple[str, dict[str, Call]] | None = None
+        self._preparing: list[Any] = []  # what the learner has still to prepare of the last rollout
         self._fitted_position = 0  # of the log, when it was last fitted
         restarts: dict[str, Any] = {"restarts": config.loop.max_failures}
         common: dict[str, Any] = {"max_length": config.model.max_length, **restarts}
@@ -138,29 +139,34 @@ class Roles:
     def rollout(self, requests: Sequence[Request], show: Show) -> list[Scored]:
         """Generate, score, prepare for learning and show to users, all as answers finish; answers in request order.
 
-        `show` turns a micro-batch into the impressions that users react to.
+        `show` turns a micro-batch into the impressions that users react to. The learner may still prepare the last
+        `rollout.buffer` answers: `update` waits for it, and meanwhile generators may begin on the next step.
         """
         begun, self._begun = self._begun, None
         if begun and begun[0] != requests[0].prompt.id:
             raise RuntimeError(f"the rollout that was begun with {begun[0]} must come first, got {requests[0].prompt.id}")
-        in_flight: deque[tuple[list[Completion], Any, list[Any]]] = deque()
+        in_flight: deque[tuple[list[Completion], Any, list[Any], list[Any]]] = deque()
         scored: list[Scored] = []
         for chunk in self._micro_batches(begun[1] if begun else self.generators.generate(requests)):
             rewards = self.reward.score.remote([done.prompt.token_ids + done.token_ids for done in chunk])
-            effects = [rank.prepare.remote(chunk) for rank in self.learners] + [self.show(show(chunk))]
-            in_flight.append((chunk, rewards, effects))
+            prepared = [rank.prepare.remote(chunk) for rank in self.learners]
+            in_flight.append((chunk, rewards, prepared, self.show(show(chunk))))
             record("queue_rows", DRIVER, sum(len(waiting) for waiting, *_ in in_flight))
             while sum(len(waiting) for waiting, *_ in in_flight) > self._config.rollout.buffer:
-                scored += self._finish(*in_flight.popleft())
-        for waiting in in_flight:
-            scored += self._finish(*waiting)
+                chunk, rewards, prepared, shown = in_flight.popleft()
+                scored += self._finish(chunk, rewards, [*prepared, *shown])
+        for chunk, rewards, prepared, shown in in_flight:
+            scored += self._finish(chunk, rewards, shown)
+            self._preparing += prepared
         record("queue_rows", DRIVER, 0)
         return sorted(scored, key=lambda answer: answer.completion.prompt.id)
 
-    def show(self, impressions: Sequence[Impression]) -> Any:
-        """Show `impressions` to the users and log both; returns what to wait for."""
+    def show(self, impressions: Sequence[Impression]) -> list[Any]:
+        """Show `impressions` to the users and log both; returns what to wait for: nothing where there is nothing to show."""
+        if not impressions:
+            return []
         record("feedback_rows", "log", len(impressions))
-        return self.log.append.remote(impressions, self.users.react_all.remote(impressions))
+        return [self.log.append.remote(impressions, self.users.react_all.remote(impressions))]
 
     def fill_log(self, requests: Sequence[Request], show: Show) -> int:
         """Generate answers to `requests`, show them to users as they finish, and return how many were shown."""
@@ -169,7 +175,7 @@ class Roles:
         for chunk in self._micro_batches(self.generators.generate(requests)):
             impressions = show(chunk)
             shown += len(impressions)
-            waiting.append(self.show(impressions))
+            waiting += self.show(impressions)
             if len(waiting) * self._config.rollout.micro_batch > self._config.rollout.buffer:
                 self._wait(waiting.popleft(), "log feedback")
         self._wait(list(waiting), "log feedback")
@@ -178,7 +184,9 @@ class Roles:
     def update(self, scored: Sequence[Scored]) -> dict[str, float]:
         """One learner update on a whole step; metrics over all ranks, and the version of the reward that they rest on."""
         began = time.perf_counter()
-        metrics = self._wait([rank.update.remote(scored) for rank in self.learners], "update policy")[0]
+        preparing, self._preparing = self._preparing, []
+        updates = [rank.update.remote(scored) for rank in self.learners]
+        metrics = self._wait([*preparing, *updates], "prepare answers and update policy")[len(preparing)]
         record("update_seconds", "learner", time.perf_counter() - began)
         return {**metrics, "reward_version": float(scored[0].reward_version)}
 
