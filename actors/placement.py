@@ -18,6 +18,7 @@ import psutil
 import ray
 import torch
 import transformers
+from ray._common.utils import get_system_memory
 from ray.exceptions import (
     ActorUnschedulableError,
     GetTimeoutError,
@@ -86,7 +87,7 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
             num_cpus=os.cpu_count(),
             include_dashboard=False,
             log_to_driver=False,  # what roles print stays in Ray's session folder; what they raise comes here
-            object_store_memory=object_store_bytes(psutil.virtual_memory().total, _shared_memory_bytes()),
+            object_store_memory=object_store_bytes(get_system_memory(), _shared_memory_bytes()),
             _node_ip_address="127.0.0.1",
         )
     else:
@@ -98,10 +99,11 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
 
 
 def object_store_bytes(memory: int, shared: int) -> int:
-    """Size of the object store on a machine with so many bytes of memory, `shared` of them free in /dev/shm.
+    """Size of the object store on a machine (or in a container) of so many bytes of memory, with `shared` free in /dev/shm.
 
     Weights pass through it, and a version is freed up to a second late. Above 70 % of it Ray collects garbage in all processes,
-    half a second each time; what does not fit goes over the disk, 600 MB in seconds instead of tenths.
+    half a second each time; what does not fit goes over the disk, 600 MB in seconds instead of tenths. Ray keeps it back from
+    the memory that roles can be planned with, so it is no larger.
     """
     return max(OBJECT_STORE_BYTES, min(memory // 10, shared // 2))
 

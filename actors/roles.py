@@ -158,7 +158,6 @@ class Roles:
         for chunk, rewards, prepared, shown in in_flight:
             scored += self._finish(chunk, rewards, shown)
             self._preparing += prepared
-        record("queue_rows", DRIVER, 0)
         return sorted(scored, key=lambda answer: answer.completion.prompt.id)
 
     def show(self, impressions: Sequence[Impression]) -> list[Any]:
@@ -183,10 +182,12 @@ class Roles:
 
     def update(self, scored: Sequence[Scored]) -> dict[str, float]:
         """One learner update on a whole step; metrics over all ranks, and the version of the reward that they rest on."""
-        began = time.perf_counter()
-        preparing, self._preparing = self._preparing, []
         updates = [rank.update.remote(scored) for rank in self.learners]
-        metrics = self._wait([*preparing, *updates], "prepare answers and update policy")[len(preparing)]
+        preparing, self._preparing = self._preparing, []
+        self._wait(preparing, "prepare answers")  # first: after an error in it, or a death, the update fails of that
+        record("queue_rows", DRIVER, 0)
+        began = time.perf_counter()
+        metrics = self._wait(updates, "update policy")[0]
         record("update_seconds", "learner", time.perf_counter() - began)
         return {**metrics, "reward_version": float(scored[0].reward_version)}
 

@@ -10,6 +10,7 @@ A reading is affected by whatever else the machine does; the load is noted with 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -71,6 +72,7 @@ def run(config: PerfConfig) -> int:
             bench = Bench(config, case, progress)
             for part in config.parts:
                 if part != "memory" or number == 0:
+                    gc.collect()  # the roles of the part before: a cycle holds them
                     progress.phase(f"{part}, {bench.name}, load {os.getloadavg()[0]:.1f}")
                     figures.append(MEASURES[part](bench))
                     write_json(folder / "perf.json", {"cores": os.cpu_count(), "figures": [_json(found) for found in figures]})
@@ -107,8 +109,16 @@ class Bench:
         roles.publish()
         return roles
 
-    def interleave(self, ours: Callable[[], float], other: Callable[[], float], warm: int = WARM) -> list[Pair]:
-        """Pairs of seconds; who comes first takes turns."""
+    def interleave(
+        self,
+        ours: Callable[[], float],
+        other: Callable[[], float],
+        warm: int = WARM,
+        roles: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
+    ) -> list[Pair]:
+        """Pairs of seconds; who comes first takes turns. While one side works, the other's `roles` (ours, other) stand still."""
+        our_processes, their_processes = (processes_of(handles, self.timeout_s) for handles in roles)
+        ours, other = partial(_beside, their_processes, ours), partial(_beside, our_processes, other)
         for _ in range(warm):
             ours(), other()
         self.progress.tasks(f"pairs of {self.name}", self.told.pairs)
@@ -164,7 +174,7 @@ def measure_rollout(bench: Bench) -> Figure:
         seconds, tokens["other"] = resolve(raw.generate.remote(requests), "generate with raw vLLM", bench.timeout_s)
         return seconds
 
-    pairs = bench.interleave(ours, other)
+    pairs = bench.interleave(ours, other, roles=(list(roles.generators.handles.values()), [raw]))
     if tokens["ours"] != tokens["other"]:
         raise RuntimeError("our generator and raw vLLM must write the same tokens for the same requests")
     count = sum(map(len, tokens["ours"]))
@@ -203,7 +213,7 @@ def measure_learner(bench: Bench) -> Figure:
     def other() -> float:
         return resolve(plain.step.remote(scored), "plain step", bench.timeout_s)
 
-    pairs = bench.interleave(ours, other)
+    pairs = bench.interleave(ours, other, roles=(roles.learners, [plain]))
     weights, theirs = resolve([roles.learners[0].weights.remote(), plain.weights.remote()], "compare weights", bench.timeout_s)
     apart = [float((tensor - theirs[name]).norm() / theirs[name].norm()) for name, tensor in unpack(weights)]
     return speed("learner", bench.name, pairs, 0.9, weights_differ=max(apart))
@@ -246,31 +256,26 @@ def measure_driver(bench: Bench) -> Figure:
 
 
 def measure_trl(bench: Bench) -> Figure:
-    """A whole step, generation, reward, update and sync, against TRL's; the same trivial reward for both, users see nothing.
-
-    Each has the machine to itself: while one steps, the other's processes stand still.
-    """
+    """A whole step, generation, reward, update and sync, against TRL's; the same trivial reward for both, users see nothing."""
     roles, truth = bench.loop, Truth(bench.config)
     rewards, roles.reward = roles.reward, place(TokenReward)
-    handles = [roles.log, roles.users, roles.propensity, rewards, *roles.learners, *roles.generators.handles.values()]
+    others = [roles.log, roles.users, roles.propensity, rewards]
+    handles = [*others, roles.reward, *roles.learners, *roles.generators.handles.values()]
     options = {"answers": bench.answers, "samples": SAMPLES, "tokens": bench.tokens, "threads": bench.told.trl_threads}
     threads = {**THREADS, "OMP_NUM_THREADS": str(bench.told.trl_threads), "HF_HUB_OFFLINE": "1"}
     folder = bench.config.run.path / "trl"
     trl = place(TrlTrainer, bench.model, train_prompts()[:64], str(folder), env=threads, **options)
-    our_processes = processes_of([*handles, roles.reward], bench.timeout_s)
-    their_processes = processes_of([trl], bench.timeout_s)
     steps = iter(range(10**6, 2 * 10**6))
 
     def ours() -> float:
-        with standstill(their_processes):
-            return policy_step(bench.task, truth, roles, next(steps), shown=False)["seconds"]
+        return policy_step(bench.task, truth, roles, next(steps), shown=False)["seconds"]
 
     def other() -> float:
-        with standstill(our_processes):
-            return resolve(trl.step.remote(), "a step of TRL", bench.timeout_s)
+        return resolve(trl.step.remote(), "a step of TRL", bench.timeout_s)
 
     try:
-        return speed("trl", bench.name, bench.interleave(ours, other), 1.0 if bench.case == SMALLEST else 2.0)
+        pairs = bench.interleave(ours, other, roles=(handles, [trl]))
+        return speed("trl", bench.name, pairs, 1.0 if bench.case == SMALLEST else 2.0)
     finally:
         roles.reward = rewards
 
@@ -303,6 +308,7 @@ def measure_asynchronous(bench: Bench) -> Figure:
     As in the middle of a long run: a step before those that are timed fills the pipeline, one after them empties it.
     """
     vars(bench).pop("loop", None)  # its roles end: at rest, too, they take a tenth of two cores
+    gc.collect()
     roles, truth = bench.start(validate(_changed(bench.config, learner={"staleness": 1}))), Truth(bench.config)
     blocks = iter(range(10**6))
 
@@ -355,6 +361,11 @@ def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def _beside(others: Sequence[psutil.Process], work: Callable[[], float]) -> float:
+    with standstill(others):
+        return work()
 
 
 def _json(found: Figure) -> dict[str, Any]:

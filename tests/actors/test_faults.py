@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 from actors.engine import EngineSettings
 from actors.generator import Generator, engine_env
 from actors.generators import Generators
+from actors.perf import processes_of
 from actors.placement import RoleDiedError, place, resolve
 from actors.reward import RewardActor
+from actors.roles import Roles
 from causalrm_ray.checkpoint import atomic_folder
 from causalrm_ray.config import Config, RewardConfig
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.options import validate
-from causalrm_ray.types import Completion, Prompt, Request
+from causalrm_ray.types import Completion, Prompt, Request, Scored
 
 TIMEOUT_S = 120.0
 REQUESTS = [
@@ -88,6 +90,60 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
     kill(generators.handles["generator-0"])
     with pytest.raises(RoleDiedError, match=r"generate \(generator-0\): the process of generator-0 died"):
         list(chunks)
+
+
+class Scores:
+    """Stands for the reward role."""
+
+    def score(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
+        return np.zeros(len(rows)), 1
+
+
+class Learns:
+    """Stands for a rank that prepares until somebody opens `gate`, a named pipe, and then fails."""
+
+    def __init__(self, gate: Path) -> None:
+        self._gate = gate
+
+    def prepare(self, completions: Sequence[Completion]) -> None:
+        self._gate.read_text()
+        raise ValueError(f"cannot prepare {completions[0].prompt.id}")
+
+    def update(self, scored: Sequence[Scored]) -> dict[str, float]:
+        raise ValueError("never prepared")
+
+
+class Writes:
+    """Stands for the generators."""
+
+    def generate(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return requests
+
+    def micro_batches(self, calls: Sequence[Request], publisher: Any) -> Iterator[list[Completion]]:
+        yield [Completion(request.prompt, "", (5,), (-1.0,), "stop", 0) for request in calls]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_rollout_ends_before_the_learner_is_prepared_and_the_update_hears_of_it(
+    config: Config, tmp_path: Path, dies: bool
+) -> None:
+    os.mkfifo(gate := tmp_path / "gate")
+    roles = Roles.__new__(Roles)  # what a rollout needs of it
+    roles._config, roles._timeout_s, roles._begun, roles._preparing = config, TIMEOUT_S, None, []
+    roles.generators, roles._by_object = Writes(), None
+    roles.reward, roles.learners = place(Scores), [place(Learns, gate, label="learner-0")]
+    (pid,) = [process.pid for process in processes_of(roles.learners, TIMEOUT_S)]
+    scored = roles.rollout(REQUESTS[:2], lambda done: [])  # nobody has opened the gate
+    assert [answer.completion.prompt.id for answer in scored] == ["prompt-0", "prompt-1"]
+    if dies:
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RoleDiedError, match="prepare answers: the process of learner-0 died"):
+            roles.update(scored)
+    else:
+        gate.write_text("")
+        with pytest.raises(ValueError, match="cannot prepare prompt-0"):
+            roles.update(scored)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
+import ray
 
 from actors import perf_trl
+from actors.perf import TokenReward, processes_of, standstill
+from actors.placement import place, resolve
 from jobs import perf
 from jobs.__main__ import main
 
@@ -64,3 +67,15 @@ def test_without_the_right_trl_it_is_said_what_to_install(
 )
 def test_what_cannot_be_measured_is_refused(override: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert part in refusal(capsys, override, f"run.dir={tmp_path}")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_standstill_ends_with_an_error_too() -> None:
+    role = place(TokenReward)
+    (process,) = processes_of([role], 60.0)
+    with suppress(KeyError), standstill([process]):
+        answer = role.score.remote([[7, 8]])
+        assert ray.wait([answer], timeout=1.0) == ([], [answer])
+        raise KeyError
+    rewards, _ = resolve(answer, "score", 60.0)
+    assert rewards.tolist() == pytest.approx([1 / 14])
