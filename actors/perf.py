@@ -142,7 +142,7 @@ def token_reward(token_ids: Sequence[int]) -> float:
 
 
 def processes_of(roles: Sequence[Any], timeout_s: float) -> list[psutil.Process]:
-    """The processes behind handles on roles, those on this machine."""
+    """The processes behind handles on roles, those on this machine; each has answered, so none is still waking up."""
     where = [role.__ray_call__.remote(lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())) for role in roles]
     here = ray.get_runtime_context().get_node_id()
     return [psutil.Process(pid) for node, pid in resolve(where, "find the processes", timeout_s) if node == here]

@@ -117,8 +117,13 @@ class Bench:
         roles: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
     ) -> list[Pair]:
         """Pairs of seconds; who comes first takes turns. While one side works, the other's `roles` (ours, other) stand still."""
-        our_processes, their_processes = (processes_of(handles, self.timeout_s) for handles in roles)
-        ours, other = partial(_beside, their_processes, ours), partial(_beside, our_processes, other)
+
+        def alone(work: Callable[[], float], own: Sequence[Any], others: Sequence[Any]) -> float:
+            with standstill(processes_of(others, self.timeout_s)):
+                processes_of(own, self.timeout_s)  # all have woken up
+                return work()
+
+        ours, other = partial(alone, ours, *roles), partial(alone, other, *reversed(roles))
         for _ in range(warm):
             ours(), other()
         self.progress.tasks(f"pairs of {self.name}", self.told.pairs)
@@ -361,11 +366,6 @@ def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _beside(others: Sequence[psutil.Process], work: Callable[[], float]) -> float:
-    with standstill(others):
-        return work()
 
 
 def _json(found: Figure) -> dict[str, Any]:
