@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,8 @@ def config(tmp_path: Path) -> Config:
 
 
 def kill(role: Any) -> None:
-    pid = ray.get(role.__ray_call__.remote(lambda _: os.getpid()), timeout=TIMEOUT_S)
-    os.kill(pid, signal.SIGKILL)
+    (process,) = processes_of([role], TIMEOUT_S)
+    process.kill()
 
 
 def in_order(answers: Sequence[Completion]) -> list[Completion]:
@@ -133,11 +132,11 @@ def test_a_rollout_ends_before_the_learner_is_prepared_and_the_update_hears_of_i
     roles._config, roles._timeout_s, roles._begun, roles._preparing = config, TIMEOUT_S, None, []
     roles.generators, roles._by_object = Writes(), None
     roles.reward, roles.learners = place(Scores), [place(Learns, gate, label="learner-0")]
-    (pid,) = [process.pid for process in processes_of(roles.learners, TIMEOUT_S)]
+    (rank,) = processes_of(roles.learners, TIMEOUT_S)
     scored = roles.rollout(REQUESTS[:2], lambda done: [])  # nobody has opened the gate
     assert [answer.completion.prompt.id for answer in scored] == ["prompt-0", "prompt-1"]
     if dies:
-        os.kill(pid, signal.SIGKILL)
+        rank.kill()
         with pytest.raises(RoleDiedError, match="prepare answers: the process of learner-0 died"):
             roles.update(scored)
     else:
