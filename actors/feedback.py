@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from causalrm_ray.data.snapshot import write_snapshot
-from causalrm_ray.data.store import FeedbackLog
+from causalrm_ray.data.log.snapshot import write_snapshot
+from causalrm_ray.data.log.store import FeedbackLog
 
 
 class FeedbackRole(FeedbackLog):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from causalrm_ray.models.size import ModelSize
-from causalrm_ray.pictures import BLUE, GREY, ORANGE
+from causalrm_ray.report.pictures import BLUE, GREY, ORANGE
 
 COLOURS = (BLUE, ORANGE, GREY, "#38a169", "#805ad5", "#d69e2e", "#b83280", "#00a3c4", "#e53e3e")
 

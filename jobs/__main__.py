@@ -13,17 +13,18 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from causalrm_ray.benchmark_config import BenchmarkConfig, NoiseStudyConfig
-from causalrm_ray.chaos_config import ChaosConfig
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError, RunFolder, Section
-from causalrm_ray.embed_config import EmbedConfig
-from causalrm_ray.options import find_run, load_tree, options
-from causalrm_ray.perf_config import PerfConfig
-from causalrm_ray.plan_config import PlanConfig
-from causalrm_ray.submit_config import SubmitConfig, SubmittedConfig
-from jobs.lock import alone
-from jobs.refusal import naming_full_disks, refuse
+from causalrm_ray.config.base import ConfigError, RunFolder, Section
+from causalrm_ray.config.benchmark import BenchmarkConfig, NoiseStudyConfig
+from causalrm_ray.config.chaos import ChaosConfig
+from causalrm_ray.config.embed import EmbedConfig
+from causalrm_ray.config.options import find_run, load_tree, options
+from causalrm_ray.config.perf import PerfConfig
+from causalrm_ray.config.plan import PlanConfig
+from causalrm_ray.config.submit import SubmitConfig, SubmittedConfig
+from causalrm_ray.config.train import Config
+from jobs.support.errors import naming_full_disks, refuse
+from jobs.support.lock import run_lock
 
 
 class Job(NamedTuple):
@@ -41,23 +42,25 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    "train-policy": Job("jobs.supervise", "tune a policy on observational feedback, end to end", supervised=True),
+    "train-policy": Job("jobs.support.supervise", "tune a policy on observational feedback, end to end", supervised=True),
     "fit-reward": Job("jobs.fit_reward", "feedback log in, reward model out"),
     "simulate-feedback": Job("jobs.simulate_feedback", "let simulated users react to a policy's answers; write the log"),
     "evaluate": Job("jobs.evaluate", "score a policy and a reward model against the embedded oracle"),
-    "compare": Job("jobs.compare", "tune policies on several reward models, for both kinds of users, over seeds"),
+    "compare": Job("jobs.lab.compare", "tune policies on several reward models, for both kinds of users, over seeds"),
     "benchmark": Job(
-        "jobs.benchmark", "methods on a graded data set whose feedback is simulated, over settings", BenchmarkConfig
+        "jobs.lab.benchmark", "methods on a graded data set whose feedback is simulated, over settings", BenchmarkConfig
     ),
     "noise-study": Job(
-        "jobs.noise_study", "estimated rates of slips and their intervals on simulated logs, against the truth", NoiseStudyConfig
+        "jobs.lab.noise_study",
+        "estimated rates of slips and their intervals on simulated logs, against the truth",
+        NoiseStudyConfig,
     ),
     "embed": Job("jobs.embed", "a graded data set through a frozen backbone: embeddings for the benchmark", EmbedConfig),
     "replay": Job(
         "jobs.replay", "train the learner alone on what a run kept, from its checkpoint, and compare", writes=False, revisits=True
     ),
-    "perf": Job("jobs.perf", "how fast every part of a step is, against the same work done without us", PerfConfig),
-    "chaos": Job("jobs.chaos", "kill roles, drivers and nodes of a small run, and audit what is left of it", ChaosConfig),
+    "perf": Job("jobs.lab.perf", "how fast every part of a step is, against the same work done without us", PerfConfig),
+    "chaos": Job("jobs.lab.chaos", "kill roles, drivers and nodes of a small run, and audit what is left of it", ChaosConfig),
     "plan": Job("jobs.plan", "memory, time and cost of a training run on given GPUs, and what is slowest", PlanConfig),
     "submit": Job(
         "jobs.submit", "let a cluster run one of the other jobs: submit <job> [key=value ...]", SubmitConfig, writes=False
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(f"{'run.name' if job.revisits else 'resume=true'}: {run.path} holds no run")
         config = load_tree(job.tree, file, arguments.overrides, defaults)
         run = find_run(job.tree, file, arguments.overrides, defaults)
-        lock = alone(run) if job.writes and not job.supervised else contextlib.nullcontext()
+        lock = run_lock(run) if job.writes and not job.supervised else contextlib.nullcontext()
         with lock, _logged(job, run), naming_full_disks(run):
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
@@ -99,7 +102,7 @@ def _logged(job: Job, run: RunFolder) -> contextlib.AbstractContextManager[objec
     """The log of a run of the main tree, loaded only now: `--help` need not wait for Ray."""
     if not job.writes or job.supervised or job.tree is not Config:
         return contextlib.nullcontext()
-    return importlib.import_module("jobs.run_log").RunLog(run)
+    return importlib.import_module("jobs.support.log").RunLog(run)
 
 
 class SubmissionRequest(NamedTuple):

@@ -15,7 +15,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from causalrm_ray.config import Config
+from causalrm_ray.config.train import Config
 
 LIBRARIES = {  # what must import, the distribution that brings it, and how to install it
     "torch": (("torch",), "pip install torch"),
@@ -78,7 +78,7 @@ def _gpus() -> list[str]:
 
 
 def _check_cluster(config: Config, table: Table) -> None:
-    from actors.placement import ray_cluster, ray_resources  # without Ray, everything above must still be said
+    from actors.cluster.placement import ray_cluster, ray_resources  # without Ray, everything above must still be said
 
     with ray_cluster(config.cluster, config.run.cache):
         table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(ray_resources().items())), "")

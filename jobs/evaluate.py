@@ -8,13 +8,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actors.placement import ray_cluster
-from actors.roles import Roles
-from causalrm_ray.config import EMBEDDED, Config, ConfigError
-from jobs.progress import Progress
-from jobs.run import Run
-from jobs.task import Task, find_models
-from jobs.truth import Truth
+from actors.cluster.placement import ray_cluster
+from actors.system import Roles
+from causalrm_ray.config.base import ConfigError
+from causalrm_ray.config.train import EMBEDDED, Config
+from jobs.support.oracle import Oracle
+from jobs.support.progress import Progress
+from jobs.support.prompts import Task, find_models
+from jobs.support.run_folder import Run
 
 
 def run(config: Config) -> int:
@@ -27,7 +28,7 @@ def run(config: Config) -> int:
     judged = config.model.reward != EMBEDDED
     with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
         models = find_models(config, progress.pretraining)
-        task, truth = Task(config, models), Truth(config)
+        task, truth = Task(config, models), Oracle(config)
         progress.phase("starting roles")
         roles = Roles(config, models.policy, models.reward, parts=("generators", "reward") if judged else ("generators",))
         progress.phase("answering held-out prompts")

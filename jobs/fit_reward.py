@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from actors.placement import ray_cluster
-from actors.roles import Roles
-from causalrm_ray.config import Config, ConfigError
+from actors.cluster.placement import ray_cluster
+from actors.system import Roles
+from causalrm_ray.config.base import ConfigError
+from causalrm_ray.config.train import Config
 from causalrm_ray.models.text import load_tokenizer
-from causalrm_ray.report import write_report
-from jobs.feedback import import_feedback
-from jobs.progress import Progress
-from jobs.run import Run
-from jobs.summary import fit_summary
-from jobs.task import find_model
+from causalrm_ray.report.page import write_report
+from jobs.support.feedback import import_feedback
+from jobs.support.progress import Progress
+from jobs.support.prompts import find_model
+from jobs.support.run_folder import Run
+from jobs.support.summary import fit_summary
 
 
 def run(config: Config) -> int:

@@ -16,19 +16,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actors.engine import MAX_SEQUENCES
-from actors.fit_order import PROPENSITY_EPOCHS
-from actors.plan import Plan, make_plan
+from actors.cluster.plan import Plan, make_plan
+from actors.reward.fit_spec import PROPENSITY_EPOCHS
+from actors.rollout.engine import MAX_SEQUENCES
 from causalrm_ray.capacity import GPUS, Gpu, Rates, Work, bottleneck, calibrated, draw_plan, fit, llama_size, step
 from causalrm_ray.checkpoint import read_json, write_json
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config, ConfigError
-from causalrm_ray.losses.algorithms import ALGORITHMS
-from causalrm_ray.losses.micro_batches import TOKEN_BUDGET
+from causalrm_ray.config.base import ConfigError
+from causalrm_ray.config.options import dump_config, validate
+from causalrm_ray.config.plan import PlanConfig, ShapeConfig
+from causalrm_ray.config.train import Config
 from causalrm_ray.models.size import ModelSize, model_size
-from causalrm_ray.options import dump_config, validate
-from causalrm_ray.plan_config import PlanConfig, ShapeConfig
-from causalrm_ray.world.blank import SIZES
+from causalrm_ray.rl.algorithms import ALGORITHMS
+from causalrm_ray.rl.batching import TOKEN_BUDGET
+from causalrm_ray.world.random_models import SIZES
 
 ROLES = frozenset(("generators", "learner", "reward"))
 WIDTHS = {"bfloat16": 2, "float32": 4}
@@ -55,7 +56,7 @@ def run(config: PlanConfig) -> int:
     dollars = sum(run_s.values()) / 3600 * config.hardware.gpus * gpu.price
     phase, share, cure = bottleneck(run_s)
     plan = {
-        "bytes": {name: seat.bytes for name, seat in roles.seats.items()},
+        "bytes": {name: seat.bytes for name, seat in roles.allocations.items()},
         "fits": check_fit(roles, config, gpu),
         "step": {"busy_s": found.busy, "wall_s": found.wall, "seconds": found.seconds},
         "fit_s": fitted._asdict(),
@@ -137,7 +138,7 @@ def planned_work(config: PlanConfig, policy: ModelSize, reward: ModelSize, roles
         critic=ALGORITHMS[config.algorithm].critic,
         sequences=MAX_SEQUENCES,
         budget=TOKEN_BUDGET,
-        shared=any(0 < seat.gpus < 1 for name, seat in roles.seats.items() if name.startswith(("generator", "learner"))),
+        shared=any(0 < seat.gpus < 1 for name, seat in roles.allocations.items() if name.startswith(("generator", "learner"))),
         **{name: getattr(config, name) for name in names},
     )
 
@@ -235,7 +236,7 @@ def show(plan: Mapping[str, Any], roles: Plan, config: PlanConfig) -> None:
     """The table, printed."""
     console = Console(highlight=False)
     memory = Table("role", "GPUs", "GB", box=None)
-    for name, seat in roles.seats.items():
+    for name, seat in roles.allocations.items():
         memory.add_row(name, f"{seat.gpus:.3g}" if seat.gpus else "host", f"{seat.bytes / 1e9:.1f}")
     times = Table("phase", "busy s", "of a step's wall time, s", box=None)
     for name in {**plan["step"]["busy_s"], **plan["step"]["wall_s"]}:

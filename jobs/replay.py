@@ -11,15 +11,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actors.placement import ray_cluster
-from actors.roles import Roles
+from actors.cluster.placement import ray_cluster
+from actors.system import Roles
 from causalrm_ray.checkpoint import CheckpointError, verify_folder
 from causalrm_ray.checks import InputError
-from causalrm_ray.config import Config
+from causalrm_ray.config.train import Config
 from causalrm_ray.data.rollouts import kept_steps, read_rollout, rollout_path
-from jobs.progress import Progress
-from jobs.run import Run
-from jobs.task import find_models
+from jobs.support.progress import Progress
+from jobs.support.prompts import find_models
+from jobs.support.run_folder import Run
 
 FIGURES = ("policy_loss", "kl", "entropy", "ratio_mean", "clip_fraction", "grad_norm", "logprob_mismatch_max_abs")
 TOLERANCE = 1e-3  # relative: the same sums in another order, through a step of the optimizer or several

@@ -6,15 +6,16 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from actors.placement import ray_cluster
-from actors.roles import Roles
-from causalrm_ray.config import Config, ConfigError
-from causalrm_ray.data.snapshot import write_snapshot
-from causalrm_ray.data.store import FeedbackLog
-from jobs.feedback import simulate_feedback
-from jobs.progress import Progress
-from jobs.run import Run
-from jobs.task import Task, find_models
+from actors.cluster.placement import ray_cluster
+from actors.system import Roles
+from causalrm_ray.config.base import ConfigError
+from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.snapshot import write_snapshot
+from causalrm_ray.data.log.store import FeedbackLog
+from jobs.support.feedback import simulate_feedback
+from jobs.support.progress import Progress
+from jobs.support.prompts import Task, find_models
+from jobs.support.run_folder import Run
 
 
 def run(config: Config) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from actors.job_server import JobServer
+from actors.cluster.job_server import JobServer
 from causalrm_ray.checks import InputError
-from causalrm_ray.submit_config import SubmitConfig
+from causalrm_ray.config.submit import SubmitConfig
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actors.job_server import JobServer, Submission
-from causalrm_ray.submit_config import SubmittedConfig
+from actors.cluster.job_server import JobServer, Submission
+from causalrm_ray.config.submit import SubmittedConfig
 from jobs.submit import follow
 
 console = Console(highlight=False, markup=False, soft_wrap=True)

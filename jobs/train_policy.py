@@ -12,28 +12,28 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from actors.placement import ray_cluster
-from actors.roles import Roles
+from actors.cluster.placement import ray_cluster
+from actors.system import Roles
 from causalrm_ray.checkpoint import atomic_folder, write_json
-from causalrm_ray.config import Config
+from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
-from causalrm_ray.data.store import FeedbackLog
-from causalrm_ray.report import write_report
+from causalrm_ray.report.page import write_report
 from causalrm_ray.types import Scored
-from jobs.feedback import import_feedback, simulate_feedback
-from jobs.lock import alone
-from jobs.progress import Progress
-from jobs.run import STOPPED, MemoryMonitor, Run, StopRequest, read_facts
-from jobs.run_log import RunLog
-from jobs.summary import judge_start, promotion_metrics, summarise
-from jobs.task import Task, find_models
-from jobs.truth import Truth
+from jobs.support.feedback import import_feedback, simulate_feedback
+from jobs.support.lock import run_lock
+from jobs.support.log import RunLog
+from jobs.support.oracle import Oracle
+from jobs.support.progress import Progress
+from jobs.support.prompts import Task, find_models
+from jobs.support.run_folder import STOPPED, MemoryMonitor, Run, StopRequest, read_facts
+from jobs.support.summary import judge_start, promotion_metrics, summarise
 
 
 def run(config: Config, again: bool = False) -> int:
     """Run the job; its artefacts are in runs/<name>. `again`: begin anew over what is left of an attempt without a checkpoint."""
     began = time.perf_counter()
-    with alone(config.run), RunLog(config.run), MemoryMonitor() as memory, Progress() as progress:
+    with run_lock(config.run), RunLog(config.run), MemoryMonitor() as memory, Progress() as progress:
         run = Run(config, again)
         models = find_models(config, progress.pretraining)
         task = Task(config, models)
@@ -57,7 +57,7 @@ def run(config: Config, again: bool = False) -> int:
 
 def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress) -> dict[str, Any] | None:
     """The loop. Returns the summary; none where SIGTERM ended it after a checkpoint."""
-    truth = Truth(config)
+    truth = Oracle(config)
     if run.checkpoint:
         facts = read_facts(run.checkpoint)
         roles.load(run.checkpoint, facts["serving"])
@@ -70,7 +70,7 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         ahead = config.learner.staleness > 0 and step + 1 < config.loop.steps
         keep = partial(write_rollout, path=rollout_path(run.path, step))
         metrics = policy_step(task, truth, roles, step, ahead=ahead, keep=keep)
-        if due(step, config.reward.refit_every) and step + 1 < config.loop.steps and roles.has_news():
+        if due(step, config.reward.refit_every) and step + 1 < config.loop.steps and roles.log_has_grown():
             progress.phase("refitting propensity and reward")
             refit = roles.refit(f"step-{step + 1}", task.as_of(step + 1), [config.reward.method])
             metrics |= promotion_metrics(refit)
@@ -89,7 +89,7 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
     return summarise(config, run, roles, task, truth, facts)
 
 
-def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Progress) -> dict[str, Any]:
+def prepare(config: Config, task: Task, truth: Oracle, roles: Roles, progress: Progress) -> dict[str, Any]:
     """Fill the log, fit propensity, noise rates and reward models on it, and measure where the policy starts."""
     shown = 0
     if config.has_truth:
@@ -108,7 +108,7 @@ def prepare(config: Config, task: Task, truth: Truth, roles: Roles, progress: Pr
 
 def policy_step(
     task: Task,
-    truth: Truth,
+    truth: Oracle,
     roles: Roles,
     step: int,
     shown: bool = True,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import placement
-from causalrm_ray.config import ClusterConfig
+from actors.cluster import placement
+from causalrm_ray.config.base import ClusterConfig
 
 TESTS = Path(__file__).parent
 LONGEST = ("jobs/test_chaos.py", "jobs/test_end_to_end.py")  # minutes each, on clusters of their own

@@ -17,7 +17,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 
-from causalrm_ray.options import load_config
+from causalrm_ray.config.options import load_config
 from jobs.__main__ import JOBS
 
 ROOT = Path(__file__).parents[1]

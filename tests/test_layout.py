@@ -61,7 +61,10 @@ def test_library_packages_import_only_what_lies_below_them(package: str) -> None
 
 
 def test_engines_are_imported_in_one_place_each() -> None:
-    homes = {"vllm": {"actors/engine_vllm.py", "actors/vllm_weights.py"}, "deepspeed": {"actors/engine_deepspeed.py"}}
+    homes = {
+        "vllm": {"actors/rollout/vllm_engine.py", "actors/rollout/vllm_weights.py"},
+        "deepspeed": {"actors/learner/deepspeed_engine.py"},
+    }
     for engine, allowed in homes.items():
         found = {
             str(path.relative_to(ROOT))

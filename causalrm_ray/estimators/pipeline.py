@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import InputError, check_both_classes, check_propensity, check_same_length
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.calibration import cross_calibrate
-from causalrm_ray.estimators.fit import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, mean_risk
-from causalrm_ray.estimators.frozen import distil, on_states, with_settings
-from causalrm_ray.estimators.methods import METHODS
-from causalrm_ray.estimators.noise_rates import NoiseEstimate, estimate_noise_rates
-from causalrm_ray.estimators.problem import Fitted, Nuisances, Observations, Problem
-from causalrm_ray.estimators.propensity import cross_fit_logits, split_rows
-from causalrm_ray.estimators.reweighting import REWEIGHTING, fit_oracle
+from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
+from causalrm_ray.estimators.core.task import FitTask, Fitted, Nuisances, Observations
+from causalrm_ray.estimators.core.training import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, mean_risk
+from causalrm_ray.estimators.methods.registry import METHODS
+from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, fit_oracle
+from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
+from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_noise_rates
+from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits, split_rows
 from causalrm_ray.losses.noise import denoise
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
 from causalrm_ray.types import NoiseRates
@@ -104,7 +104,7 @@ def fit_reward_models(
     train = rows[~torch.isin(rows, heldout)]
     check_both_classes("r of the training rows with feedback", observations.r[train][observations.o[train] == 1])
     check_both_classes("r of the held-out rows with feedback", observations.r[heldout][observations.o[heldout] == 1])
-    problem = Problem(
+    task = FitTask(
         make_module,
         inputs,
         observations,
@@ -116,29 +116,29 @@ def fit_reward_models(
         shard,
         strata,
     )
-    found = _find_nuisances(problem, propensity, methods, states)
+    found = _find_nuisances(task, propensity, methods, states)
     fitted = {}
     for name in methods:
         follow = None if on_epoch is None else partial(on_epoch, name)
-        given = replace(problem, nuisances=found.nuisances, on_epoch=follow)
+        given = replace(task, nuisances=found.nuisances, on_epoch=follow)
         fitted[name] = _fit_method(name, given, states, found.proxy, clean_labels, serving, caution)
-    return _judge(problem, found, fitted, serving)
+    return _judge(task, found, fitted, serving)
 
 
-def _judge(problem: Problem, found: _Found, fitted: Mapping[str, Fitted], serving: nn.Module | None) -> RewardFits:
+def _judge(task: FitTask, found: _Found, fitted: Mapping[str, Fitted], serving: nn.Module | None) -> RewardFits:
     """Held-out risks of all that was fitted, and of the serving model."""
     weights = next((one.weights for one in fitted.values()), None)
     rates = found.nuisances.rates
     if rates is None:  # the order of the rows does not tell them: those that the first method found along, then
         rates = NoiseRates(*(next(iter(fitted.values())).figures[name] for name in ("rho_01", "rho_10")))
     nuisances = replace(found.nuisances, rates=rates)
-    risk = heldout_objective(problem.observations, nuisances, problem.loss, problem.heldout, weights)
+    risk = heldout_objective(task.observations, nuisances, task.loss, task.heldout, weights)
     fits = {
-        name: RewardFit(one.scorer, one.report, _gate_risk(one, problem, risk), one.figures, one.opinion)
+        name: RewardFit(one.scorer, one.report, _gate_risk(one, task, risk), one.figures, one.opinion)
         for name, one in fitted.items()
     }
-    serving_risk = None if serving is None else mean_risk(serving, problem.inputs, risk, shard=problem.shard)
-    return RewardFits(fits, rates, found.noise, found.ranking, found.proxy, nuisances.imputation, problem.heldout, serving_risk)
+    serving_risk = None if serving is None else mean_risk(serving, task.inputs, risk, shard=task.shard)
+    return RewardFits(fits, rates, found.noise, found.ranking, found.proxy, nuisances.imputation, task.heldout, serving_risk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,14 +149,14 @@ class _Found:
     proxy: Tensor | None = None
 
 
-def _find_nuisances(problem: Problem, propensity: Tensor, methods: Sequence[str], states: Tensor | None) -> _Found:
+def _find_nuisances(task: FitTask, propensity: Tensor, methods: Sequence[str], states: Tensor | None) -> _Found:
     """The nuisances that `methods` need besides those given; no rates where the log tells none and none are required."""
     needs = frozenset[str]().union(*(METHODS[name].needs for name in methods if name != ORACLE))
-    given, observations, seed = problem.nuisances, problem.observations, problem.settings.seed
+    given, observations, seed = task.nuisances, task.observations, task.settings.seed
     if given.rates is not None and "imputation" not in needs:
         return _Found(given)
-    seen = int(observations.o[problem.train].sum())
-    ranking = _out_of_fold(problem if states is None else with_settings(on_states(problem, states), seen))
+    seen = int(observations.o[task.train].sum())
+    ranking = _out_of_fold(task if states is None else with_settings(on_states(task, states), seen))
     proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
     noise, rates = None, given.rates
     if rates is None:
@@ -169,7 +169,7 @@ def _find_nuisances(problem: Problem, propensity: Tensor, methods: Sequence[str]
 
 def _fit_method(
     name: str,
-    problem: Problem,
+    task: FitTask,
     states: Tensor | None,
     proxy: Tensor | None,
     clean: Tensor | None,
@@ -177,18 +177,18 @@ def _fit_method(
     caution: float,
 ) -> Fitted:
     if clean is not None and name == ORACLE:
-        return fit_oracle(problem, clean)
+        return fit_oracle(task, clean)
     method = METHODS[name]
     if "rates" not in method.needs:  # a method that takes feedback as true imputes feedback
-        problem = replace(problem, nuisances=replace(problem.nuisances, imputation=proxy))
+        task = replace(task, nuisances=replace(task.nuisances, imputation=proxy))
     if "states" not in method.needs:
-        return method.fit(problem)
-    if isinstance(problem.inputs, FeatureRows):
-        return method.fit(on_states(problem, problem.inputs.features))
+        return method.fit(task)
+    if isinstance(task.inputs, FeatureRows):
+        return method.fit(on_states(task, task.inputs.features))
     if states is None:
         raise ValueError(f"{name} is fitted on states [N, D] of a frozen backbone, got none")
-    teacher = method.fit(replace(on_states(problem, states), spare_heldout=True))
-    return distil(problem, teacher, states, start=serving, caution=caution)
+    teacher = method.fit(replace(on_states(task, states), spare_heldout=True))
+    return distil(task, teacher, states, start=serving, caution=caution)
 
 
 def _estimate_rates(ranking: Tensor, observations: Observations, seed: int, required: bool) -> NoiseEstimate | None:
@@ -201,10 +201,10 @@ def _estimate_rates(ranking: Tensor, observations: Observations, seed: int, requ
         return None
 
 
-def _gate_risk(fitted: Fitted, problem: Problem, objective: Objective) -> float:
+def _gate_risk(fitted: Fitted, task: FitTask, objective: Objective) -> float:
     """Mean of `objective` over held-out rows, each judged by what did not learn from it."""
-    if fitted.opinion is None or not isinstance(problem.inputs, FeatureRows):
-        return mean_risk(fitted.scorer, problem.inputs, objective, shard=problem.shard)
+    if fitted.opinion is None or not isinstance(task.inputs, FeatureRows):
+        return mean_risk(fitted.scorer, task.inputs, objective, shard=task.shard)
     return float(objective.risk(fitted.opinion[objective.rows], objective.rows).double().mean())
 
 
@@ -237,19 +237,19 @@ def heldout_objective(
     return Objective(seen, risk)
 
 
-def _out_of_fold(problem: Problem) -> Tensor:
+def _out_of_fold(task: FitTask) -> Tensor:
     """P(r = 1 | x) [N], of each row by modules that did not train on it; none trained on a held-out row."""
-    seen = problem.train[problem.observations.o[problem.train] == 1]
+    seen = task.train[task.observations.o[task.train] == 1]
     logit, _ = cross_fit_logits(
-        problem.make_scorer,
-        problem.inputs,
-        partial(REWEIGHTING["snips"].build, problem.observations, problem.nuisances, bce),
+        task.make_scorer,
+        task.inputs,
+        partial(REWEIGHTING["snips"].build, task.observations, task.nuisances, bce),
         seen,
-        problem.heldout,
-        problem.settings,
+        task.heldout,
+        task.settings,
         PROXY_FOLDS,
-        problem.settings.seed,
-        problem.shard,
+        task.settings.seed,
+        task.shard,
     )
     return torch.sigmoid(logit)
 

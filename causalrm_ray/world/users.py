@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from causalrm_ray.config import SIMULATED_SIGNALS, WorldConfig
+from causalrm_ray.config.train import SIMULATED_SIGNALS, WorldConfig
 from causalrm_ray.types import FeedbackEvent, Impression
 from causalrm_ray.world.grammar import STYLES, Style, parse
 from causalrm_ray.world.oracle import NUM_LEVELS, SCORES, is_good, starting_shares

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors import engine_deepspeed
-from actors.ipc_sync import attach
-from actors.learner import LearnerRank
-from actors.weight_sync import checksum, unpack
-from causalrm_ray.config import LearnerConfig
+from actors.learner import deepspeed_engine as engine_deepspeed
+from actors.learner.rank import LearnerRank
+from actors.weights.ipc import attach
+from actors.weights.packing import checksum, unpack
+from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 VOCABULARY = 32

@@ -12,18 +12,18 @@ import pytest
 import ray
 import torch
 
-from actors.engine import EngineSettings
-from actors.generator import Generator, engine_env
-from actors.generators import Generators
-from actors.perf import processes_of
-from actors.placement import RoleDiedError, place, resolve
-from actors.reward import RewardActor
-from actors.roles import Roles
+from actors.cluster.placement import RoleDiedError, place, resolve
+from actors.lab.perf_baselines import processes_of
+from actors.reward.role import RewardActor
+from actors.rollout.engine import EngineSettings
+from actors.rollout.generator import Generator, engine_env
+from actors.rollout.generators import Generators
+from actors.system import Roles
 from causalrm_ray.checkpoint import atomic_folder
-from causalrm_ray.config import Config, RewardConfig
+from causalrm_ray.config.options import validate
+from causalrm_ray.config.train import Config, RewardConfig
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
-from causalrm_ray.options import validate
 from causalrm_ray.types import Completion, Prompt, Request, Scored
 
 TIMEOUT_S = 120.0

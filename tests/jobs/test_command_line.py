@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from causalrm_ray.config import RunFolder
-from causalrm_ray.options import load_config, options
+from causalrm_ray.config.base import RunFolder
+from causalrm_ray.config.options import load_config, options
 from causalrm_ray.types import Completion, Prompt
 from jobs.__main__ import JOBS, main
 from jobs.doctor import rollout_engines
-from jobs.lock import lock_of
-from jobs.run import Run
-from jobs.task import Task, find_models
+from jobs.support.lock import lock_of
+from jobs.support.prompts import Task, find_models
+from jobs.support.run_folder import Run
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.embed import Backbone, Embedder, Shard, embed_shards
-from actors.placement import RoleTimeoutError
+from actors.cluster.placement import RoleTimeoutError
+from actors.features.embed import Backbone, Embedder, Shard, embed_shards
+from causalrm_ray.config.embed import EmbedConfig
+from causalrm_ray.config.options import load_tree
 from causalrm_ray.data.embeddings import load_pair
 from causalrm_ray.data.graded import GradedRow, read_graded
 from causalrm_ray.data.shards import read_states, write_rows
 from causalrm_ray.data.sources import Quarantine
-from causalrm_ray.embed_config import EmbedConfig
 from causalrm_ray.models.identity import model_digest
 from causalrm_ray.models.text import encode_pair, load_tokenizer
-from causalrm_ray.options import load_tree
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
 from jobs import embed
 from jobs.__main__ import main

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from jobs.run import TIMINGS, Run
+from jobs.support.run_folder import TIMINGS, Run
 
 OPTIONS = [
     "world.impressions=600",

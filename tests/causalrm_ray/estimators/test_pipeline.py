@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.fit import FitSettings, predict
-from causalrm_ray.estimators.methods import METHODS
+from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.estimators.core.training import FitSettings, predict
+from causalrm_ray.estimators.methods.registry import METHODS
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
-from causalrm_ray.estimators.problem import Observations
 from causalrm_ray.metrics import r2
 from causalrm_ray.models.heads import FeatureScorer
 from causalrm_ray.types import NoiseRates

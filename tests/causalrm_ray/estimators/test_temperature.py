@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.calibration import temperature
-from causalrm_ray.estimators.fit import FitSettings, predict
-from causalrm_ray.estimators.observed import cool
-from causalrm_ray.estimators.problem import Nuisances, Observations, Problem
+from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
+from causalrm_ray.estimators.core.training import FitSettings, predict
+from causalrm_ray.estimators.methods.observed import cool
+from causalrm_ray.estimators.nuisances.calibration import temperature
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import FeatureScorer
 
@@ -39,11 +39,11 @@ def test_a_head_is_divided_by_the_temperature_of_held_out_feedback() -> None:
         scorer.head.weight.copy_(torch.tensor([[8.0, 0.0, 0.0]]))
         scorer.head.bias.fill_(0.5)
     inputs, heldout = FeatureRows(x), torch.arange(200, 400)
-    problem = Problem(
+    task = FitTask(
         lambda: scorer, inputs, Observations(o, r), Nuisances(), torch.arange(200), heldout, FitSettings(1, 0.1, 8), bce
     )
     before = predict(scorer, inputs)
-    found = cool(problem, scorer)
+    found = cool(task, scorer)
     seen = heldout[o[heldout] == 1]
     assert found == pytest.approx(temperature(before[seen], r[seen]))
     assert found > 3  # the truth is 8

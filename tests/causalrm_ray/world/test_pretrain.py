@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from causalrm_ray.config import RunConfig
+from causalrm_ray.config.base import RunConfig
 from causalrm_ray.models.text import decode_response, encode_pair, encode_prompt, load_tokenizer
 from causalrm_ray.world import grammar, oracle
 from causalrm_ray.world.pretrain import PretrainSettings, ensure_policy, pretrain

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from causalrm_ray.config import WorldConfig
+from causalrm_ray.config.train import WorldConfig
 from causalrm_ray.types import Impression
 from causalrm_ray.world import grammar, oracle
 from causalrm_ray.world.users import SimulatedUsers

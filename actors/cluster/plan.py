@@ -1,0 +1,176 @@
+"""Where each role will run and how much memory it will take, worked out before anything starts.
+
+CPU cluster                  every role shares the cores
+enough GPUs (disaggregated)  each generator has rollout.tensor_parallel of its own, each learner rank one, the reward roles one
+fewer (colocated)            generators, ranks and reward roles share GPUs; never two ranks, which cannot talk on one device
+
+Bytes are estimates: weights, optimizer state, caches and activations by formula, and on a CPU what a process takes by itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES
+from actors.weights.broadcast import BUCKET_BYTES, BUCKETS
+from causalrm_ray.config.base import ConfigError
+from causalrm_ray.config.train import Config
+from causalrm_ray.models.reward_model import GROUP
+from causalrm_ray.models.size import ModelSize
+from causalrm_ray.rl.algorithms import ALGORITHMS
+from causalrm_ray.rl.batching import TOKEN_BUDGET
+
+GIB = 1 << 30
+GENERATOR_BYTES = {"vllm": 0.75 * GIB, "hf": 0.45 * GIB}  # of a process with a tiny model, measured on a CPU
+PROCESS_BYTES = 0.5 * GIB
+
+Transport = Literal["object", "broadcast", "ipc"]
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """One process: its role, the group of GPUs (bundle) that it sits in, how many of them it has, and the bytes that it takes:
+    there, or in the machine's memory where it has none."""
+
+    role: str
+    bytes: int
+    bundle: int | None = None
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All allocations by role (generator-0, learner-1, reward, ...), and the GPUs of each bundle.
+
+    `fits_on_gpu`: there are GPUs to spare for the reward model's Ray Train workers. `transport` is how weights reach the
+    generators (see actors/weights/publish).
+    """
+
+    allocations: Mapping[str, Allocation]
+    bundles: Sequence[int] = ()
+    fits_on_gpu: bool = False
+    transport: Transport = "object"
+
+    @property
+    def colocated(self) -> bool:
+        """Whether roles share a GPU."""
+        return any(0 < seat.gpus < 1 for seat in self.allocations.values())
+
+    @property
+    def partners(self) -> dict[str, int]:
+        """The learner rank on the GPU of a generator, by the generator's role, where they share one."""
+        return _partners(self.allocations)
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of all processes without a GPU."""
+        return sum(seat.bytes for seat in self.allocations.values() if seat.bundle is None)
+
+    def check_memory(self, host_bytes: float, gpu_bytes: float) -> None:
+        """Raise ConfigError, saying what to change, unless all fits into `host_bytes` over all nodes and `gpu_bytes` a GPU."""
+        if self.host_bytes > host_bytes:
+            raise ConfigError(
+                f"the roles need about {self.host_bytes / GIB:.1f} GiB of memory, the cluster has {host_bytes / GIB:.1f}: "
+                "lower rollout.generators, learner.ranks or reward.workers, take a smaller model, or add nodes"
+            )
+        for bundle, gpus in enumerate(self.bundles):
+            inside = [seat for seat in self.allocations.values() if seat.bundle == bundle]
+            needed, room = sum(seat.bytes for seat in inside), gpus * DEVICE_SHARE * gpu_bytes
+            if needed > room:
+                raise ConfigError(
+                    f"{', '.join(seat.role for seat in inside)} need about {needed / GIB:.1f} GiB on {gpus} GPU, where "
+                    f"{room / GIB:.1f} can be planned with: raise learner.zero_stage, learner.ranks or "
+                    "rollout.tensor_parallel, set learner.lora or learner.save_memory, or lower model.max_length"
+                )
+
+
+def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Collection[str], gpus: int) -> Plan:
+    """The plan of the roles in `parts` (see `Roles`) for a cluster of `gpus` GPUs.
+
+    Raises ConfigError, saying what to change, where there are too few GPUs.
+    """
+    sizes = _bytes(config, policy, reward, parts, on_gpu=gpus > 0)
+    generators = [role for role in sizes if role.startswith("generator")]
+    ranks = [role for role in sizes if role.startswith("learner")]
+    others = [role for role in sizes if role in ("reward", "propensity")]
+    workers = [role for role in sizes if role not in {*generators, *ranks, *others}]
+    if gpus == 0:
+        return Plan({role: Allocation(role, size) for role, size in sizes.items()})
+    spread = config.rollout.tensor_parallel
+    bundles = [spread] * len(generators) + [1] * len(ranks) + [1] * bool(others)
+    if gpus >= sum(bundles):
+        places = {role: place for place, role in enumerate([*generators, *ranks])}
+    else:
+        _check_can_share(len(generators), spread, len(ranks), sum(bundles), gpus)
+        bundles = [1] * min(gpus, max(len(generators), len(ranks), 1))
+        places = {role: place % len(bundles) for part in (generators, ranks) for place, role in enumerate(part)}
+    places |= dict.fromkeys(others, len(bundles) - 1)
+    crowd = Counter(places.values())
+    allocations = {role: Allocation(role, sizes[role], place, bundles[place] / crowd[place]) for role, place in places.items()}
+    allocations |= {role: Allocation(role, sizes[role]) for role in workers}
+    ends = [seat for role, seat in allocations.items() if role.startswith("generator") or role == "learner-0"]
+    transport = _transport(config, ends, _partners(allocations))
+    if transport == "broadcast":
+        largest = policy.vocabulary * policy.hidden * getattr(torch, config.model.dtype).itemsize  # a tensor is never cut
+        buckets = BUCKETS * max(BUCKET_BYTES, largest)
+        allocations |= {seat.role: replace(seat, bytes=seat.bytes + int(buckets * seat.gpus)) for seat in ends}
+    return Plan(allocations, bundles, bool(workers) and gpus - sum(bundles) >= len(workers), transport)
+
+
+def _partners(allocations: Mapping[str, Allocation]) -> dict[str, int]:
+    """The learner rank on the one GPU of a generator, by the generator's role, where there is one."""
+    ranks = {seat.bundle: int(role.rpartition("-")[2]) for role, seat in allocations.items() if role.startswith("learner")}
+    shared = {role: seat for role, seat in allocations.items() if role.startswith("generator") and seat.gpus < 1}
+    return {role: ranks[seat.bundle] for role, seat in shared.items() if seat.bundle is not None and seat.bundle in ranks}
+
+
+def _transport(config: Config, ends: Sequence[Allocation], partners: Mapping[str, int]) -> Transport:
+    """From GPU to GPU where the generators and learner rank 0, the `ends`, have theirs to themselves: two processes on one
+    cannot talk by NCCL. Within the GPU where each generator shares one with a rank that has whole weights. Adapters are small,
+    and the engine hf loads objects only."""
+    generators = [seat for seat in ends if seat.role != "learner-0"]
+    if not generators or len(generators) == len(ends) or config.rollout.engine != "vllm" or config.learner.lora:
+        return "object"
+    if all(seat.gpus >= 1 for seat in ends):
+        return "broadcast"
+    return "ipc" if len(partners) == len(generators) and config.learner.zero_stage < 3 else "object"
+
+
+def _check_can_share(generators: int, spread: int, ranks: int, wanted: int, gpus: int) -> None:
+    if spread > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel={spread} with rollout.generators={generators} and learner.ranks={ranks} needs {wanted} "
+            f"GPUs (one for the reward roles), the cluster has {gpus}: lower one of them; with tensor_parallel=1 roles share GPUs"
+        )
+    if ranks > gpus:
+        raise ConfigError(
+            f"learner.ranks must be at most the cluster's {gpus} GPUs, got {ranks}: two ranks cannot talk on one GPU"
+        )
+
+
+def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collection[str], on_gpu: bool) -> dict[str, int]:
+    """Bytes of each process, by role."""
+    dtype, longest = getattr(torch, config.model.dtype), config.model.max_length
+    rollout, learner, critic = config.rollout, config.learner, ALGORITHMS[config.learner.algorithm].critic
+    answers = -(-rollout.prompts_per_step * rollout.samples_per_prompt // rollout.generators)  # of one generator in a step
+    scoring = reward.weight_bytes(torch.float32) + reward.activation_bytes(torch.float32, GROUP * longest, training=False)
+    sizes: dict[str, float] = {}
+    if "generators" in parts:
+        cache = policy.cache_bytes(dtype, longest * min(MAX_SEQUENCES, answers))
+        size = policy.weight_bytes(dtype) + cache + GENERATOR_BYTES[rollout.engine] * (not on_gpu)
+        sizes |= {f"generator-{number}": size for number in range(rollout.generators)}
+    if "learner" in parts:
+        offload, checkpointing = ("offload" in learner.save_memory and on_gpu), "checkpointing" in learner.save_memory
+        size = policy.training_bytes(dtype, learner.ranks, learner.zero_stage, critic, learner.lora, offload)
+        size += policy.activation_bytes(dtype, max(TOKEN_BUDGET, longest), critic, checkpointing)
+        sizes |= {f"learner-{number}": size + PROCESS_BYTES * (not on_gpu) for number in range(learner.ranks)}
+    if "reward" in parts:
+        folds = 2 * reward.weight_bytes(torch.float32) + reward.training_bytes(torch.float32, 1, 0, critic=False)
+        sizes |= {"reward": scoring + PROCESS_BYTES * (not on_gpu), "propensity": folds + PROCESS_BYTES * (not on_gpu)}
+        sizes |= {f"reward worker {number}": 2 * scoring + PROCESS_BYTES for number in range(config.reward.workers)}
+    return {role: int(size) for role, size in sizes.items()}

@@ -1,0 +1,147 @@
+"""The propensity role: P(feedback is given | prompt, response), from every impression of the log.
+
+    snapshot -> cross_fit (2 folds, backbone + head) -> calibrate -> clip -> folder
+
+A version's folder:  fold-K/ (Hugging Face folders)   calibration.json   report.json   propensity.safetensors ("propensity" [N],
+out of fold, one per row of the snapshot, in its order)   manifest.json
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from actors.cluster.placement import restarted
+from actors.reward.snapshot_rows import load_rows
+from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
+from causalrm_ray.data.collate import TokenRows
+from causalrm_ray.estimators.core.training import FitSettings
+from causalrm_ray.estimators.nuisances.calibration import Calibration
+from causalrm_ray.estimators.nuisances.propensity import Propensity, calibrate, cross_fit
+from causalrm_ray.models.reward_model import SequenceScorer, score_rows
+from causalrm_ray.models.text import load_tokenizer
+
+FOLDS = 2
+PROPENSITIES = "propensity.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class _Serving:
+    """What predicts: the fold models, the calibration of their mean, the version, the diagnostics."""
+
+    models: Sequence[SequenceScorer]
+    calibration: Calibration
+    clip: float
+    version: int
+    report: dict[str, Any]
+
+
+class PropensityActor:
+    """Fits, serves and diagnoses propensities. Versions count fits, from 1; 0 is none."""
+
+    def __init__(
+        self,
+        backbone: str,
+        settings: FitSettings,
+        clip: float,
+        *,
+        max_length: int,
+        device: str = "cpu",
+        memory: Path | None = None,
+    ) -> None:
+        """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens; `clip` in (0, 1) is the
+        lowest propensity used in a weight. In the file `memory` is noted what is served, for a role that restarts."""
+        torch.set_num_threads(1)  # sums in one order, so that a repeated fit repeats its bits
+        self._backbone = backbone
+        self._settings, self._clip = settings, clip
+        self._max_length = max_length
+        self._device = device
+        self._tokenizer = load_tokenizer(backbone)
+        self._serving: _Serving | None = None
+        self._memory = memory
+        if memory and memory.exists() and restarted():
+            self.load(Path(read_json(memory)["folder"]))
+
+    @property
+    def version(self) -> int:
+        """Version that predicts now; 0 before the first fit."""
+        return self._serving.version if self._serving else 0
+
+    def fit(self, snapshot: Path, folder: Path) -> dict[str, Any]:
+        """Cross-fit on all impressions of `snapshot`, write everything to `folder`, serve it, and return its diagnostics.
+
+        A refit starts from the models that serve: a row stays in its fold in every snapshot, so none of them has seen the rows
+        that it tells the propensity of. Raises InputError for a log that cannot be fitted (see `load_rows`).
+        """
+        log = load_rows(snapshot, self._tokenizer, self._max_length)
+        o = log.observations.o
+        starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving else ()
+        raw, models = cross_fit(
+            self._fresh, TokenRows(log.token_rows, 0), o, self._settings, FOLDS, self._settings.seed, fold=log.fold, starts=starts
+        )
+        propensity = calibrate(raw, o, self._clip, seed=self._settings.seed)
+        version = self.version + 1
+        report = {"version": version, **asdict(propensity.report)}
+        self._save(folder, models, propensity, report)
+        self.load(folder)
+        return self.diagnostics()
+
+    def predict(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Propensity [B] in [clip, 1] of rows of token ids: the fold models' mean probability, calibrated and clipped.
+
+        Raises RuntimeError before the first fit.
+        """
+        serving = self._require()
+        raw = torch.stack([torch.sigmoid(score_rows(model, sequences)) for model in serving.models]).mean(0)
+        return serving.calibration(raw).clamp(min=serving.clip).numpy()
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Overlap, effective sample size, calibration error of the serving version (PropensityReport as JSON) and `version`."""
+        return self._require().report
+
+    def load(self, folder: Path) -> int:
+        """Serve the version in `folder` again. Returns its version; raises CheckpointError for an incomplete folder."""
+        verify_folder(folder)
+        self._serving = self._read(folder)
+        if self._memory:
+            write_json(self._memory, {"folder": str(folder.resolve())})
+        return self.version
+
+    def _require(self) -> _Serving:
+        if self._serving is None:
+            raise RuntimeError("no propensity model serves yet: call fit or load first")
+        return self._serving
+
+    def _fresh(self) -> SequenceScorer:
+        return SequenceScorer.from_pretrained(self._backbone).to(self._device)
+
+    def _save(self, folder: Path, models: Sequence[Any], propensity: Propensity, report: dict[str, Any]) -> None:
+        with atomic_folder(folder) as aside:
+            for number, model in enumerate(models):
+                model.save_pretrained(aside / f"fold-{number}", self._tokenizer)
+            write_json(aside / "calibration.json", {**asdict(propensity.calibration), "clip": propensity.clip})
+            write_json(aside / "report.json", report)
+            save_file({"propensity": propensity.prob.numpy().astype(np.float32)}, aside / PROPENSITIES)
+
+    def _read(self, folder: Path) -> _Serving:
+        calibration = read_json(folder / "calibration.json")
+        report = read_json(folder / "report.json")
+        models = [SequenceScorer.from_pretrained(folder / f"fold-{number}").to(self._device) for number in range(FOLDS)]
+        clip = calibration.pop("clip")
+        return _Serving(
+            models, Calibration(**{name: tuple(values) for name, values in calibration.items()}), clip, report["version"], report
+        )
+
+
+def read_propensities(folder: Path) -> Tensor:
+    """Out-of-fold propensities [N] of the snapshot that the version in `folder` was fitted on, in the snapshot's order."""
+    return torch.from_numpy(load_file(folder / PROPENSITIES)["propensity"])

@@ -1,0 +1,205 @@
+"""The reward role: fits reward models through Ray Train, lets one serve behind a gate, and scores token ids with it.
+
+    snapshot + propensities -> fit (W workers, DDP) -> FOLDER/CANDIDATE/METHOD -> promote (gate) -> score
+
+One fit makes all methods that are asked for; `config.method` is the one that may serve, the others for reports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.cluster.placement import restarted
+from actors.reward.fit_spec import REPORT, FitSpec
+from actors.reward.trainer import RewardTrainer
+from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
+from causalrm_ray.config.train import RewardConfig
+from causalrm_ray.data.log.snapshot import check_log, read_snapshot
+from causalrm_ray.estimators.core.training import Shard
+from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
+from causalrm_ray.models.text import load_tokenizer
+
+GATE_TOLERANCE = 0.01  # a refit serves if its held-out observed risk is at most this above the serving model's
+SERVING = "serving.json"
+SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """What a fit made: models in `folder`/METHOD, and `figures` (JSON, see train_workers.describe).
+
+    `seconds` in all, `train_seconds` of them by the worker of rank 0: the first fit starts the workers besides.
+    """
+
+    candidate: str
+    folder: Path
+    figures: dict[str, Any]
+    seconds: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Whether a candidate serves now, why, and the version that serves."""
+
+    promoted: bool
+    reason: str
+    version: int
+
+
+class RewardActor:
+    """Fits, gates and serves reward models. `version` counts promotions, from 1; 0 is none."""
+
+    def __init__(
+        self,
+        backbone: str,
+        config: RewardConfig,
+        *,
+        max_length: int,
+        seed: int,
+        folder: Path,
+        timeout_s: float,
+        use_gpu: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes.
+
+        `max_length` in tokens; `timeout_s` bounds the start of the workers and each exchange between them; `use_gpu` gives each
+        worker a GPU; `device` is where the serving model lies. Raises ValueError for a tokenizer that cannot pad rows.
+        """
+        torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
+        self._backbone = backbone
+        self._config = config
+        self._max_length = max_length
+        self._seed = seed
+        self._folder = folder.resolve()
+        self._trainer = RewardTrainer(config.workers, self._folder / SCRATCH, use_gpu=use_gpu, timeout_s=timeout_s)
+        self._device = device
+        self._scorers: dict[str, SequenceScorer] = {}
+        self._serving: Path | None = None
+        self._version = 0
+        padding_token(load_tokenizer(backbone))  # saving would fail without one: better now than after a fit
+        if restarted() and (self._folder / SERVING).exists():
+            self.load(**read_json(self._folder / SERVING))
+
+    @property
+    def version(self) -> int:
+        """Version that serves; 0 before the first promotion."""
+        return self._version
+
+    def fit(
+        self,
+        snapshot: Path,
+        propensity: np.ndarray,
+        methods: Sequence[str],
+        *,
+        candidate: str,
+        start: Path | None = None,
+        clean_labels: np.ndarray | None = None,
+    ) -> RewardReport:
+        """Fit `methods` on `snapshot` and write them to `folder`/`candidate`, whole or not at all; nothing is promoted.
+
+        `propensity` [N] is out of fold and clipped; `clean_labels` [N] are for the method "oracle" only. Fits begin from the
+        states of the model in `start` (none: the backbone) under a blank head. The propensity model is a good start: it has
+        learned from all impressions what moves users, the labels only from a few. The serving model is none: its states have
+        seen the labels. Only methods that fit heads on the backbone's own states and then teach a model go on from the one that
+        serves, which learns from those heads alone. The serving model's risk is measured on the same held-out rows.
+        Raises InputError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
+        """
+        check_log(read_snapshot(snapshot))
+        if self._config.method not in methods:
+            raise ValueError(f"methods must include the one that serves, {self._config.method!r}, got {list(methods)}")
+        order = FitSpec(
+            snapshot=Path(snapshot).resolve(),
+            backbone=self._backbone,
+            start=str(start or self._backbone),
+            serving=str(self._serving) if self._serving else None,
+            serving_version=self._version,
+            propensity=propensity,
+            clean_labels=clean_labels,
+            methods=tuple(methods),
+            config=self._config,
+            max_length=self._max_length,
+            seed=self._seed,
+        )
+        started = time.perf_counter()
+        folder = self._folder / candidate
+        train_seconds = self._trainer.fit(order, folder) if self._config.workers else self._fit_here(order, folder)
+        return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started, train_seconds)
+
+    def promote(self, candidate: str) -> Promotion:
+        """Let `candidate` serve if its held-out observed risk is at most the serving model's plus GATE_TOLERANCE.
+
+        The first candidate always serves. Raises ValueError if another model serves than the candidate was measured against.
+        """
+        folder = self._folder / candidate
+        verify_folder(folder)
+        figures = _figures(folder)
+        if self._serving == (folder / self._config.method).resolve():  # asked again after a restart
+            return Promotion(True, "it serves already", self._version)
+        if figures["serving_version"] != self._version:
+            raise ValueError(
+                f"{candidate} must have been measured against serving version {self._version}, got {figures['serving_version']}"
+            )
+        risk, serving_risk = figures["methods"][self._config.method]["heldout_risk"], figures["serving_risk"]
+        if serving_risk is None:
+            return self._promoted(folder, f"first model, held-out risk {risk:.4f}")
+        limit = serving_risk + GATE_TOLERANCE
+        if risk <= limit:
+            return self._promoted(folder, f"held-out risk {risk:.4f} <= {limit:.4f}")
+        return Promotion(False, f"held-out risk {risk:.4f} > {limit:.4f}", self._version)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
+        """Logits [B] (float32) of rows of token ids, prompt + response, and the version that gave them.
+
+        Raises RuntimeError before the first promotion, ValueError for a row of more than `max_length` tokens.
+        """
+        if self._serving is None:
+            raise RuntimeError("no reward model serves yet: call fit and promote, or load, first")
+        return self.score_with(str(self._serving), sequences), self._version
+
+    def score_with(self, model: str, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits [B] by another model, a folder or hub id, for reports: that of another method, or of another version."""
+        for number, row in enumerate(sequences):
+            if len(row) > self._max_length:
+                raise ValueError(f"row {number} must have at most {self._max_length} tokens (model.max_length), got {len(row)}")
+        if model not in self._scorers:
+            self._scorers[model] = SequenceScorer.from_pretrained(model).to(self._device)
+        return score_rows(self._scorers[model], sequences).numpy()
+
+    def state(self) -> dict[str, Any]:
+        """Which model serves, as JSON: {"folder", "version"}, the arguments of `load`."""
+        return {"folder": str(self._serving) if self._serving else None, "version": self._version}
+
+    def load(self, folder: str | Path, version: int) -> None:
+        """Serve the model saved in `folder` (of one method) as `version`; what is served is noted for a role that restarts."""
+        verify_folder(Path(folder).resolve().parent)
+        self._scorers.clear()
+        self._serving, self._version = Path(folder).resolve(), version
+        self._scorers[str(self._serving)] = SequenceScorer.from_pretrained(self._serving).to(self._device)
+        write_json(self._folder / SERVING, self.state())
+
+    def end_fits(self) -> None:
+        """End the workers, which otherwise wait for the next fit until this process ends; one that comes starts new ones."""
+        self._trainer.close()
+
+    def _promoted(self, folder: Path, reason: str) -> Promotion:
+        self.load(folder / self._config.method, self._version + 1)
+        return Promotion(True, reason, self._version)
+
+    def _fit_here(self, order: FitSpec, folder: Path) -> float:
+        from actors.reward.workers import fit_into
+
+        with atomic_folder(folder) as aside:
+            return fit_into(aside, order, Shard(), torch.device(self._device))
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    return read_json(folder / REPORT)

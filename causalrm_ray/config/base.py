@@ -1,0 +1,57 @@
+"""What every job's configuration is made of: closed, frozen sections, a run's folder, the cluster. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+IN_PROCESS = "in-process"  # the address of no cluster at all
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: names the key, the rule and the value."""
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class RunFolder(Section):
+    """Where a run keeps its things."""
+
+    name: str = Field(
+        "run",
+        min_length=1,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run, its folder under `dir`; the job's name if not given",
+    )
+    dir: Path = Field(Path("runs"), description="folder that holds all runs")
+    resume: bool = Field(False, description="continue from the newest complete checkpoint of the run")
+    cache: Path = Field(Path("~/.cache/causalrm_ray"), description="folder of things made once: embedded models, engine caches")
+
+    @property
+    def path(self) -> Path:
+        """The run's own folder, absolute: every process of the run must read it alike."""
+        return (self.dir / self.name).expanduser().resolve()
+
+
+class RunConfig(RunFolder):
+    """Where a run keeps its things, and its seed."""
+
+    seed: int = Field(0, ge=0, description="seed of everything random in the run")
+
+
+class ClusterConfig(Section):
+    """The Ray cluster."""
+
+    address: str | None = Field(
+        None,
+        description="address of a running Ray cluster ('auto' finds it); none starts one on this machine; 'in-process': no Ray, "
+        "all roles in this process, for a debugger",
+    )
+    timeout_s: float = Field(
+        300.0, gt=0, description="longest wait for any one phase (start, generate, update, sync, fit), seconds"
+    )

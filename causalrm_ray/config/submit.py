@@ -1,0 +1,53 @@
+"""What submitting to a cluster, and asking after what was, can be told: trees of their own. Every default lives only here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from causalrm_ray.config.base import Section
+
+ADDRESS = Field(
+    None,
+    pattern=r"^https?://\S+$",
+    description="http://host:port of the cluster's dashboard; none: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265",
+)
+
+
+class SubmitSection(Section):
+    """How a job is handed over; all else on the command line is the job's own."""
+
+    address: str | None = ADDRESS
+    working_dir: Path = Field(
+        Path("."),
+        description="folder that is sent for the job to run in, without runs/, .git, .venv, caches and what .gitignore names",
+    )
+    env: tuple[str, ...] = Field(
+        (), description="environment variables that the job gets as they are here: [HF_TOKEN]; who may ask the cluster sees them"
+    )
+    id: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$", description="name of the submission; none: one that is new")
+    follow: bool = Field(True, description="print the job's log until it ends, and end as it did; false: return at once")
+
+
+class SubmitConfig(Section):
+    """A job for a cluster."""
+
+    submit: SubmitSection = SubmitSection()
+
+
+class SubmittedConfig(Section):
+    """What to do about jobs that were submitted."""
+
+    address: str | None = ADDRESS
+    id: str | None = Field(None, description="submission to show, with what it left; none: all of them")
+    follow: bool = Field(False, description="print its log until it ends, and end as it did")
+    stop: bool = Field(False, description="end it")
+
+    @model_validator(mode="after")
+    def _one_thing_about_one_job(self) -> SubmittedConfig:
+        if (self.follow or self.stop) and self.id is None:
+            raise ValueError("id: must be given with follow=true or stop=true")
+        if self.follow and self.stop:
+            raise ValueError("follow=true and stop=true exclude each other")
+        return self

@@ -1,0 +1,298 @@
+"""The one configuration tree: typed, frozen, validated before anything heavy starts. Every default lives here and only here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from causalrm_ray.config.base import IN_PROCESS, ClusterConfig, RunConfig, Section
+from causalrm_ray.types import NoiseRates, Sampling
+
+# fmt: off
+MethodName = Literal[  # keys of METHODS
+    "naive", "ips", "snips", "dr", "causalrm_ips", "causalrm_snips", "causalrm_dr",
+    "mt_ips", "mt_dr", "sdr", "cvib",
+    "f_correction", "co_teaching", "codis", "labelwave", "eps_softmax", "robust_dividemix", "selectmix", "ilde",
+    "latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable", "causalrm_ips_surrogate", "causalrm_dr_surrogate",
+]
+# fmt: on
+ENSEMBLES = ("latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable")  # methods that fit several heads
+LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
+AlgorithmName = Literal["ppo", "grpo", "rloo", "reinforce_pp"]  # keys of ALGORITHMS
+GROUPED = ("grpo", "rloo")  # algorithms that compare an answer with the others to its prompt
+EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
+SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
+
+SIMULATED_SIGNALS = (("downvote", "regenerate"), ("upvote", "copy"))  # what simulated users send of a bad and of a good label
+
+
+class ModelConfig(Section):
+    """The models to start from: a local Hugging Face folder, a hub id, or the embedded tiny Llama."""
+
+    policy: str = Field(EMBEDDED, description="causal language model to tune: folder, hub id or 'embedded'")
+    reward: str = Field(EMBEDDED, description="backbone of the reward and propensity models: folder, hub id or 'embedded'")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of policy and engine weights")
+    max_length: int = Field(128, ge=8, description="longest prompt + response, tokens; longer ones are refused or quarantined")
+
+
+class WorldConfig(Section):
+    """The embedded world: its simulated users stand where live ones would."""
+
+    users: Literal["protocol", "strong_feelings", "none"] = Field(
+        "protocol", description="who reacts to what is shown; none: nobody"
+    )
+    alpha: float = Field(0.5, gt=0, le=1, description="selection strength of `protocol` users; 1 is none, smaller is stronger")
+    feedback_rate: float = Field(0.2, gt=0, lt=1, description="mean share of impressions that get feedback")
+    rho: tuple[float, float] = Field(
+        (0.2, 0.1), description="true (rho_01, rho_10): rates of slips away from an upvote, P(r=0 | r*=1), and towards one"
+    )
+    impressions: int = Field(5000, ge=200, description="impressions logged before the loop starts")
+
+    @field_validator("rho")
+    @classmethod
+    def _rates_leave_information(cls, rho: tuple[float, float]) -> tuple[float, float]:
+        NoiseRates(*rho)
+        return rho
+
+
+class FeedbackConfig(Section):
+    """The feedback log: where it is, what to import into it, and what its signals mean."""
+
+    url: str | None = Field(None, description="SQLAlchemy URL of the log; none keeps an SQLite file in the run's folder")
+    source: str | None = Field(None, description="log to import first: JSONL or Parquet file, `datasets` folder or hub id")
+    prompts: str | None = Field(
+        None, description="JSONL or Parquet file with a `prompt` column to tune on; none: the embedded prompts"
+    )
+    signals: dict[str, Literal[0, 1]] = Field(
+        SIGNALS, description="label of each signal, 1 liked or 0 disliked; yours are added to these, and null takes one away"
+    )
+
+    @field_validator("signals", mode="before")
+    @classmethod
+    def _add_to_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {signal: label for signal, label in {**SIGNALS, **given}.items() if label is not None}
+
+    @field_serializer("signals")
+    def _keep_what_was_taken_away(self, signals: dict[str, int]) -> dict[str, int | None]:
+        return {**dict.fromkeys(SIGNALS), **signals}
+
+
+class RewardConfig(Section):
+    """The reward model and how it is fitted (arXiv 2603.18736)."""
+
+    method: MethodName = Field("auto", description="estimator whose model rewards the policy")
+    compare: tuple[MethodName | Literal["oracle"], ...] = Field(
+        ("naive", "oracle"), description="further estimators fitted once, for the report only; oracle: on true preferences"
+    )
+    epochs: int = Field(4, ge=1, description="most passes over the log")
+    lr: float = Field(1e-3, gt=0, description="learning rate of reward and propensity models")
+    clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity of feedback used in a weight")
+    workers: int = Field(2, ge=0, description="Ray Train workers; 0: the reward role fits by itself")
+    caution: float = Field(
+        0.0, ge=0, description="standard deviations of its ensemble that the reward model stays below their mean; 0: the mean"
+    )
+    rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
+    refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
+
+    @model_validator(mode="after")
+    def _caution_needs_members(self) -> RewardConfig:
+        if self.caution and self.method not in ENSEMBLES:
+            raise ValueError(f"reward.caution needs one of {', '.join(ENSEMBLES)} as reward.method, got {self.method}")
+        return self
+
+    @field_validator("rho")
+    @classmethod
+    def _known_rates_leave_information(cls, rho: tuple[float, float] | None) -> tuple[float, float] | None:
+        if rho is not None:
+            NoiseRates(*rho)
+        return rho
+
+
+class SamplingConfig(Section):
+    """How evaluations sample."""
+
+    temperature: float = Field(1.0, ge=0, le=2, description="sampling temperature; 0: the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="only the likeliest tokens that hold this mass")
+    top_k: int = Field(0, ge=0, description="only the likeliest k tokens; 0 all")
+    min_p: float = Field(0.0, ge=0, le=1, description="only tokens of at least this share of the likeliest one's probability")
+
+
+class RolloutConfig(Section):
+    """Generation.
+
+    Training samples from the whole distribution: of one that is cut, the engine's probabilities are of what is left, and their
+    ratio to the learner's is no importance weight.
+    """
+
+    temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=2, description="sampling temperature")
+    engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine: vLLM, or transformers alone")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one generator spreads the model over; vllm only")
+    generators: int = Field(2, ge=1, description="number of generator actors")
+    prompts_per_step: int = Field(64, ge=1, description="prompts per policy step, over all generators")
+    samples_per_prompt: int = Field(2, ge=1, description="answers per prompt")
+    max_new_tokens: int = Field(40, ge=1, description="longest answer, tokens")
+    stop: tuple[str | int, ...] = Field((), description="texts and token ids that end an answer, besides the model's own end")
+    evaluation: SamplingConfig | None = Field(
+        None, description="temperature, top_p, top_k, min_p of evaluations; none: as training samples"
+    )
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> RolloutConfig:
+        if any(end == "" or (isinstance(end, int) and end < 0) for end in self.stop):
+            raise ValueError(f"rollout.stop must hold texts of at least 1 character and token ids >= 0, got {list(self.stop)}")
+        if self.engine == "hf" and self.tensor_parallel > 1:
+            raise ValueError(f"rollout.tensor_parallel must be 1 with rollout.engine=hf, got {self.tensor_parallel}")
+        return self
+
+    def sampling(self, evaluation: bool = False) -> Sampling:
+        """How training samples, or evaluations: answers as long, ended by the same stops."""
+        if evaluation and self.evaluation is not None:
+            return Sampling(self.max_new_tokens, **self.evaluation.model_dump(), stop=self.stop)
+        return Sampling(self.max_new_tokens, self.temperature, stop=self.stop)
+
+    @property
+    def micro_batch(self) -> int:
+        """Answers that are scored and prepared together: of a generator's share of a step a quarter, and from 8 to 32.
+
+        With fewer, calls and small matrix products cost more than what is done while others are still written saves.
+        """
+        share = self.prompts_per_step * self.samples_per_prompt // self.generators
+        return min(32, max(8, share // 4))
+
+    @property
+    def buffer(self) -> int:
+        """Most completions that wait between two stages: a full buffer holds generation back."""
+        return 8 * self.micro_batch
+
+
+class KLConfig(Section):
+    """Penalty for leaving the reference policy."""
+
+    coefficient: float = Field(0.02, ge=0, description="starting weight of the penalty")
+    estimator: Literal["k1", "k2", "k3"] | None = Field(
+        None, description="k1: in the reward; k2, k3: in the loss; none: k3 for grpo, k1 for the others, as in their papers"
+    )
+    target: float | None = Field(
+        None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; none keeps it fixed"
+    )
+    stop: float | None = Field(
+        None,
+        gt=0,
+        description="KL(before the step || now), nats per token, at which the step ends after this minibatch; none: never",
+    )
+
+
+class LearnerConfig(Section):
+    """Policy gradients under DeepSpeed."""
+
+    algorithm: AlgorithmName = Field("ppo", description="ppo has a critic; grpo, rloo and reinforce_pp have none")
+    ranks: int = Field(2, ge=1, description="DeepSpeed ranks")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
+    lora: int = Field(
+        0,
+        ge=0,
+        description="rank of the adapter trained in place of the weights (LoRA, alpha twice that); 0: full tuning",
+    )
+    save_memory: tuple[Literal["checkpointing", "offload"], ...] = Field(
+        (),
+        description="checkpointing: activations computed twice; offload: optimizer (ZeRO 3: and weights) in CPU memory",
+    )
+    lr: float = Field(3e-4, ge=0, description="policy learning rate")
+    critic_lr: float = Field(1e-3, ge=0, description="critic learning rate (ppo)")
+    epochs: int = Field(2, ge=1, description="passes over a step's answers")
+    minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
+    clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
+    staleness: Literal[0, 1] = Field(
+        0, description="versions that answers may lag behind; 1: the next step's are generated while the learner trains"
+    )
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda (ppo)")
+    reward_normalisation: bool = Field(
+        True,
+        description="rewards in units of the mean and standard deviation of all that the run has seen: a reward model's logits "
+        "have no scale of their own, and the sharper it is, the less a KL penalty would weigh",
+    )
+    truncation: Annotated[float, Field(ge=0)] | Literal["mask"] = Field(
+        1.0, description="answers cut by the token limit: what is taken off their reward; mask: they are left out of the loss"
+    )
+    kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference policy")
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> LearnerConfig:
+        if "offload" in self.save_memory and self.zero_stage == 0:
+            raise ValueError("learner.zero_stage must be at least 1 with learner.save_memory=offload, got 0")
+        return self
+
+
+class LoopConfig(Section):
+    """The main loop."""
+
+    steps: int = Field(24, ge=1, description="policy steps")
+    checkpoint_every: int = Field(8, ge=0, description="steps between checkpoints; 0 only at the end")
+    max_failures: int = Field(
+        3, ge=0, description="deaths that are made good: of generators, and of the whole job, which goes on from its checkpoint"
+    )
+    evaluation_prompts: int = Field(240, ge=20, description="held-out prompts of the oracle evaluation")
+
+
+class Config(Section):
+    """Everything a job can be told."""
+
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig = ModelConfig()
+    world: WorldConfig = WorldConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    loop: LoopConfig = LoopConfig()
+
+    @property
+    def log_url(self) -> str:
+        """SQLAlchemy URL of the feedback log."""
+        return self.feedback.url or f"sqlite:///{self.run.path / 'feedback.db'}"
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether the embedded world's oracle knows the answers: its own prompts are asked and its users react."""
+        return self.world.users != "none" and self.feedback.prompts is None and self.feedback.source is None
+
+    @model_validator(mode="after")
+    def _simulated_signals_have_labels(self) -> Config:
+        sent = {*SIMULATED_SIGNALS[0], *SIMULATED_SIGNALS[1]} if self.world.users != "none" else set()
+        missing = sorted(sent - set(self.feedback.signals))
+        if missing:
+            raise ValueError(f"feedback.signals must label what simulated users send, got none for {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_have_groups(self) -> Config:
+        samples, algorithm = self.rollout.samples_per_prompt, self.learner.algorithm
+        if algorithm in GROUPED and samples < 2:
+            raise ValueError(f"rollout.samples_per_prompt must be at least 2 with learner.algorithm={algorithm}, got {samples}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_is_enough(self) -> Config:
+        needed = {
+            "rollout.engine": "hf",
+            "rollout.generators": 1,
+            "learner.ranks": 1,
+            "learner.staleness": 0,
+            "reward.workers": 0,
+        }
+        found = {key: getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in needed}
+        wrong = [f"{key}={value}, got {found[key]}" for key, value in needed.items() if found[key] != value]
+        if self.cluster.address == IN_PROCESS and wrong:
+            raise ValueError(f"cluster.address={IN_PROCESS} needs {'; '.join(wrong)}")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> Config:
+        if self.rollout.max_new_tokens >= self.model.max_length:
+            lengths = f"{self.rollout.max_new_tokens} >= {self.model.max_length}"
+            raise ValueError(f"rollout.max_new_tokens must be below model.max_length, got {lengths}")
+        return self

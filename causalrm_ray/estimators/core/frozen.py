@@ -1,0 +1,75 @@
+"""Fits on the frozen states of a backbone, and the one model that learns what they found.
+
+rows --backbone, once--> states [N, D] --method--> ensemble of small heads --distil--> the task's own scorer
+
+A few thousand noisy labels teach small heads on good states more than they teach a whole backbone, in a second instead of
+minutes; and what the heads say of every row, with feedback or without, is a target without noise for the backbone.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.estimators.core.task import FitTask, Fitted
+from causalrm_ray.estimators.core.training import FitSettings, Inputs, Objective, Shard, predict
+from causalrm_ray.losses.pointwise import bce
+from causalrm_ray.models.heads import Cautious, EnsembleScorer, as_scorer
+
+SETTINGS = {  # by the rows from which on they serve; chosen on simulated logs of one data set, seeds apart from those reported
+    10_000: FitSettings(60, 3e-3, 1024, 4, 0.1),
+    2_500: FitSettings(80, 2e-3, 512, 6, 0.1),
+    0: FitSettings(160, 5e-4, 128, 16, 0.1),
+}
+FEW, MEMBERS, MANY_MEMBERS = 2_500, 5, 20  # fewer rows than FEW are shared by more members, each of which leaves out less
+
+
+class _States(nn.Module):
+    """A scorer as what it knows of a row, not what it thinks of it: states [B, D]."""
+
+    def __init__(self, scorer: nn.Module) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return as_scorer(self.scorer).states(**batch)
+
+
+def frozen_states(scorer: nn.Module, inputs: Inputs, shard: Shard) -> Tensor:
+    """States [N, D] of all rows; each rank computes its slice and all get the whole."""
+    return predict(_States(scorer), inputs, shard=shard)
+
+
+def with_settings(task: FitTask, rows: int) -> FitTask:
+    """The task under the settings by which heads on states learn from `rows` rows: in small steps where these are few."""
+    settings = next(settings for least, settings in SETTINGS.items() if rows >= least)
+    return replace(task, settings=replace(settings, seed=task.settings.seed))
+
+
+def on_states(task: FitTask, states: Tensor) -> FitTask:
+    """The same task for heads on `states` [N, D]; every rank solves it alone."""
+    make = partial(EnsembleScorer, states, members=MANY_MEMBERS if len(states) < FEW else MEMBERS)
+    return replace(task, make_scorer=make, inputs=FeatureRows(states), shard=Shard())
+
+
+def distil(task: FitTask, teacher: Fitted, states: Tensor, start: nn.Module | None = None, caution: float = 0.0) -> Fitted:
+    """The task's own scorer, taught on every training row what `teacher` says of its state.
+
+        minimise  mean over D of  bce(s(x), P_teacher(r* = 1 | x))
+
+    Cross-entropy to a probability has the teacher's as its only minimum, so calibration is kept, unless `caution` is asked for:
+    then the target is a lower bound (see `lower_logit`). Hinton et al. 2015, arXiv 1503.02531. The student begins as `start`, an
+    earlier one, or fresh: the teacher alone decides what is true, so that a warm start saves steps and cannot hand on what labels
+    it saw. Ranks learn from the first one's teacher, should their arithmetic differ.
+    """
+    scorer = Cautious(teacher.scorer, caution) if caution else teacher.scorer
+    told = torch.sigmoid(predict(scorer, FeatureRows(states)))
+    target = task.shard.sum(told if task.shard.rank == 0 else torch.zeros_like(told))
+    student = task.scorer() if start is None else copy.deepcopy(start)
+    report = task.minimise(student, lambda rows: Objective(rows, lambda logit, index: bce(logit, target[index])))
+    return replace(teacher, scorer=student, report=report)

@@ -1,0 +1,286 @@
+"""Can the result of a fit be trusted, and what would overturn it? Numbers for a report; nothing is fitted here.
+
+overlap, weights                who gives feedback, and how much each counts
+calibration                     the model's P(r* = 1 | x) against held-out feedback
+sensitivity to rho, to Gamma    what becomes of the mean preference, the risk and the ranking if a nuisance is wrong
+mechanisms                      what the log says of who speaks up
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from causalrm_ray.checks import check_same_length
+from causalrm_ray.estimators.core.task import Nuisances, Observations
+from causalrm_ray.estimators.nuisances.propensity import QUANTILES, effective_sample_size
+from causalrm_ray.estimators.pipeline import RewardFits, heldout_objective
+from causalrm_ray.losses.pointwise import LOSSES
+from causalrm_ray.losses.reweighted import snips_weights
+from causalrm_ray.losses.sensitivity import corrected_label, hidden_selection_weights, largest_mean, sign_change
+from causalrm_ray.types import NoiseRates
+
+BINS = 20  # of a histogram
+BIN_ROWS = 20  # rows with feedback that a bin of a calibration curve should hold
+RHO_GRID = (0.0, 0.1, 0.2, 0.3, 0.4)
+GAMMAS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+DRAWS = 200  # of a bootstrap
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Counts of rows by propensity, in bins between `edges` (one more than counts); smallest and largest propensity."""
+
+    edges: tuple[float, ...]
+    with_feedback: tuple[int, ...]
+    without_feedback: tuple[int, ...]
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class WeightSpread:
+    """Weights 1 / p of the rows with feedback, scaled to mean 1.
+
+    `quantiles` at propensity.QUANTILES; `counts` between `edges`; `largest_share` of all weight lies on one row; `ess` rows and
+    `ess_fraction` of the `rows` with feedback.
+    """
+
+    rows: int
+    quantiles: tuple[float, ...]
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    largest_share: float
+    ess: float
+    ess_fraction: float
+
+
+@dataclass(frozen=True)
+class LabelBin:
+    """Rows of alike predictions of P(r* = 1 | x): weighted means of prediction and corrected label, its standard error."""
+
+    predicted: float
+    actual: float
+    stderr: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class RhoPoint:
+    """Under these rates: E[r*] over all impressions, outside [0, 1] if the log contradicts them, and the held-out risk."""
+
+    rho_01: float
+    rho_10: float
+    preference: float
+    risk: float
+
+
+@dataclass(frozen=True)
+class RhoSensitivity:
+    """At the rates used, at the corners of their intervals (none where they were given), and on RHO_GRID squared."""
+
+    estimate: RhoPoint
+    corners: tuple[RhoPoint, ...]
+    grid: tuple[RhoPoint, ...]
+
+
+@dataclass(frozen=True)
+class GammaBounds:
+    """E[r*] if hidden selection moves odds by up to `gamma`: exact bounds, and a 95 % bootstrap interval around them."""
+
+    gamma: float
+    low: float
+    high: float
+    low_95: float
+    high_95: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """E[r*] of the better half of held-out rows by score minus that of the worse; `gamma` that could have made it all.
+
+    `gamma` is none if not even losses.sensitivity.sign_change's limit could; `rows` with feedback.
+    """
+
+    contrast: float
+    stderr: float
+    gamma: float | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class Mechanisms:
+    """What a method found on who speaks up: `weights` of the mechanisms, and their held-out negative log-likelihood, nats a row.
+
+    `gap` is the next likely's minus that of the greatest weight, below 0 where this is less likely, and `gap_stderr` its standard
+    error (none: the method does not tell); `signal` standard errors by which P(o | x) beats a constant.
+    """
+
+    weights: Mapping[str, float]
+    heldout: Mapping[str, float]
+    gap: float
+    gap_stderr: float | None
+    signal: float | None
+
+
+@dataclass(frozen=True)
+class FitDiagnostics:
+    """Of the model of `method`; `dataclasses.asdict` gives its JSON. None where the log or the method cannot tell."""
+
+    method: str
+    overlap: Overlap
+    weights: WeightSpread
+    calibration: tuple[LabelBin, ...]
+    rho: RhoSensitivity
+    gamma: tuple[GammaBounds, ...]
+    ranking: Ranking | None
+    mechanisms: Mechanisms | None
+
+
+def diagnose_fit(
+    fits: RewardFits, method: str, observations: Observations, propensity: Tensor, logit: Tensor, loss: str = "bce", seed: int = 0
+) -> FitDiagnostics:
+    """Diagnostics of the model that `method` fitted.
+
+    `propensity` [N] as the fit was given it; `logit` [M] of that model on the M rows `fits.heldout`; `loss` a key of LOSSES;
+    `seed` of the bootstrap. What speaks of the model rests on held-out rows, what speaks of the log on all.
+    """
+    check_same_length(heldout=fits.heldout, logit=logit)
+    check_same_length(o=observations.o, propensity=propensity)
+    held = observations.o[fits.heldout] == 1
+    rows = fits.heldout[held]
+    score = torch.sigmoid(logit.double())
+    label = corrected_label(observations.r[rows], fits.rates)
+    return FitDiagnostics(
+        method=method,
+        overlap=overlap(propensity, observations.o),
+        weights=weight_spread(propensity[observations.o == 1]),
+        calibration=reward_calibration(score[held], label, propensity[rows]),
+        rho=rho_sensitivity(fits, observations, propensity, logit, loss),
+        gamma=gamma_sensitivity(observations, propensity, fits.rates, seed),
+        ranking=ranking(label, propensity[rows], (score > score.median())[held]),
+        mechanisms=mechanisms(fits.fits[method].figures),
+    )
+
+
+def overlap(propensity: Tensor, o: Tensor) -> Overlap:
+    """Who could have given feedback: `propensity` [N] in (0, 1] of rows with and without (`o` [N])."""
+    top = float(propensity.max())
+    counts = [torch.histc(propensity[o == value].float(), BINS, 0.0, top).int().tolist() for value in (1, 0)]
+    edges = torch.linspace(0, top, BINS + 1).tolist()
+    return Overlap(tuple(edges), tuple(counts[0]), tuple(counts[1]), float(propensity.min()), top)
+
+
+def weight_spread(propensity: Tensor) -> WeightSpread:
+    """How unevenly rows with feedback count, from their `propensity` [M] in (0, 1], M >= 1."""
+    weight = snips_weights(torch.ones(len(propensity), dtype=torch.float64), propensity.double())
+    ess, top = effective_sample_size(weight), float(weight.max())
+    return WeightSpread(
+        rows=len(weight),
+        quantiles=tuple(torch.quantile(weight, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()),
+        edges=tuple(torch.linspace(0, top, BINS + 1).tolist()),
+        counts=tuple(torch.histc(weight, BINS, 0.0, top).int().tolist()),
+        largest_share=top / len(weight),
+        ess=ess,
+        ess_fraction=ess / len(weight),
+    )
+
+
+def reward_calibration(predicted: Tensor, label: Tensor, propensity: Tensor) -> tuple[LabelBin, ...]:
+    """Predictions [M] of P(r* = 1 | x) against corrected labels [M], in at most five bins of equally many rows.
+
+    Both means weigh rows by 1 / p, so that a bin speaks of all impressions in it. Standard error of a ratio: sqrt(sum w^2
+    (y - mean)^2 + s) / sum w, where s is what half a row of each label would add, so that rows that agree are no certainty.
+    """
+    check_same_length(predicted=predicted, label=label, propensity=propensity)
+    bins = min(5, max(1, len(label) // BIN_ROWS))
+    half = 0.5 * float((label.max() - label.min()).square())
+    curve = []
+    for part in predicted.argsort(stable=True).tensor_split(bins):
+        actual, stderr = _mean(label[part], propensity[part])
+        stderr = (stderr**2 + half / len(part) ** 2) ** 0.5
+        curve.append(LabelBin(_mean(predicted[part], propensity[part])[0], actual, stderr, len(part)))
+    return tuple(curve)
+
+
+def rho_sensitivity(
+    fits: RewardFits, observations: Observations, propensity: Tensor, logit: Tensor, loss: str = "bce"
+) -> RhoSensitivity:
+    """Mean preference and held-out risk of a model with `logit` [M] on `fits.heldout`, had the rates been others; no refit."""
+    seen = observations.o == 1
+
+    def point(rho_01: float, rho_10: float) -> RhoPoint:
+        rates = NoiseRates(rho_01, rho_10)
+        preference, _ = _mean(corrected_label(observations.r[seen], rates), propensity[seen])
+        objective = heldout_objective(observations, Nuisances(propensity, rates), LOSSES[loss], fits.heldout)
+        at = torch.isin(fits.heldout, objective.rows)
+        return RhoPoint(rho_01, rho_10, preference, float(objective.risk(logit[at], fits.heldout[at]).double().mean()))
+
+    noise = fits.noise
+    ends = itertools.product(noise.rho_01_interval, noise.rho_10_interval) if noise else ()
+    return RhoSensitivity(
+        estimate=point(fits.rates.rho_01, fits.rates.rho_10),
+        corners=tuple(point(*rates) for rates in ends if sum(rates) < 1),
+        grid=tuple(point(*rates) for rates in itertools.product(RHO_GRID, RHO_GRID)),
+    )
+
+
+def gamma_sensitivity(
+    observations: Observations, propensity: Tensor, rates: NoiseRates, seed: int = 0, draws: int = DRAWS
+) -> tuple[GammaBounds, ...]:
+    """E[r*] over all impressions under hidden selection of each strength in GAMMAS.
+
+    The interval is from the 2.5 % quantile of the lower bound to the 97.5 % one of the upper, over bootstrap samples of the rows
+    with feedback (Zhao et al. 2019, section 4.3); propensity and rates stay as they are.
+    """
+    seen = observations.o == 1
+    label, place = corrected_label(observations.r[seen], rates).unique(return_inverse=True)
+    least, most = hidden_selection_weights(propensity[seen], torch.tensor(GAMMAS))
+    rows, kind = len(place), one_hot(place).double()
+
+    def bounds(count: Tensor) -> Tensor:  # times that each row is taken -> low and high [2, G]
+        taken = count.double().unsqueeze(1) * kind  # two labels: their sums of weights tell all
+        return torch.stack([-largest_mean(-label, least @ taken, most @ taken), largest_mean(label, least @ taken, most @ taken)])
+
+    low, high = bounds(torch.ones(rows))
+    generator = torch.Generator().manual_seed(seed)
+    samples = (torch.randint(rows, (rows,), generator=generator) for _ in range(draws))
+    ends = torch.stack([bounds(torch.bincount(sample, minlength=rows)) for sample in samples])  # [draws, 2, G]
+    low_95, high_95 = ends[:, 0].quantile(0.025, 0), ends[:, 1].quantile(0.975, 0)
+    figures = zip(GAMMAS, low.tolist(), high.tolist(), low_95.tolist(), high_95.tolist(), strict=True)
+    return tuple(GammaBounds(*row) for row in figures)
+
+
+def ranking(label: Tensor, propensity: Tensor, top: Tensor) -> Ranking | None:
+    """How much better the rows `top` (a mask) are than the others; none if either group has no feedback.
+
+    `label` [M] corrected and `propensity` [M], of rows with feedback.
+    """
+    if not bool(top.any()) or bool(top.all()):
+        return None
+    (upper, upper_se), (lower, lower_se) = (_mean(label[group], propensity[group]) for group in (top, ~top))
+    stderr = (upper_se**2 + lower_se**2) ** 0.5
+    return Ranking(upper - lower, stderr, sign_change(label, propensity, top), len(label))
+
+
+def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
+    """What a method's `figures` say of who speaks up ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); none if nothing."""
+    weights = {name.removeprefix("weight_"): value for name, value in figures.items() if name.startswith("weight_")}
+    if not weights:
+        return None
+    heldout = {name: figures[f"heldout_{name}"] for name in weights}
+    best = max(weights, key=weights.__getitem__)
+    gap = min(value for name, value in heldout.items() if name != best) - heldout[best]
+    return Mechanisms(weights, heldout, gap, figures.get("gap_stderr"), figures.get("signal"))
+
+
+def _mean(value: Tensor, propensity: Tensor) -> tuple[float, float]:
+    """Self-normalised mean of `value` [M] and its standard error."""
+    weight = snips_weights(torch.ones(len(value), dtype=torch.float64), propensity.double())
+    mean = (weight * value.double()).mean()
+    return float(mean), float((weight * (value.double() - mean)).square().sum().sqrt() / len(value))

@@ -1,0 +1,289 @@
+"""What decides who speaks up: the opinion itself, or the features only? A joint model of a log's outcomes for either.
+
+    label      P(o=1 | x, r*) depends on the opinion: one likelihood of MISSING, DISLIKED, LIKED      (losses.selection)
+    features   P(o=1 | x) and P(r=1 | x, o=1) apart, the latter through the noise channel
+
+Only what a log shows is read: no propensity, rates or label from outside. Ours; the noise channel is
+that of arXiv 2603.18736.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from causalrm_ray.estimators.core.frozen import with_settings
+from causalrm_ray.estimators.core.members import Folds, cross_fit_members
+from causalrm_ray.estimators.core.task import FitTask, Observations
+from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
+from causalrm_ray.losses.pointwise import bce
+from causalrm_ray.losses.selection import class_weights, graded_outcomes, outcomes
+from causalrm_ray.models.heads import EnsembleScorer, to_logit
+from causalrm_ray.types import NoiseRates
+
+CENTRE, STRENGTH = 0.15, 5.0  # prior of the rates of slips: a Gaussian on logit(2 rho), worth a few rows
+CLIP = 0.05  # lowest propensity of an opinion used in a weight
+START_GRADE = 0.1  # log-odds by which a strong opinion is assumed to matter at first
+START_ODDS = 2.0  # log-odds by which members assume at first that the pleased speak up more than others do, to either side of 0
+FEW_LABELS = 250  # beyond these they assume FEW_LABELS / labels of it
+SPEED = 10.0  # how much faster the few scalars learn than the weights
+
+
+class ScalarParameters(nn.Module):
+    """A few numbers of each member that start at given values [K, ...] and learn SPEED times as fast as weights do."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start", start)
+        self.moved = nn.Parameter(torch.zeros_like(start))
+
+    def forward(self) -> Tensor:
+        """Their values, in the shape of `start`."""
+        return cast(Tensor, self.start) + SPEED * self.moved
+
+
+class LabelNoise(nn.Module):
+    """rho_01 and rho_10 in (0, 0.5) of each of K members, learned under a prior."""
+
+    def __init__(self, members: int) -> None:
+        super().__init__()
+        self.logits = ScalarParameters(torch.full((members, 2), _logit(2 * CENTRE)))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The rates (rho_01 [K], rho_10 [K])."""
+        rho = torch.sigmoid(self.logits()) / 2
+        return rho[:, 0], rho[:, 1]
+
+    def penalty(self) -> Tensor:
+        """Minus the log-prior, up to a constant, in nats; the mean over members."""
+        return STRENGTH * (self.logits() - _logit(2 * CENTRE)).square().sum(1).mean()
+
+    def means(self) -> tuple[float, float]:
+        """(rho_01, rho_10), means over members."""
+        rho_01, rho_10 = self()
+        return float(rho_01.detach().mean()), float(rho_10.detach().mean())
+
+
+class LabelSelection(nn.Module):
+    """Outcomes where the opinion drives selection: log-probabilities [B, K, 3] of K members (see losses.selection)."""
+
+    def __init__(self, scorer: EnsembleScorer, start: Tensor) -> None:
+        """`start` [K, S, 3] are each member's (a, c, d) of each stratum at first."""
+        super().__init__()
+        self.scorer = scorer
+        self.selection = ScalarParameters(start)
+        self.slips = LabelNoise(len(start))
+
+    def forward(self, stratum: Tensor, **batch: Tensor) -> Tensor:
+        """Per row and member [B, K, 6]: the three log-probabilities, P(r*=1 | x), and P(o=1, r*=k | x), k = 1, 0.
+
+        The rows of the batch lie in `stratum` [B].
+        """
+        f = self.scorer.members(**batch)
+        a, c, d = self.selection()[:, stratum].permute(2, 1, 0)
+        logprob, on1, on0 = graded_outcomes(f, a, c, d, *self.slips())
+        return torch.cat([logprob, torch.stack([torch.sigmoid(f), on1, on0], dim=2)], dim=2)
+
+    def penalty(self) -> Tensor:
+        """Minus the log-prior of the scalars: that of the slips, and a standard normal for each grade effect."""
+        return self.slips.penalty() + self.selection()[:, :, 2].square().sum(1).mean()
+
+
+class FeedbackByFeatures(nn.Module):
+    """Logits [B, K] of P(o = 1 | x, stratum): an ensemble on x, and a level for each stratum that x may not tell."""
+
+    def __init__(self, scorer: EnsembleScorer, strata: int) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.level = ScalarParameters(torch.zeros(len(scorer.bias), strata))
+
+    def forward(self, stratum: Tensor, **batch: Tensor) -> Tensor:
+        """Logits [B, K] of a batch whose rows lie in `stratum` [B]."""
+        return self.scorer.members(**batch) + self.level()[:, stratum].T
+
+    def penalty(self) -> Tensor:
+        """Minus the log-prior of the levels, a standard normal for each."""
+        return self.level().square().sum(1).mean() / 2
+
+
+class NoisyLabel(nn.Module):
+    """The opinion e = P(r* = 1 | x) and P(r = 1 | x, o = 1) = rho_10 + (1 - rho_01 - rho_10) e, what the noise makes of it."""
+
+    def __init__(self, scorer: EnsembleScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.slips = LabelNoise(len(scorer.bias))
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """P(r = 1 | x, o = 1) and P(r* = 1 | x) of a batch."""
+        rho_01, rho_10 = self.slips()
+        opinion = torch.sigmoid(self.scorer.members(**batch))
+        return torch.stack([rho_10 + (1 - rho_01 - rho_10) * opinion, opinion], dim=2)
+
+
+@dataclass(frozen=True, eq=False)
+class WithStrata:
+    """Inputs whose batches also tell the stratum [B] of each row."""
+
+    inputs: Inputs
+    strata: Tensor
+
+    def __len__(self) -> int:
+        return len(self.strata)
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """The inputs' batch and {"stratum": [B]}."""
+        return {**self.inputs.batch(index), "stratum": self.strata[index]}
+
+
+@dataclass(frozen=True, eq=False)
+class Mechanism:
+    """One fitted explanation: its scorer and its rates; and what it says, out of fold, of the rows `rows` [M] that measure it.
+
+    `heldout` [M] is the negative log-likelihood of their outcomes, `opinion` [M] P(r* = 1 | x), and `joint` [M, 2]
+    P(o = 1, r* = k | x), k = 1, 0.
+    """
+
+    scorer: nn.Module
+    rho_01: float
+    rho_10: float
+    rows: Tensor
+    heldout: Tensor
+    opinion: Tensor
+    joint: Tensor
+    report: FitReport
+
+    def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
+        """(v_1, v_0) [N] of losses.selection.class_weights; P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), clipped at CLIP."""
+        m = spread(self.opinion, self.rows, len(observations), 0.5)
+        on = spread(self.joint, self.rows, len(observations), 0.0)
+        p1, p0 = (on[:, place] / share.clamp_min(1e-6) for place, share in ((0, m), (1, 1 - m)))
+        rates = NoiseRates(self.rho_01, self.rho_10)
+        return class_weights(observations.o, observations.r, p1.clamp(CLIP, 1), p0.clamp(CLIP, 1), rates)
+
+
+def spread(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor:
+    """`value` [M, ...] of the rows numbered in `rows` [M] among all `number` rows, and `elsewhere` of the others."""
+    everyone = torch.full((number, *value.shape[1:]), elsewhere)
+    everyone[rows] = value
+    return everyone
+
+
+def to_logits(opinion: Tensor, rows: Tensor, number: int) -> Tensor:
+    """Logits of the probabilities `opinion` [M] of the `rows` [M] among `number` rows; 0 for the others."""
+    return to_logit(spread(opinion, rows, number, 0.5))
+
+
+def fit_label(task: FitTask) -> Mechanism:
+    """Maximum likelihood of all rows' outcomes, selection being driven by the opinion, in each stratum in its own way."""
+    strata = _strata(task)
+    outcome = outcomes(task.observations.o, task.observations.r)
+    scorer, liked = _scorer(task)
+    folds = Folds(task, len(scorer.bias))
+    assumed = _logit(liked) - _start_odds(float(task.observations.o[folds.learn].sum()), folds.members)
+    scorer.start_at(assumed)
+    starts = [_selection_start(task, strata, folds.learn, float(share)) for share in torch.sigmoid(assumed)]
+    module = LabelSelection(scorer, torch.stack(starts))
+    task = with_settings(replace(task, inputs=WithStrata(task.inputs, strata)), len(folds.learn))
+
+    def nll(output: Tensor, index: Tensor) -> Tensor:
+        return -output.gather(2, outcome[index][:, None, None].expand(-1, output.shape[1], 1)).squeeze(2)
+
+    def prior() -> Tensor:
+        return module.penalty().cpu() / len(folds.learn)
+
+    fitted = cross_fit_members(task, module, nll, folds, torch.arange(len(outcome)), prior)
+    said = folds.out_of_fold(fitted.output, fitted.rows)
+    return Mechanism(scorer, *module.slips.means(), fitted.rows, fitted.risk, said[:, 3], said[:, 4:], fitted.report)
+
+
+def _start_odds(labels: float, members: int) -> Tensor:
+    """log-odds(speak | r* = 1) - log-odds(speak | r* = 0) that each of K members assumes at first, [K].
+
+    A few labels hardly tell how much rarer an opinion is than the feedback that voices it, so members begin all over the range
+    and their mean allows for it; many labels do tell, and then a far start would only cost steps.
+    """
+    return torch.linspace(-1, 1, members) * START_ODDS * min(1, FEW_LABELS / labels)
+
+
+def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) -> Tensor:
+    """(a, c, d) [S, 3] under which the strata differ in who speaks up, not in what they like: P(r* = 1) = `liked` in each.
+
+        P(o=1 | r*=1, s) = P(o=1, r*=1 | s) / liked     P(o=1 | r*=0, s) = P(o=1, r*=0 | s) / (1 - liked)
+
+    From there a fit moves as far as the outcomes say. To start from like odds in all strata is to take a trait that moves who
+    speaks up for one that is liked, and the likelihood has a local optimum there.
+    """
+    start = []
+    for stratum in range(int(strata.max()) + 1):
+        among = rows[strata[rows] == stratum]
+        among = among if len(among) else rows
+        o = task.observations.o[among]
+        labels = task.observations.r[among][o == 1]
+        share = float(o.mean())
+        pleased = _denoised(float(labels.mean())) if len(labels) else 0.5
+        on1, on0 = (min(max(on, 0.005), 0.95) for on in (share * pleased / liked, share * (1 - pleased) / (1 - liked)))
+        start.append([_logit(on0), _logit(on1) - _logit(on0), START_GRADE])
+    return torch.tensor(start)
+
+
+def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
+    """Two stages: P(o | x, stratum) on all rows, P(r | x, o = 1) on those with feedback; also the first's likelihood, [M]."""
+    o, r = task.observations.o, task.observations.r
+    speaker, _ = _scorer(task)
+    scorer, _ = _scorer(task)
+    folds = Folds(task, len(scorer.bias))
+    speaker.start_at(_logit(float(o[folds.learn].mean())))
+
+    def speaks(output: Tensor, index: Tensor) -> Tensor:
+        return bce(output, o[index].unsqueeze(1).expand_as(output))
+
+    everyone = torch.arange(len(o))
+    strata = _strata(task)
+    quiet = replace(with_settings(task, len(folds.learn)), inputs=WithStrata(task.inputs, strata), on_epoch=None)
+    levels = FeedbackByFeatures(speaker, int(strata.max()) + 1)
+    spoke = cross_fit_members(quiet, levels, speaks, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn))
+    module, seen = NoisyLabel(scorer), everyone[o == 1]
+
+    def says(output: Tensor, index: Tensor) -> Tensor:
+        label = r[index].unsqueeze(1).expand(-1, output.shape[1])
+        return o[index].unsqueeze(1) * nn.functional.binary_cross_entropy(output[:, :, 0], label, reduction="none")
+
+    teachers = int(o[folds.learn].sum())
+
+    def prior() -> Tensor:
+        return module.slips.penalty().cpu() / teachers
+
+    said = cross_fit_members(with_settings(task, teachers), module, says, folds, seen, prior)
+    nll = spoke.risk.clone()
+    nll[torch.isin(spoke.rows, said.rows)] += said.risk
+    opinion = folds.out_of_fold(predict(module, task.inputs, spoke.rows, shard=task.shard), spoke.rows)[:, 1]
+    speaking = folds.out_of_fold(torch.sigmoid(spoke.output), spoke.rows)
+    joint = speaking.unsqueeze(1) * torch.stack([opinion, 1 - opinion], dim=1)
+    return Mechanism(scorer, *module.slips.means(), spoke.rows, nll, opinion, joint, said.report), spoke.risk
+
+
+def _strata(task: FitTask) -> Tensor:
+    return torch.zeros(len(task.inputs), dtype=torch.long) if task.strata is None else task.strata
+
+
+def _scorer(task: FitTask) -> tuple[EnsembleScorer, float]:
+    """A fresh ensemble that starts at P(r* = 1) as if all spoke up alike: the share liked, denoised at CENTRE."""
+    rows = task.train[task.observations.o[task.train] == 1]
+    liked = _denoised(float(task.observations.r[rows].mean()))
+    scorer = cast(EnsembleScorer, task.scorer())
+    scorer.start_at(_logit(liked))
+    return scorer, liked
+
+
+def _denoised(share: float) -> float:
+    """P(r* = 1 | o = 1) from the share of likes among feedback, at rates of CENTRE."""
+    return min(max((share - CENTRE) / (1 - 2 * CENTRE), 0.05), 0.95)
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))

@@ -1,0 +1,117 @@
+"""Methods that learn what they need beside the reward, in one fit and on one trunk.
+
+    scorer + further heads --one risk over all rows--> the scorer alone
+
+They take feedback as true and read no nuisance: what a propensity or an imputation they use, they learn. All stop by the plain
+loss on held-out rows with feedback: a sum of tasks would stop by whichever is worst, and a learned propensity would judge itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalrm_ray.estimators.core.task import FitTask, Fitted, Need, Observations
+from causalrm_ray.estimators.core.training import Objective
+from causalrm_ray.estimators.methods.observed import minimise
+from causalrm_ray.losses import multitask, reweighted
+from causalrm_ray.losses.pointwise import Loss, bce, bounded_bce
+from causalrm_ray.models.heads import WithHeads
+
+FLOOR = 0.1  # lowest learned propensity in a weight, as arXiv 2603.18736 clips
+MIN_SHARE = 0.01  # the propensity starts at least this far from 0 and 1
+PENALTY = 1.0  # of the squared constraint of stable DR
+ALPHA, GAMMA = 0.1, 0.01  # of CVIB's contrast and confidence penalty
+
+Outputs = tuple[Tensor, ...]  # the scorer's logit [B], then that of each further head
+Risk = Callable[[Loss, Outputs, Tensor, Tensor], Tensor]  # (loss, outputs, o [B], r [B]) -> per-row risk [B]
+
+
+@dataclass(frozen=True)
+class MultiTask:
+    """A method whose risk is of a scorer and `heads` further heads, the first a propensity's, the second an imputation's.
+
+    `subtracts`: the risk subtracts losses, and takes a bounded one in place of `bce`.
+    """
+
+    risk: Risk
+    heads: int
+    paper: str
+    subtracts: bool = False
+    needs: frozenset[Need] = frozenset()
+
+    def fit(self, task: FitTask) -> Fitted:
+        """A scorer at the minimum of the risk. The propensity starts at the share of training rows with feedback."""
+        module = WithHeads(task.scorer(), self.heads)
+        with torch.no_grad():
+            module.heads.bias[0] = torch.logit(task.observations.o[task.train].mean(), eps=MIN_SHARE)
+        train = self.objective(task.observations, self.pointwise(task.loss), task.train)
+        return Fitted(module.scorer, minimise(task, module, train))
+
+    def pointwise(self, loss: Loss) -> Loss:
+        """`loss`, or `bounded_bce` for `bce` where losses are subtracted, and the risk would otherwise have no floor."""
+        return bounded_bce if self.subtracts and loss is bce else loss
+
+    def objective(self, observations: Observations, loss: Loss, rows: Tensor) -> Objective:
+        """The risk over `rows` of outputs [B, 1 + heads]. Raises ValueError where none of the rows has feedback."""
+        if not bool(observations.o[rows].any()):
+            raise ValueError(f"o must hold at least one row with feedback, got none in {len(rows)} rows")
+
+        def risk(outputs: Tensor, index: Tensor) -> Tensor:
+            return self.risk(loss, outputs.unbind(1), observations.o[index], observations.r[index])
+
+        return Objective(rows, risk)
+
+
+@dataclass(frozen=True)
+class Cvib:
+    """Counterfactual variational information bottleneck; `alpha` weighs the contrast, `gamma` the confidence penalty."""
+
+    alpha: float = ALPHA
+    gamma: float = GAMMA
+    paper: str = "Wang et al. 2020, arXiv 2009.02623"
+    needs: frozenset[Need] = frozenset()
+
+    def fit(self, task: FitTask) -> Fitted:
+        """A scorer at the minimum of the risk."""
+        scorer = task.scorer()
+        train = self.objective(task.observations, task.loss, task.train)
+        return Fitted(scorer, minimise(task, scorer, train))
+
+    def objective(self, observations: Observations, loss: Loss, rows: Tensor) -> Objective:
+        """The risk over `rows` of logits [B]. Raises ValueError where none of the rows has feedback."""
+        weight = torch.zeros(len(observations))
+        weight[rows] = reweighted.naive_weights(observations.o[rows])
+
+        def risk(logit: Tensor, index: Tensor) -> Tensor:
+            o, r = observations.o[index], observations.r[index]
+            return multitask.cvib(loss, logit, o, r, weight[index], self.alpha, self.gamma)
+
+        return Objective(rows, risk)
+
+
+def _mt_ips(loss: Loss, outputs: Outputs, o: Tensor, r: Tensor) -> Tensor:
+    logit, propensity = outputs
+    return multitask.mt_ips(loss, logit, propensity, o, r, FLOOR)
+
+
+def _mt_dr(loss: Loss, outputs: Outputs, o: Tensor, r: Tensor) -> Tensor:
+    logit, propensity, imputation = outputs
+    return multitask.mt_dr(loss, logit, propensity, imputation, o, r, FLOOR)
+
+
+def _sdr(loss: Loss, outputs: Outputs, o: Tensor, r: Tensor) -> Tensor:
+    logit, propensity, imputation = outputs
+    return multitask.sdr(loss, logit, propensity, imputation, o, r, FLOOR, PENALTY)
+
+
+_ZHANG = "Zhang et al. 2020, arXiv 1910.09337"
+MULTITASK: dict[str, MultiTask | Cvib] = {
+    "mt_ips": MultiTask(_mt_ips, 1, _ZHANG),
+    "mt_dr": MultiTask(_mt_dr, 2, _ZHANG, subtracts=True),
+    "sdr": MultiTask(_sdr, 2, "Li et al. 2022, arXiv 2205.04701"),
+    "cvib": Cvib(),
+}

@@ -1,0 +1,135 @@
+"""Methods that are one risk over rows: losses weighted by who gave feedback, on labels taken as they are or noise-corrected.
+
+    REWEIGHTING["causalrm_dr"].build(observations, nuisances, loss, rows) -> Objective
+
+Formulas live in losses; here they are only joined: causalrm_dr = dr o surrogate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from causalrm_ray.checks import check_binary, check_same_length
+from causalrm_ray.estimators.core.task import NOISE_FREE, FitTask, Fitted, Need, Nuisances, Observations
+from causalrm_ray.estimators.core.training import Objective
+from causalrm_ray.losses import reweighted
+from causalrm_ray.losses.noise import surrogate
+from causalrm_ray.losses.pointwise import LINEAR, Loss, bce, bounded_bce
+from causalrm_ray.losses.sensitivity import corrected_label
+from causalrm_ray.types import NoiseRates
+
+Build = Callable[[Observations, Nuisances, Loss, Tensor], Objective]
+
+
+@dataclass(frozen=True)
+class Reweighting:
+    """A method that is one risk over rows: `build` joins it."""
+
+    build: Build
+    paper: str
+    needs: frozenset[Need] = frozenset()
+
+    def pointwise(self, loss: Loss) -> Loss:
+        """`loss`, or `bounded_bce` for `bce` where this method subtracts losses, and its risk would otherwise have no floor."""
+        return bounded_bce if loss is bce and self.needs & {"rates", "imputation"} else loss
+
+    def fit(self, task: FitTask) -> Fitted:
+        """A scorer at the minimum of the risk."""
+        scorer = task.scorer()
+        objective = partial(self.build, task.observations, task.nuisances, self.pointwise(task.loss))
+        return Fitted(scorer, task.minimise(scorer, objective))
+
+
+def _weighted(weights: Callable[[Tensor, Tensor], Tensor], needs: frozenset[Need]) -> Build:
+    """Risk w_i l_i. Rows without feedback weigh nothing and are left out, the mean being kept."""
+
+    def build(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
+        propensity, rates, _ = _read(nuisances, needs, len(observations))
+        weight = torch.zeros(len(observations), dtype=propensity.dtype)
+        weight[rows] = weights(observations.o[rows], propensity[rows])
+        seen = rows[observations.o[rows] == 1]
+        weight *= len(seen) / len(rows)
+
+        def risk(logit: Tensor, index: Tensor) -> Tensor:
+            return weight[index] * surrogate(loss, logit, observations.r[index], rates)
+
+        return Objective(seen, risk)
+
+    return build
+
+
+def _doubly_robust(needs: frozenset[Need]) -> Build:
+    def build(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
+        propensity, rates, imputation = _read(nuisances, needs, len(observations))
+        if "propensity" not in needs:  # everyone is as likely to speak up
+            propensity = observations.o[rows].mean().expand(len(observations))
+        if loss in LINEAR:  # sums of losses are then the loss of the same sum of labels: one loss a step instead of three
+            corrected = corrected_label(observations.r[rows], rates)
+            label = imputation.to(torch.float64, copy=True)
+            label[rows] = reweighted.dr(corrected, observations.o[rows].double(), propensity[rows].double(), label[rows])
+            return Objective(rows, lambda logit, index: LINEAR[loss](logit, label[index]))
+
+        def risk(logit: Tensor, index: Tensor) -> Tensor:
+            observed = surrogate(loss, logit, observations.r[index], rates)
+            return reweighted.dr(observed, observations.o[index], propensity[index], loss(logit, imputation[index]))
+
+        return Objective(rows, risk)
+
+    return build
+
+
+def _read(nuisances: Nuisances, needs: frozenset[Need], rows: int) -> tuple[Tensor, NoiseRates, Tensor]:
+    """The needed nuisances, and neutral ones in place of what the method must not read."""
+    for name in sorted(needs):
+        if getattr(nuisances, name) is None:
+            raise ValueError(f"this method needs {sorted(needs)}, got no {name}")
+    ones = torch.ones(rows)
+    propensity = nuisances.propensity if "propensity" in needs and nuisances.propensity is not None else ones
+    imputation = nuisances.imputation if "imputation" in needs and nuisances.imputation is not None else ones
+    rates = nuisances.rates if "rates" in needs and nuisances.rates is not None else NOISE_FREE
+    check_same_length(o=ones, propensity=propensity, imputation=imputation)
+    return propensity, rates, imputation
+
+
+def _weighted_method(weights: Callable[[Tensor, Tensor], Tensor], paper: str, *needs: Need) -> Reweighting:
+    return Reweighting(_weighted(weights, frozenset(needs)), paper, frozenset(needs))
+
+
+def _doubly_robust_method(paper: str, *needs: Need) -> Reweighting:
+    return Reweighting(_doubly_robust(frozenset(needs)), paper, frozenset(needs))
+
+
+_CAUSALRM = "Wang et al. 2026, arXiv 2603.18736"
+REWEIGHTING: dict[str, Reweighting] = {
+    "naive": _weighted_method(lambda o, _: reweighted.naive_weights(o), "-"),
+    "ips": _weighted_method(reweighted.ips_weights, "Schnabel et al. 2016, arXiv 1602.05352", "propensity"),
+    "snips": _weighted_method(reweighted.snips_weights, "Swaminathan and Joachims 2015", "propensity"),
+    "dr": _doubly_robust_method("Wang et al. 2019, ICML", "propensity", "imputation"),
+    "causalrm_ips": _weighted_method(reweighted.ips_weights, _CAUSALRM, "propensity", "rates"),
+    "causalrm_snips": _weighted_method(reweighted.snips_weights, _CAUSALRM + ", self-normalised", "propensity", "rates"),
+    "causalrm_dr": _doubly_robust_method(_CAUSALRM, "propensity", "rates", "imputation"),
+    "causalrm_ips_surrogate": _weighted_method(lambda o, _: reweighted.naive_weights(o), _CAUSALRM + ", no propensity", "rates"),
+    "causalrm_dr_surrogate": _doubly_robust_method(_CAUSALRM + ", no propensity", "rates", "imputation"),
+}
+# full method -> (only its reweighting: the paper's dagger, only its surrogate: the paper's double dagger)
+ABLATIONS = {"causalrm_ips": ("ips", "causalrm_ips_surrogate"), "causalrm_dr": ("dr", "causalrm_dr_surrogate")}
+
+
+def oracle_objective(clean: Tensor, loss: Loss, rows: Tensor) -> Objective:
+    """The ideal risk, on true labels `clean` [N] in {0, 1}; for reports only, and the only reader of such a column.
+
+    L_ideal = mean over D of l(r^(x_i), r*_i)
+    """
+    check_binary("clean", clean)
+    return Objective(rows, lambda logit, index: loss(logit, clean[index].to(logit.dtype)))
+
+
+def fit_oracle(task: FitTask, clean: Tensor) -> Fitted:
+    """A scorer at the minimum of the ideal risk; for reports only."""
+    scorer = task.scorer()
+    return Fitted(scorer, task.minimise(scorer, partial(oracle_objective, clean, task.loss)))

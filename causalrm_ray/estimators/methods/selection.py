@@ -1,0 +1,147 @@
+"""Methods that fit how selection works along with the opinion, and let held-out outcomes choose between mechanisms.
+
+    latent      selection is driven by the opinion            (mechanisms.fit_label)
+    two_stage   selection is driven by the features only      (mechanisms.fit_features)
+    auto        both, their probabilities averaged by how likely each makes the outcomes of rows that it did not learn from
+
+Only what a log shows is read: no propensity, rates or label from outside. Ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from causalrm_ray.estimators.core.task import FitTask, Fitted, Need, Observations
+from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_features, fit_label, to_logits
+from causalrm_ray.losses.pointwise import bce
+from causalrm_ray.models.heads import Mixture
+from causalrm_ray.types import NoiseRates
+
+REJECTED = 2.576  # standard errors: a two-sided test at 1 %
+MIN_SIGNAL = 2.0  # standard errors by which P(o | x) must beat a constant, for a likelihood of o to tell mechanisms apart
+
+
+def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
+    """Weights [2] of `features` and `label` from their negative log-likelihoods [M] of the same held-out rows.
+
+        w_features = Phi(z - 2.576),   z = mean(label - features) over its standard error
+
+    A test of a restricted model against a saturated one: two free stages can mimic any outcomes, selection by the opinion among
+    them, while one function of x that explains both who speaks and what is said can be as likely only if it is so. The restricted
+    model therefore stands until a test at 1 % rejects it (z = 0: 0.5 % for the features, 1: 6 %, 4: 92 %). That it stands is no
+    proof of it.
+    """
+    gap = label - features
+    z = gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp_min(1e-12)
+    free = torch.special.ndtr(z - REJECTED)
+    return torch.stack([free, 1 - free])
+
+
+def propensity_signal(spoke: Tensor, o: Tensor) -> float:
+    """Standard errors by which P(o | x), of held-out negative log-likelihood `spoke` [M], beats the mean of `o` [M]."""
+    share = o.mean()
+    gain = bce(torch.logit(share).expand_as(o), o) - spoke
+    return float(gain.mean() / (gain.std() / math.sqrt(len(gain))).clamp_min(1e-12))
+
+
+@dataclass(frozen=True, eq=False)
+class Averaged:
+    """Mechanisms and what they say together, each weighing what held-out outcomes give it.
+
+    `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `rows` [M].
+    """
+
+    mechanisms: Mapping[str, Mechanism]
+    weights: Tensor
+    signal: float
+
+    @property
+    def best(self) -> Mechanism:
+        """The mechanism of the greatest weight."""
+        return list(self.mechanisms.values())[int(self.weights.argmax())]
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows [M] that measured."""
+        return self.best.rows
+
+    @property
+    def opinion(self) -> Tensor:
+        """P(r* = 1 | x) [M]."""
+        return torch.stack([one.opinion for one in self.mechanisms.values()], dim=1) @ self.weights
+
+    @property
+    def rates(self) -> NoiseRates:
+        """Their rates, averaged."""
+        both = torch.tensor([[one.rho_01, one.rho_10] for one in self.mechanisms.values()])
+        rho_01, rho_10 = (self.weights @ both).tolist()
+        return NoiseRates(rho_01, rho_10)
+
+    def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
+        """(v_1, v_0) [N] of losses.selection.class_weights under each mechanism, averaged; all nuisances are out of fold."""
+        pairs = [one.class_weights(observations) for one in self.mechanisms.values()]
+        v1, v0 = (torch.stack(weights, dim=1) @ self.weights for weights in zip(*pairs, strict=True))
+        return v1, v0
+
+    def scorer(self) -> nn.Module:
+        """The mixture of their scorers."""
+        return Mixture([one.scorer for one in self.mechanisms.values()], self.weights.tolist())
+
+    def figures(self) -> dict[str, float]:
+        """Weights, held-out likelihoods and the standard error of their difference, the signal, and the rates."""
+        found = {f"weight_{name}": float(weight) for name, weight in zip(self.mechanisms, self.weights, strict=True)}
+        found |= {f"heldout_{name}": float(one.heldout.mean()) for name, one in self.mechanisms.items()}
+        gap = torch.stack([one.heldout for one in self.mechanisms.values()]).diff(dim=0)
+        found["gap_stderr"] = float(gap.std() / math.sqrt(gap.shape[1]))
+        return found | {"signal": self.signal, "rho_01": self.rates.rho_01, "rho_10": self.rates.rho_10}
+
+
+def fit_mechanisms(task: FitTask) -> Averaged:
+    """Both mechanisms, weighed by held-out likelihood; with equal weights where the log cannot tell."""
+    features, spoke = fit_features(task)
+    found = {"features": features, "label": fit_label(task)}
+    signal = propensity_signal(spoke, task.observations.o[features.rows])
+    told = signal >= MIN_SIGNAL
+    weights = mechanism_weights(features.heldout, found["label"].heldout) if told else torch.full((2,), 0.5)
+    return Averaged(found, weights, signal)
+
+
+@dataclass(frozen=True)
+class SelectionMethod:
+    """A method of this file."""
+
+    estimate: Callable[[FitTask], Fitted]
+    paper: str
+    needs: frozenset[Need] = frozenset({"states"})
+
+    def fit(self, task: FitTask) -> Fitted:
+        """A scorer that the log's outcomes support."""
+        return self.estimate(task)
+
+
+def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted:
+    found = mechanism(task)
+    figures = {"rho_01": found.rho_01, "rho_10": found.rho_10, "heldout": float(found.heldout.mean())}
+    opinion = to_logits(found.opinion, found.rows, len(task.inputs))
+    return Fitted(found.scorer, found.report, figures, opinion, found.class_weights(task.observations))
+
+
+def fit_auto(task: FitTask) -> Fitted:
+    """Both mechanisms averaged."""
+    found = fit_mechanisms(task)
+    opinion = to_logits(found.opinion, found.rows, len(task.inputs))
+    return Fitted(found.scorer(), found.best.report, found.figures(), opinion, found.class_weights(task.observations))
+
+
+_OURS = "ours"
+SELECTION: dict[str, SelectionMethod] = {
+    "latent": SelectionMethod(partial(_fit_one, fit_label), _OURS),
+    "two_stage": SelectionMethod(partial(_fit_one, lambda task: fit_features(task)[0]), _OURS),
+    "auto": SelectionMethod(fit_auto, _OURS),
+}

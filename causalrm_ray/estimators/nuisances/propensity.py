@@ -1,0 +1,208 @@
+"""The one owner of propensities P(o = 1 | x): fit, calibrate, clip, warn.
+
+cross_fit (raw, out of fold) -> calibrate (isotonic, out of fold; clipped below) -> Propensity with its report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from causalrm_ray.checks import check_both_classes, check_finite, check_propensity, check_same_length, check_unit_interval
+from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, fit, predict, seeded
+from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration, fold_of
+from causalrm_ray.losses.pointwise import bce
+from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class PropensityReport:
+    """Can this log be reweighted? All figures are out of fold; `dataclasses.asdict` gives its JSON.
+
+    `ece` in probability; `ess` rows is the effective sample size of the weights o / p, `ess_fraction` of the rows with feedback;
+    `clipped_share` of all rows lay below `clip`; `overlap` has the quantiles QUANTILES of the propensity before clipping;
+    `warnings` are sentences for the user.
+    """
+
+    rows: int
+    observed: int
+    mean: float
+    auroc: float
+    ece: float
+    ess: float
+    ess_fraction: float
+    clip: float
+    clipped_share: float
+    overlap: tuple[float, ...]
+    curve: tuple[CalibrationBin, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Propensity:
+    """`prob` [N] in [clip, 1], ready for weights; `calibration` maps raw probabilities of new rows; `clip` is the lowest used."""
+
+    prob: Tensor
+    calibration: Calibration
+    clip: float
+    report: PropensityReport
+
+
+def cross_fit_logits(
+    make_module: Callable[[], nn.Module],
+    inputs: Inputs,
+    objective: Callable[[Tensor], Objective],
+    rows: Tensor,
+    held_out: Tensor,
+    settings: FitSettings,
+    folds: int = 2,
+    seed: int = 0,
+    shard: Shard = SINGLE,
+    fold_of_rows: Tensor | None = None,
+    starts: Sequence[Callable[[], nn.Module]] = (),
+) -> tuple[Tensor, list[nn.Module]]:
+    """Logits [N], none by a module that trained on its row, and the `folds` modules.
+
+    `objective(rows)` is the risk over some rows. Each of `rows` lies in one fold and gets the logit of the module that was
+    trained on the other folds: `fold_of_rows` [M], or at random. Module k begins as `starts[k]()`, or fresh. All rows else are
+    seen by no module and get the modules' mean logit; of these, `held_out` decide when each module stops.
+    """
+    fold = torch.full((len(inputs),), -1)
+    fold[rows] = fold_of(len(rows), folds, seed) if fold_of_rows is None else fold_of_rows
+    logit = torch.zeros(len(inputs))
+    modules = []
+    for number in range(folds):
+        module = seeded(starts[number] if starts else make_module, seed)
+        fit(module, inputs, objective(rows[fold[rows] != number]), objective(held_out), settings, shard)
+        unseen = ((fold == number) | (fold == -1)).nonzero()[:, 0]
+        logit[unseen] += predict(module, inputs, unseen, shard=shard).float()
+        modules.append(module)
+    logit[fold == -1] /= folds
+    return logit, modules
+
+
+def cross_fit(
+    make_module: Callable[[], nn.Module],
+    inputs: Inputs,
+    o: Tensor,
+    settings: FitSettings,
+    folds: int = 2,
+    seed: int = 0,
+    shard: Shard = SINGLE,
+    fold: Tensor | None = None,
+    starts: Sequence[Callable[[], nn.Module]] = (),
+) -> tuple[Tensor, list[nn.Module]]:
+    """Raw probabilities of feedback [N], none by a model that trained on its row, and the `folds` >= 2 models.
+
+    Fitted by cross-entropy on `o` [N] in {0, 1} over all impressions. A new row's raw probability is the models' mean.
+    `fold` [N] in -1..folds-1 says which model leaves out which row, -1 which rows only decide when to stop (none: at random,
+    a tenth to stop). Only where `fold` keeps a row in its place may `starts`, one for each model, be models of an earlier fit.
+    Raises ValueError if `o` holds one class only: without a row of each kind there is nothing to learn a propensity from.
+    """
+    check_both_classes("o", o)
+    target = o.to(torch.float32)
+    if fold is None:
+        rows, held_out = split_rows(torch.arange(len(o)), 0.1, seed)
+    else:
+        rows, held_out = (fold >= 0).nonzero()[:, 0], (fold < 0).nonzero()[:, 0]
+    logit, modules = cross_fit_logits(
+        make_module,
+        inputs,
+        lambda rows: Objective(rows, lambda logit, index: bce(logit, target[index])),
+        rows,
+        held_out,
+        settings,
+        folds,
+        seed,
+        shard,
+        None if fold is None else fold[rows],
+        starts,
+    )
+    return torch.sigmoid(logit), modules
+
+
+def calibrate(raw: Tensor, o: Tensor, clip: float, folds: int = 5, seed: int = 0) -> Propensity:
+    """Honest propensities from raw out-of-fold ones: isotonic, cross-fitted over `folds`, clipped below at `clip` in (0, 1).
+
+    `raw` [N] in [0, 1], `o` [N] in {0, 1} with both classes; else ValueError.
+    """
+    if not 0 < clip < 1:
+        raise ValueError(f"clip must be in (0, 1), got {clip}")
+    check_same_length(raw=raw, o=o)
+    check_unit_interval("raw", raw)
+    check_both_classes("o", o)
+    calibrated = cross_calibrate(raw, o, torch.ones(len(o), dtype=torch.bool), folds, seed)
+    return Propensity(calibrated.clamp(min=clip), fit_calibration(raw, o), clip, diagnose(calibrated, o, clip))
+
+
+def diagnose(prob: Tensor, o: Tensor, clip: float) -> PropensityReport:
+    """Report on propensities `prob` [N] in [0, 1] before clipping, for `o` [N] in {0, 1}; the weights use max(prob, clip)."""
+    check_same_length(prob=prob, o=o)
+    check_unit_interval("prob", prob)
+    check_both_classes("o", o)
+    clipped = prob.clamp(min=clip)
+    check_propensity("propensity", clipped)
+    ess = effective_sample_size((o / clipped)[o == 1])
+    observed = int(o.sum())
+    clipped_share = float((prob < clip).double().mean())
+    error = ece(clipped, o)
+    return PropensityReport(
+        rows=len(o),
+        observed=observed,
+        mean=float(clipped.double().mean()),
+        auroc=auroc(prob, o),
+        ece=error,
+        ess=ess,
+        ess_fraction=ess / observed,
+        clip=clip,
+        clipped_share=clipped_share,
+        overlap=tuple(torch.quantile(prob.double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()),
+        curve=calibration_curve(clipped, o),
+        warnings=_warnings(ess / observed, clipped_share, error, float((prob > 0.99).double().mean())),
+    )
+
+
+def effective_sample_size(weight: Tensor) -> float:
+    """Rows of equal weight that would average as well (Kish): (sum w)^2 / sum w^2, for `weight` [N] >= 0, not all zero."""
+    check_finite("weight", weight)
+    if bool((weight < 0).any()) or not bool((weight > 0).any()):
+        raise ValueError(f"weight must be >= 0 and not all zero, got {weight.tolist()[:4]}")
+    total, squares = weight.double().sum(), weight.double().square().sum()
+    return float(total.square() / squares)
+
+
+def split_rows(rows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(train, held-out) parts of `rows` [M] at random, `held_out` in (0, 1) being the second's share; both in ascending order."""
+    order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    cut = round(len(rows) * (1 - held_out))
+    return order[:cut].sort().values, order[cut:].sort().values
+
+
+def _warnings(ess_fraction: float, clipped_share: float, error: float, certain_share: float) -> tuple[str, ...]:
+    faults = (
+        (
+            ess_fraction < 0.3,
+            f"Few rows carry most weight: the effective sample is {ess_fraction:.0%} of the rows with feedback. "
+            "Raise propensity.clip, or collect feedback on more kinds of answers.",
+        ),
+        (
+            clipped_share > 0.2,
+            f"Poor overlap: {clipped_share:.0%} of the propensities lie below the clip, where weights are too small. "
+            "Ask some users at random for feedback; a lower propensity.clip trades this bias for variance.",
+        ),
+        (
+            error > 0.05,
+            f"Propensities are off by {error:.3f} on average: the model of feedback does not fit. Raise propensity.epochs, "
+            "or check that the log holds all impressions, those without feedback too.",
+        ),
+        (
+            certain_share > 0.2,
+            f"Feedback is almost certain on {certain_share:.0%} of the rows: were impressions without feedback logged?",
+        ),
+    )
+    return tuple(text for fault, text in faults if fault)

@@ -1,0 +1,199 @@
+"""Observed strata of a log, and how differently liked and disliked answers get feedback in each.
+
+traits of impressions -> stratify -> strata [N] -> selection_by_stratum: P(o = 1 | r* = 1) and P(o = 1 | r* = 0) of each
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalrm_ray.checks import check_both_classes, check_finite, check_same_length
+from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.estimators.nuisances.noise_curve import resample
+from causalrm_ray.losses.selection import DISLIKED, LIKED, MISSING, outcomes
+from causalrm_ray.types import NoiseRates
+
+OTHER = "other"
+BINS = 50  # of P(r* = 1 | x) within a stratum
+STEPS, RESTEPS = 1000, 400  # of expectation-maximisation, from the start and from the log's own fit
+WIDE = 3.0  # ratio of the ends of an interval of the two probabilities' ratio beyond which nothing is told
+FLAT = 0.1  # standard deviation of P(r* = 1 | x) below which rates cannot be learned along
+
+
+@dataclass(frozen=True)
+class StratumSelection:
+    """Who speaks up in one stratum of `rows` impressions, of which `feedback_share` have feedback.
+
+    `liked` = P(o = 1 | r* = 1), `disliked` = P(o = 1 | r* = 0), and `ratio` = liked / disliked, each with a 95 % interval;
+    `differ` where that of the ratio leaves out 1. `warnings` are sentences.
+    """
+
+    rows: int
+    feedback_share: float
+    liked: float
+    disliked: float
+    ratio: float
+    liked_interval: tuple[float, float]
+    disliked_interval: tuple[float, float]
+    ratio_interval: tuple[float, float]
+    differ: bool
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SelectionByStratum:
+    """The strata by name, and the `rates` of slips, given or learned along."""
+
+    strata: dict[str, StratumSelection]
+    rates: NoiseRates
+
+
+def stratify(
+    traits: Sequence[Mapping[str, str]], observations: Observations, most: int = 8, least: int = 20
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Strata [N] that cross all traits' values, numbered from 0, the most frequent first, and their names ("style=long, ...").
+
+    Crossings with fewer than `least` rows with feedback of either label, and the rarest beyond `most` in all, are merged into
+    the last stratum, OTHER (which may itself be small). A trait that a row lacks reads "?". Raises ValueError for most < 1.
+    """
+    if most < 1 or least < 0:
+        raise ValueError(f"most must be at least 1 and least at least 0, got {most} and {least}")
+    if len(traits) != len(observations):
+        raise ValueError(f"rows must match, got {{'traits': {len(traits)}, 'o': {len(observations)}}}")
+    keys = sorted(set[str]().union(*traits))
+    names = [", ".join(f"{key}={row.get(key, '?')}" for key in keys) or "all" for row in traits]
+    seen = outcomes(observations.o, observations.r).tolist()
+    labels = Counter(zip(names, seen, strict=True))
+    ranked = [name for name, _ in Counter(names).most_common()]
+    told = [name for name in ranked if min(labels[name, LIKED], labels[name, DISLIKED]) >= least]
+    kept = told if len(told) == len(ranked) <= most else told[: most - 1]
+    place = {name: number for number, name in enumerate(kept)}
+    strata = torch.tensor([place.get(name, len(kept)) for name in names], dtype=torch.long)
+    return strata, (*kept, OTHER) if len(kept) < len(ranked) else tuple(kept)
+
+
+def length_buckets(lengths: Tensor, buckets: int = 3) -> list[str]:
+    """A trait [N] from `lengths` [N] >= 0, say in characters: "up to 80", "81 to 200", "over 200", of about equally many rows.
+
+    Equal lengths share a bucket, so there may be fewer than `buckets` >= 1.
+    """
+    check_finite("lengths", lengths.double())
+    if buckets < 1 or (len(lengths) and int(lengths.min()) < 0):
+        raise ValueError(f"buckets must be at least 1 and lengths at least 0, got {buckets} and {lengths.min().item()}")
+    inner = torch.arange(1, buckets, dtype=torch.float64) / buckets
+    edges = torch.quantile(lengths.double(), inner, interpolation="lower").unique()
+    edges = edges[edges < lengths.max()].tolist()
+    lows = ["up to"] + [f"{low + 1:.0f} to" for low in edges[:-1]]
+    names = [f"{low} {high:.0f}" for low, high in zip(lows, edges, strict=False)]
+    names.append(f"over {edges[-1]:.0f}" if edges else "any")
+    return [names[place] for place in torch.bucketize(lengths.double(), torch.tensor(edges, dtype=torch.float64)).tolist()]
+
+
+def selection_by_stratum(
+    f: Tensor,
+    observations: Observations,
+    strata: Tensor,
+    names: Sequence[str],
+    rates: NoiseRates | None = None,
+    draws: int = 300,
+    seed: int = 0,
+) -> SelectionByStratum:
+    """Two probabilities of feedback per stratum, by maximum likelihood of MISSING, DISLIKED and LIKED.
+
+        P(LIKED | x)    = liked e (1 - rho_01) + disliked (1 - e) rho_10,     e = sigmoid(f) = P(r* = 1 | x)
+        P(DISLIKED | x) = liked e rho_01       + disliked (1 - e) (1 - rho_10)
+
+    `f` [N] are logits of P(r* = 1 | x), calibrated over all impressions and out of fold; `strata` [N] in 0..len(names) - 1.
+    `rates` are known, or learned along, shared by all strata. Counts in bins of f within each stratum are fitted by
+    expectation-maximisation, and anew for `draws` resamples of the rows; what f itself is uncertain by is not in the intervals.
+    Within a stratum selection depends on the opinion only. With known rates the labels' shares alone identify both
+    probabilities; learned rates need an f that varies, and without (FLAT) ValueError asks for rates.
+    """
+    check_same_length(f=f, o=observations.o, strata=strata)
+    check_finite("f", f)
+    if len(strata) == 0 or not 0 <= int(strata.min()) <= int(strata.max()) < len(names):
+        raise ValueError(f"strata must be in 0..{len(names) - 1} and not empty, got {strata.unique().tolist()[:8]}")
+    sure = torch.sigmoid(f.double())
+    if rates is None:
+        check_both_classes("r of the rows with feedback", observations.r[observations.o == 1])
+    if rates is None and float(sure.std()) < FLAT:
+        raise ValueError(f"rates must be given where P(r* = 1 | x) hardly varies, got a standard deviation of {sure.std():.3f}")
+    counts, sure = _cells(sure, outcomes(observations.o, observations.r), strata.long(), len(names))
+    point, slips = _fit(counts[None], sure, rates, None, STEPS)
+    drawn, _ = _fit(resample(counts, draws, seed), sure, rates, (point, slips), RESTEPS)
+    told = {name: _tell(counts[s], point[0, s], drawn[:, s]) for s, name in enumerate(names)}
+    return SelectionByStratum(told, rates or NoiseRates(*slips[0].tolist()))
+
+
+def _cells(sure: Tensor, outcome: Tensor, strata: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Rows [S, B, 3] per stratum, bin of equally many rows, and outcome; and the mean of `sure` [S, B] in each."""
+    order = torch.argsort(sure)
+    order = order[torch.argsort(strata[order], stable=True)]
+    sizes = torch.bincount(strata, minlength=number)
+    within = torch.empty_like(strata)
+    within[order] = torch.arange(len(strata)) - (sizes.cumsum(0) - sizes)[strata[order]]
+    cell = strata * BINS + within * BINS // sizes[strata]
+    counts = torch.bincount(cell * 3 + outcome, minlength=number * BINS * 3).reshape(number, BINS, 3).double()
+    total = torch.zeros(number * BINS, dtype=torch.float64).index_add_(0, cell, sure).reshape(number, BINS)
+    return counts, total / counts.sum(-1).clamp_min(1)
+
+
+def _fit(
+    counts: Tensor, sure: Tensor, rates: NoiseRates | None, start: tuple[Tensor, Tensor] | None, steps: int
+) -> tuple[Tensor, Tensor]:
+    """(liked, disliked) [D, S, 2] and (rho_01, rho_10) [D, 2] for `counts` [D, S, B, 3], given P(r* = 1 | x) [S, B]."""
+    share = counts[..., [DISLIKED, LIKED]].sum((-1, -2)) / counts.sum((-1, -2)).clamp_min(1)
+    on = share.clamp(0.01, 0.99)[..., None].expand(*share.shape, 2) if start is None else start[0].expand(*share.shape, 2)
+    known = torch.tensor([0.15, 0.15] if rates is None else [rates.rho_01, rates.rho_10], dtype=torch.float64)
+    slips = (known[None] if start is None else start[1]).expand(len(counts), 2)
+    for _ in range(steps):
+        rho_01, rho_10 = slips[:, 0, None, None], slips[:, 1, None, None]
+        liked, disliked = sure * on[..., :1], (1 - sure) * on[..., 1:]  # P(o = 1, r*) [D, S, B]
+        posterior = {}  # P(r* = 1 | outcome, x)
+        for outcome, one, zero in (
+            (MISSING, sure - liked, 1 - sure - disliked),
+            (DISLIKED, liked * rho_01, disliked * (1 - rho_10)),
+            (LIKED, liked * (1 - rho_01), disliked * rho_10),
+        ):
+            posterior[outcome] = one / (one + zero).clamp_min(1e-12)
+        ones = torch.stack([(counts[..., k] * posterior[k]).sum(-1) for k in (MISSING, DISLIKED, LIKED)], -1)
+        zeros = counts.sum(-2) - ones  # expected rows of r* = 0 per outcome [D, S, 3]
+        seen = torch.stack([rows[..., [DISLIKED, LIKED]].sum(-1) / rows.sum(-1).clamp_min(1e-12) for rows in (ones, zeros)], -1)
+        on = seen.clamp(1e-6, 1 - 1e-6)
+        if rates is None:
+            one, zero = ones.sum(1), zeros.sum(1)
+            slips = torch.stack([one[:, DISLIKED] / (one[:, 1:].sum(-1)), zero[:, LIKED] / (zero[:, 1:].sum(-1))], -1)
+    return on, slips
+
+
+def _tell(counts: Tensor, point: Tensor, drawn: Tensor) -> StratumSelection:
+    """One stratum's `counts` [B, 3], probabilities [2] and resampled ones [D, 2] as figures."""
+    rows, labels = int(counts.sum()), int(counts[:, [DISLIKED, LIKED]].sum())
+    values = torch.cat([drawn, drawn[:, :1] / drawn[:, 1:]], 1)
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    warnings = []
+    if labels == 0:
+        warnings.append(f"no feedback on any of {rows} rows: nothing is told of who speaks up")
+    elif high[2] > WIDE * low[2]:
+        warnings.append(
+            f"too wide to tell: the liked get feedback {low[2]:.2f}..{high[2]:.2f} times as often as the disliked "
+            f"({labels} of {rows} rows with feedback)"
+        )
+    intervals = list(zip(low, high, strict=True))
+    return StratumSelection(
+        rows=rows,
+        feedback_share=labels / max(rows, 1),
+        liked=float(point[0]),
+        disliked=float(point[1]),
+        ratio=float(point[0] / point[1]),
+        liked_interval=intervals[0],
+        disliked_interval=intervals[1],
+        ratio_interval=intervals[2],
+        differ=labels > 0 and not low[2] <= 1 <= high[2],
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,213 @@
+"""The part of report.html on a fit: rates, propensity, weights, calibration, mechanisms, and what would overturn the result."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from causalrm_ray.report.pictures import BLUE, GREY, ORANGE, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Json = Mapping[str, Any]
+Panel = Callable[["Axes"], None]
+SMALL = 8  # font size of what stands inside a panel
+POSSIBLE = {"preference": (0.0, 1.0), "risk": (0.0, math.inf)}  # the log contradicts rates under which it is not so
+
+
+def fit_panels(summary: Json) -> tuple[list[Panel], list[Panel], list[Panel]]:
+    """Rows of panels from a fit's summary: of the fit itself, of selection, of how well the result holds."""
+    found = summary["diagnostics"]
+    fit = [
+        partial(_draw_rates, rates=summary["noise_rates"]),
+        partial(_draw_calibration, propensity=summary["propensity"]),
+        partial(_draw_models, summary=summary),
+    ]
+    selection = [partial(_draw_overlap, found=found), partial(_draw_weights, weights=found["weights"])]
+    if found["mechanisms"] is not None:
+        selection.append(partial(_draw_mechanisms, found=found["mechanisms"]))
+    by_trait = found["groups"]["traits"]["selection"]
+    if by_trait is not None:
+        selection.append(partial(_draw_strata, strata=by_trait))
+    result = [
+        partial(_draw_reward_calibration, curve=found["calibration"]),
+        partial(_draw_rho, rho=found["rho"], name="preference", title="share liked if the rates were others", shades="Blues"),
+        partial(_draw_rho, rho=found["rho"], name="risk", title="held-out risk if the rates were others", shades="Greys"),
+        partial(_draw_gamma, found=found),
+    ]
+    return fit, selection, result
+
+
+def fit_section(summary: Json) -> list[str]:
+    """HTML parts from a fit's summary: "noise_rates", "propensity", "diagnostics", and the models' figures."""
+    found = summary["diagnostics"]
+    fit, selection, result = fit_panels(summary)
+    warnings = "".join(f"<li>{html.escape(warning)}</li>" for warning in found["warnings"])
+    return [
+        "<h2>The feedback and what was made of it</h2>",
+        picture(fit, "noise rates, calibration of the propensity, reward models"),
+        "<h2>Who gives feedback, and how much each row counts</h2>",
+        picture(selection, "overlap, weights, mechanisms of selection"),
+        f"<p>{html.escape(found['verdict'])}</p>",
+        f"<h2>Does the result hold? (model of {html.escape(found['method'])})</h2>",
+        picture(result, "calibration of the reward model, sensitivity to the noise rates and to hidden selection"),
+        f"<p>{html.escape(_ranking(found['ranking']))} A dash in a cell marks rates that the log contradicts.</p>",
+        f"<h2>What to mind</h2><ul>{warnings}</ul>" if warnings else "<p>No weakness was found.</p>",
+    ]
+
+
+def _ranking(ranking: Json | None) -> str:
+    if ranking is None:
+        return "The model's ranking cannot be checked: one half of it has no held-out feedback."
+    contrast = f"{ranking['contrast']:.2f} ± {ranking['stderr']:.2f}"
+    start = f"On {ranking['rows']} held-out rows the better half by the model's score is liked more often by {contrast}."
+    if ranking["gamma"] is None:
+        return f"{start} No hidden selection up to a factor of 100 in the odds of feedback could have made this up."
+    if ranking["gamma"] == 1:
+        return f"{start} So the log does not support the ranking."
+    return f"{start} Hidden selection must move the odds of feedback by a factor of {ranking['gamma']:.2f} to have made this up."
+
+
+def _draw_rates(panel: Axes, rates: Mapping[str, Json]) -> None:
+    for place, (_, rate) in enumerate(sorted(rates.items())):
+        first = place == 0
+        low, high = rate["low"], rate["high"]
+        if low is not None:
+            label = "95 % interval" if first else None
+            panel.plot([place, place], [low, high], color=BLUE, linewidth=6, alpha=0.35, label=label)
+        panel.plot(place, rate["estimate"], "o", color=BLUE, label="estimate" if first else None)
+        if rate["truth"] is not None:
+            label = "truth" if first else None
+            panel.plot(place, rate["truth"], "_", color=ORANGE, markersize=24, markeredgewidth=2, label=label)
+    names = {"rho_01": "rho_01\nliked, not said so", "rho_10": "rho_10\nsaid so, not liked"}
+    panel.set(title="how often feedback slips", ylabel="probability", xlim=(-0.6, len(rates) - 0.4))
+    panel.set_xticks(range(len(rates)), [names[name] for name in sorted(rates)])
+    panel.set_ylim(bottom=0)
+    panel.legend(frameon=False, fontsize=SMALL)
+
+
+def _draw_calibration(panel: Axes, propensity: Json) -> None:
+    points = [(point["predicted"], point["actual"]) for point in propensity["curve"]]
+    top = max(max(point) for point in points) * 1.05
+    panel.plot([0, top], [0, top], color=GREY, linewidth=1)
+    panel.plot(*zip(*points, strict=True), "o-", color=BLUE)
+    title = f"propensity: off by {propensity['ece']:.3f} on average"
+    panel.set(title=title, xlabel="predicted share with feedback", ylabel="actual share")
+
+
+def _draw_models(panel: Axes, summary: Json) -> None:
+    if "reward_model" in summary:
+        model = summary["reward_model"]
+        bars = {model["method"]: model["r2"] or 0.0} | {
+            key.removesuffix("_r2"): value or 0.0 for key, value in model.items() if key.endswith("_r2")
+        }
+        panel.set(title="reward models on fresh answers", ylabel="R² against true preference")
+    else:
+        bars = summary["reward_fit"]["heldout_risk"]
+        panel.set(title="reward models on held-out rows", ylabel="corrected risk (lower is better)")
+    names = list(bars)
+    panel.bar(names, [bars[name] for name in names], color=[BLUE if place == 0 else GREY for place in range(len(names))])
+    panel.axhline(0, color=GREY, linewidth=1)
+    panel.tick_params(axis="x", rotation=15)
+
+
+def _draw_overlap(panel: Axes, found: Json) -> None:
+    overlap, clip = found["overlap"], found["propensity"]["clip"]
+    groups = (("without_feedback", GREY, "rows without feedback"), ("with_feedback", BLUE, "rows with feedback"))
+    for name, colour, label in groups:
+        counts = overlap[name]
+        panel.stairs([count / sum(counts) for count in counts], overlap["edges"], fill=True, color=colour, alpha=0.5, label=label)
+    if found["propensity"]["clipped_share"] > 0:
+        label = f"clip: {found['propensity']['clipped_share']:.0%} of rows lie below"
+        panel.axvline(clip, color=ORANGE, linewidth=1, linestyle="--", label=label)
+    panel.set(title="overlap of rows with and without", xlabel="propensity: probability of feedback", ylabel="share of the group")
+    panel.set_ylim(top=panel.get_ylim()[1] * 1.3)
+    panel.legend(frameon=False, fontsize=SMALL, loc="upper right")
+
+
+def _draw_weights(panel: Axes, weights: Json) -> None:
+    panel.stairs(weights["counts"], weights["edges"], fill=True, color=BLUE, alpha=0.7)
+    title = f"{weights['rows']} rows count as {weights['ess']:.0f} ({weights['ess_fraction']:.0%})"
+    panel.set(title=title, xlabel="weight of a row with feedback (mean 1)", ylabel="rows")
+    told = f"the heaviest row bears {weights['largest_share']:.1%}"
+    panel.text(0.97, 0.95, told, transform=panel.transAxes, ha="right", va="top", fontsize=SMALL)
+    panel.set_ylim(top=panel.get_ylim()[1] * 1.15)
+
+
+def _draw_mechanisms(panel: Axes, found: Json) -> None:
+    words = {"label": "the opinion", "features": "prompt and answer"}
+    names = sorted(found["weights"])
+    panel.barh([words.get(name, name) for name in names], [found["weights"][name] for name in names], color=BLUE, height=0.5)
+    for place, name in enumerate(names):
+        told = f"{found['weights'][name]:.0%};  {-found['heldout'][name]:.4f} nats per row"
+        panel.text(0.02, place + 0.32, told, fontsize=SMALL, va="bottom")
+    panel.set(title="what decides who gives feedback", xlabel="weight by held-out log-likelihood", xlim=(0, 1))
+    panel.set_ylim(-0.6, len(names) - 0.2)
+
+
+def _draw_strata(panel: Axes, strata: Json) -> None:
+    """Probability of feedback of liked and of disliked answers, by stratum, with 95 % intervals."""
+    for place, group in enumerate(strata.values()):
+        for name, colour, shift in (("liked", BLUE, 0.12), ("disliked", ORANGE, -0.12)):
+            low, high = group[f"{name}_interval"]
+            panel.plot([low, high], [place + shift] * 2, color=colour, linewidth=4, alpha=0.35)
+            panel.plot(group[name], place + shift, "o", color=colour, label=f"{name} answers" if place == 0 else None)
+    panel.set_yticks(range(len(strata)), list(strata), fontsize=SMALL)
+    panel.set(title="who gives feedback, by trait", xlabel="probability of feedback", ylim=(-0.6, len(strata) + 0.3))
+    panel.set_xlim(left=0)
+    panel.legend(frameon=False, fontsize=SMALL, loc="upper right")
+
+
+def _draw_reward_calibration(panel: Axes, curve: list[Json]) -> None:
+    x, y = [part["predicted"] for part in curve], [part["actual"] for part in curve]
+    panel.plot([0, 1], [0, 1], color=GREY, linewidth=1)
+    panel.errorbar(x, y, [2 * part["stderr"] for part in curve], fmt="o-", color=BLUE, capsize=3, label="± 2 standard errors")
+    panel.axhspan(1, 10, color=GREY, alpha=0.15, linewidth=0)
+    panel.axhspan(-10, 0, color=GREY, alpha=0.15, linewidth=0)
+    ends = [part["actual"] + sign * 2 * part["stderr"] for part in curve for sign in (-1, 1)]
+    panel.set(title="reward model on held-out feedback", xlabel="predicted probability of being liked", xlim=(-0.03, 1.03))
+    panel.set(ylabel="share liked, by corrected feedback", ylim=(min(-0.05, *ends) - 0.02, max(1.05, *ends) + 0.02))
+    panel.legend(frameon=False, fontsize=SMALL, loc="upper left")
+
+
+def _draw_rho(panel: Axes, rho: Json, name: str, title: str, shades: str) -> None:
+    """A cell per pair of rates with the figure `name` under them; on top the estimated rates and their intervals."""
+    ticks = sorted({point["rho_01"] for point in rho["grid"]})
+    half = (ticks[1] - ticks[0]) / 2
+    floor, ceiling = POSSIBLE[name]
+    values = {(point["rho_01"], point["rho_10"]): point[name] for point in rho["grid"]}
+    cut = {rates: min(max(value, floor), ceiling) for rates, value in values.items()}
+    low, high = min(cut.values()), max(cut.values())
+    extent = (ticks[0] - half, ticks[-1] + half, ticks[0] - half, ticks[-1] + half)
+    table = [[cut[column, row] for column in ticks] for row in ticks]
+    brightest = high + (high - low) + 1e-9  # dark cells would hide their numbers
+    panel.imshow(table, origin="lower", extent=extent, cmap=shades, vmin=low, vmax=brightest, aspect="auto")
+    for (rho_01, rho_10), value in values.items():
+        told = f"{value:.2f}" if floor <= value <= ceiling else "–"
+        panel.text(rho_01, rho_10, told, ha="center", va="center", fontsize=SMALL)
+    x, y = rho["estimate"]["rho_01"], rho["estimate"]["rho_10"]
+    if rho["corners"]:
+        across, up = ([point[rate] for point in rho["corners"]] for rate in ("rho_01", "rho_10"))
+        panel.plot([min(across), max(across)], [y, y], color=ORANGE, linewidth=2)
+        panel.plot([x, x], [min(up), max(up)], color=ORANGE, linewidth=2)
+    panel.plot(x, y, "o", color=ORANGE, markersize=5)
+    panel.set(title=title, xlabel="rho_01 (orange: as estimated)", ylabel="rho_10", xticks=ticks, yticks=ticks)
+    panel.set(xlim=extent[:2], ylim=extent[2:])
+
+
+def _draw_gamma(panel: Axes, found: Json) -> None:
+    points, ranking = found["gamma"], found["ranking"]
+    gamma = [point["gamma"] for point in points]
+    for low, high, alpha, label in (("low_95", "high_95", 0.2, "95 % interval"), ("low", "high", 0.5, "exact bounds")):
+        bottom, top = ([min(max(point[name], 0), 1) for point in points] for name in (low, high))
+        panel.fill_between(gamma, bottom, top, color=BLUE, alpha=alpha, linewidth=0, label=label)
+    panel.axhline(points[0]["low"], color=GREY, linewidth=1)
+    if ranking is not None and ranking["gamma"] is not None and 1 < ranking["gamma"] <= gamma[-1]:
+        panel.vlines(ranking["gamma"], 0, 1, color=ORANGE, linestyle="--", label="from here the ranking may be made up")
+    panel.set(title="share liked under hidden selection", xlabel="Gamma: factor in the odds of feedback", ylabel="share liked")
+    panel.set(ylim=(0, 1.4), xlim=(gamma[0], gamma[-1]), yticks=[0, 0.25, 0.5, 0.75, 1])
+    panel.legend(frameon=False, fontsize=SMALL, loc="upper left")

@@ -1,0 +1,59 @@
+"""How a job ends that cannot go on for a reason that we know: with one line that names it, in place of a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from causalrm_ray.checks import InputError
+from causalrm_ray.config.base import RunFolder
+
+REFUSED = 2  # exit status: what was told or handed in cannot be used; trying again would not help
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WORDS = (  # of libraries that have words of their own for it: SQLite, torch's writer of archives
+    *map(os.strerror, FULL),
+    "database or disk is full",
+    "PytorchStreamWriter failed writing",
+    "unexpected pos",
+)
+
+
+def refuse(job: str, why: object) -> int:
+    """Print why; returns the exit status."""
+    Console(stderr=True).print(f"{job}: {why}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return REFUSED
+
+
+def no_room(error: BaseException, run: RunFolder) -> str | None:
+    """What to say where a full disk, or a quota, is behind an error, whoever met it and in whatever process; else none."""
+    for cause in _causes(error):
+        if getattr(cause, "errno", None) in FULL or any(word in str(cause) for word in WORDS):
+            return (
+                f"no room to write, most likely under {run.path}: {cause}\nNothing half-written will be read. Make room, and go "
+                "on with resume=true, or begin again if there is no checkpoint yet"
+            )
+    return None
+
+
+@contextlib.contextmanager
+def naming_full_disks(run: RunFolder) -> Iterator[None]:
+    """Raise InputError with the words of `no_room` where they apply; every other error passes."""
+    try:
+        yield
+    except Exception as error:  # each library has a class of its own for it: OSError, torch's, safetensors', SQLAlchemy's, Ray's
+        if (why := no_room(error, run)) is None:
+            raise
+        raise InputError(why) from error
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """What lies behind an error, the innermost first; what a role raised comes with Ray's own error around it, as its `cause`."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return found[::-1]

@@ -1,0 +1,51 @@
+"""Where a run's feedback comes from: a log that the user already has, or the embedded world's users."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from actors.system import Roles
+from causalrm_ray.checks import InputError
+from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.imports import LengthLimit, import_log
+from causalrm_ray.data.log.snapshot import check_log
+from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.models.text import encode_pair
+from jobs.support.prompts import Task
+
+
+def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """Import `feedback.source` into the log, and refuse a log that no fit could use, before anything heavy starts.
+
+    Returns the import's report; none where nothing is imported.
+    """
+    log = FeedbackLog(config.log_url, config.feedback.signals)
+    report = None
+    if config.feedback.source is not None:
+        limit = LengthLimit(lambda prompt, response: len(encode_pair(tokenizer, prompt, response)), config.model.max_length)
+        quarantine = config.run.path / "quarantine.jsonl"
+        report = asdict(import_log(config.feedback.source, log, quarantine, limit=limit))
+        if report["quarantined"]:
+            Console(stderr=True).print(
+                f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}", style="yellow"
+            )
+    check_log(log.snapshot())
+    log.close()
+    return report
+
+
+def simulate_feedback(config: Config, task: Task, roles: Roles) -> int:
+    """Let the policy answer `world.impressions` prompts and simulated users react; returns the number of impressions.
+
+    Raises InputError if the log holds anything but this run's own impressions: real feedback is never mixed with simulated.
+    """
+    log = FeedbackLog(config.log_url, config.feedback.signals)
+    foreign = [name for name in log.snapshot()["impression_id"] if not name.startswith(f"{config.run.name}/")]
+    log.close()
+    if foreign:
+        raise InputError(f"{config.log_url} must hold no impressions of others where users are simulated, got {len(foreign)}")
+    return roles.fill_log(task.log_requests(), lambda done: task.impressions(done, task.log_time))

@@ -1,0 +1,97 @@
+"""What only the embedded world knows, true scores and preferences: for measuring, and for the comparison model "oracle"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.snapshot import read_snapshot
+from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.metrics import auroc, r2
+from causalrm_ray.types import Completion, Impression, Scored
+from causalrm_ray.world.grammar import parse
+from causalrm_ray.world.oracle import score
+from causalrm_ray.world.users import SimulatedUsers
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Feedback that should be in the log against what is: both differences must be 0."""
+
+    impressions: int
+    events: int
+    lost: int
+    duplicated: int
+
+
+class Oracle:
+    """Oracle of a run with embedded prompts; for one on a user's own prompts it knows nothing and says so with empty results."""
+
+    def __init__(self, config: Config) -> None:
+        self.known = config.has_truth
+        self._users = SimulatedUsers(config.world, config.run.seed)
+
+    def scores(self, completions: Sequence[Completion]) -> np.ndarray:
+        """True scores [N], 0 to 4."""
+        return np.array([score(done.prompt.text, done.response) for done in completions], dtype=np.float64)
+
+    def flashy(self, completions: Sequence[Completion]) -> float:
+        """Share of the answers in the flashy style; style has no part in the true score."""
+        parsed = [parse(done.prompt.text, done.response) for done in completions]
+        return float(np.mean([answer is not None and answer.style == "flashy" for answer in parsed]))
+
+    def rollout_metrics(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Mean true score of a step's answers, and how many of them users saw."""
+        if not self.known:
+            return {}
+        completions = [answer.completion for answer in scored]
+        return {
+            "oracle_mean": float(self.scores(completions).mean()),
+            "shown": float(sum(bool(done.response) for done in completions)),
+        }
+
+    def preferences(self, snapshot: Path) -> np.ndarray:
+        """r* [N] of a snapshot's impressions."""
+        return np.array(
+            [self._users.preference(impression) for impression in _impressions(read_snapshot(snapshot))], dtype=np.float32
+        )
+
+    def judge(self, logits: np.ndarray, impressions: Sequence[Impression]) -> dict[str, float | None]:
+        """R2 of the probability and AUROC of a reward model's logits [N] against r*; none where all r* are alike."""
+        liked = torch.tensor([float(self._users.preference(impression)) for impression in impressions])
+        if len(liked.unique()) < 2:
+            return {"r2": None, "auroc": None}
+        logit = torch.tensor(logits, dtype=torch.float64)
+        return {"r2": r2(torch.sigmoid(logit), liked), "auroc": auroc(logit, liked)}
+
+    def audit(self, log: FeedbackLog, run_name: str, shown: int) -> Audit:
+        """Hold the log against what its `shown` impressions must have led to, by letting the users react once more."""
+        own = f"{run_name}/"
+        impressions = [row for row in _impressions(log.snapshot()) if row.id.startswith(own)]
+        expected = {event.id for impression in impressions for event in self._users.react(impression)}
+        found = [event.id for _, event in log.stream() if event.impression_id.startswith(own)]
+        lost = max(0, shown - len(impressions)) + len(expected - set(found))
+        extra = max(0, len(impressions) - shown) + len(found) - len(expected & set(found))
+        return Audit(len(impressions), len(found), lost, extra)
+
+
+def _impressions(rows: Iterable[Any]) -> list[Impression]:
+    return [
+        Impression(
+            row["impression_id"],
+            row["prompt"],
+            row["response"],
+            row["policy_version"],
+            row["time"],
+            row["user"],
+            json.loads(row["context"]) if row["context"] else {},
+        )
+        for row in rows
+    ]

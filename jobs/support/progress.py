@@ -1,0 +1,117 @@
+"""What a person sees while a job runs: its phases with the time they began, a bar over steps, and the figures that matter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from actors.cluster.plan import Plan
+from actors.cluster.telemetry import event, step_now
+
+console = Console(highlight=False)
+LINES = 10  # printed lines per bar where the output is no terminal
+
+
+class Progress:
+    """One bar at a time, and a line per phase."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        columns = (
+            TextColumn("{task.description:20}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bars = RichProgress(
+            *columns, TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal
+        )
+        self._bar: TaskID | None = None
+        self._total = 0
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def phase(self, name: str) -> None:
+        """Say what begins now."""
+        event("phase", name=name)
+        self._say(name)
+
+    def _say(self, name: str) -> None:
+        console.print(f"[dim]{time.perf_counter() - self._began:7.1f} s[/]  {name}")
+
+    def pretraining(self, step: int, steps: int, loss: float) -> None:
+        """A step of the embedded policy's pretraining."""
+        if step == 1:
+            self._open("embedded policy", steps)
+        self._advance(step, f"loss {loss:.2f}")
+
+    def plan(self, plan: Plan) -> None:
+        """Where the roles will run, and the memory that they are expected to take."""
+        shared = " (shared)" if plan.colocated else ""
+        table = Table("role", "runs on", "memory, about", box=None, pad_edge=False)
+        for role, seat in plan.allocations.items():
+            where = "CPU" if seat.bundle is None else f"{seat.gpus:.3g} GPU of group {seat.bundle}{shared}"
+            table.add_row(role, where, f"{seat.bytes / 2**30:.2f} GiB")
+        table.add_row("all without a GPU", "", f"{plan.host_bytes / 2**30:.2f} GiB")
+        if "generator-0" in plan.allocations and "learner-0" in plan.allocations:
+            table.add_row("weight sync", f"by {plan.transport}", "")
+        console.print(table)
+
+    def steps(self, first: int, last: int) -> Iterator[int]:
+        """The policy steps first..last-1, with a bar."""
+        self.phase(f"tuning the policy, steps {first} to {last}")
+        self._open("policy steps", last, first)
+        for step in range(first, last):
+            step_now.set(step)
+            yield step
+        step_now.set(None)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A policy step is done."""
+        event("step", figures=dict(metrics))
+        shown = {"reward": "reward", "oracle": "oracle_mean", "kl": "kl", "mismatch": "logprob_mismatch_max_abs"}
+        self._advance(step + 1, "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics))
+
+    def tasks(self, name: str, total: int) -> None:
+        """`total` pieces of work begin, to be done in any order."""
+        self.phase(f"{name}: {total} to do")
+        self._open(name, total)
+
+    def task(self, done: int, figures: str) -> None:
+        """`done` pieces are there now."""
+        self._advance(done, figures)
+
+    def conclude(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        """The run's result in a few lines."""
+        oracle = summary.get("oracle_reward")
+        if oracle:
+            console.print(
+                f"oracle reward on held-out topics: {oracle['before']:.2f} -> {oracle['after']:.2f} (se {oracle['stderr']:.2f})"
+            )
+        console.print(
+            f"{summary['wall_s']:.0f} s, peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB; see {folder / 'report.html'}"
+        )
+
+    def _open(self, name: str, total: int, completed: int = 0) -> None:
+        self._total = total
+        self._bar = self._bars.add_task(name, total=total, completed=completed, figures="")
+
+    def _advance(self, done: int, figures: str) -> None:
+        if self._bar is not None:
+            self._bars.update(self._bar, completed=done, figures=figures)
+        if not console.is_terminal and (done % max(1, self._total // LINES) == 0 or done == self._total):
+            self._say(f"  {done}/{self._total}  {figures}")

@@ -1,0 +1,150 @@
+"""What the policy is asked and how answers become impressions: pure functions of (seed, step), so a resumed run repeats them."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from causalrm_ray.checks import InputError
+from causalrm_ray.config.embed import EmbedConfig
+from causalrm_ray.config.train import EMBEDDED, Config
+from causalrm_ray.data.sources import read_prompts
+from causalrm_ray.models.identity import check_weights
+from causalrm_ray.models.text import encode_prompt, load_tokenizer
+from causalrm_ray.types import Completion, Impression, Prompt, Request
+from causalrm_ray.world.grammar import evaluation_prompts, style_of, train_prompts
+from causalrm_ray.world.pretrain import Progress, ensure_policy
+
+EPOCH_S = 1_767_225_600.0  # the simulated clock's zero: 2026-01-01
+STEP_S = 30.0  # simulated seconds between two policy steps; users take up to 60 to react, so some feedback comes after a refit
+LOG_S = 60.0  # simulated seconds between the first log's impressions and the first fit: all its feedback has arrived
+MAX_SEED = 2**31
+HELD_OUT_ONE_IN = 10  # of a user's own prompts, by a hash of their text
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models of a run are: local folders or hub ids."""
+
+    policy: str
+    reward: str
+
+
+def find_models(config: Config, on_progress: Progress | None = None) -> Models:
+    """The configured models, local folders by their absolute paths; 'embedded' ones are made on first use and cached."""
+    return Models(*(find_model(config, name, on_progress) for name in (config.model.policy, config.model.reward)))
+
+
+def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | None = None) -> str:
+    """One model by name: 'embedded', a folder or a hub id. Raises InputError for a folder with unreadable weights."""
+    if name == EMBEDDED:
+        return str(ensure_policy(config.run.cache, seed=0, on_progress=on_progress))
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        return name
+    check_weights(str(folder))
+    return str(folder.resolve())
+
+
+class Task:
+    """Prompts of a run, tokenized and checked before anything heavy starts."""
+
+    def __init__(self, config: Config, models: Models) -> None:
+        self._config = config
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(models.policy)
+        check_same_tokens(models, self.tokenizer)
+        own = config.feedback.prompts
+        prompts = read_prompts(own) if own else train_prompts()
+        held_out = [text for text in prompts if zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0] if own else evaluation_prompts()
+        if own and 0 < len(held_out) < len(prompts):
+            prompts = [text for text in prompts if zlib.crc32(text.encode()) % HELD_OUT_ONE_IN]
+        self._prompts = self._encode(prompts)
+        self._held_out = self._encode(held_out or prompts)
+
+    def step_requests(self, step: int) -> list[Request]:
+        """The requests of a policy step: `prompts_per_step` prompts, each `samples_per_prompt` times with seeds of their own."""
+        rollout = self._config.rollout
+        return self._requests(f"step-{step:06d}", self._prompts, rollout.prompts_per_step, rollout.samples_per_prompt)
+
+    def log_requests(self) -> list[Request]:
+        """The requests that make the embedded world's first log."""
+        return self._requests("log", self._prompts, self._config.world.impressions)
+
+    def evaluation_requests(self) -> list[Request]:
+        """Requests on held-out topics, the same before and after."""
+        return self._requests("evaluation", self._held_out, self._config.loop.evaluation_prompts)
+
+    def impressions(self, completions: Sequence[Completion], time: float) -> list[Impression]:
+        """What users see of `completions`, shown at `time`; an empty answer is not shown, and without users nothing is.
+
+        An id tells the answer, too: a resumed step that repeats its answers repeats their ids, and one that samples others (on a
+        GPU) shows new impressions.
+        """
+        if self._config.world.users == "none":
+            return []
+        return [
+            Impression(
+                f"{done.prompt.id}/{_digest(done.response)}",
+                done.prompt.text,
+                done.response,
+                done.policy_version,
+                time,
+                context={"style": style_of(done.response)},
+            )
+            for done in completions
+            if done.response
+        ]
+
+    def _requests(self, name: str, prompts: Sequence[tuple[str, tuple[int, ...]]], count: int, samples: int = 1) -> list[Request]:
+        rng = np.random.default_rng([self._config.run.seed, zlib.crc32(name.encode())])
+        picks = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))])[:count]
+        seeds = rng.integers(MAX_SEED, size=count * samples).tolist()
+        chosen = [prompts[pick] for pick in np.repeat(picks, samples).tolist()]
+        identity = f"{self._config.run.name}/{name}"
+        return [
+            Request(Prompt(f"{identity}/{number:06d}", text, token_ids), seed)
+            for number, ((text, token_ids), seed) in enumerate(zip(chosen, seeds, strict=True))
+        ]
+
+    def _encode(self, prompts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+        room = self._config.model.max_length - self._config.rollout.max_new_tokens - 1  # the log ends each answer with a token
+        encoded = [(text, encode_prompt(self.tokenizer, text)) for text in prompts]
+        for number, (text, token_ids) in enumerate(encoded, start=1):
+            if len(token_ids) > room:
+                limit = f"model.max_length - rollout.max_new_tokens - 1 = {room} tokens"
+                raise InputError(f"prompt {number} ({text[:40]!r}) must have at most {limit}, got {len(token_ids)}")
+        return encoded
+
+    @property
+    def log_time(self) -> float:
+        """Simulated time of the first log's impressions."""
+        return EPOCH_S
+
+    def clock(self, step: int) -> float:
+        """Simulated time at which the answers of `step` are shown, seconds since the epoch."""
+        return EPOCH_S + LOG_S + (step + 1) * STEP_S
+
+    def as_of(self, step: int) -> float | None:
+        """Time of the snapshot that a refit before `step` reads; none, all there is, for a log of real users."""
+        return self.clock(step - 1) if self._config.world.users != "none" else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def check_same_tokens(models: Models, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError unless both models read the same tokens: the reward model scores the ids that the policy sampled."""
+    if models.policy == models.reward:
+        return
+    other = load_tokenizer(models.reward)
+    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
+        raise InputError(
+            f"model.reward must share the policy's tokenizer and chat template, got {models.reward} with {models.policy}"
+        )

@@ -1,0 +1,165 @@
+"""A run's folder: resolved configuration, metrics, TensorBoard, summary, checkpoints, and how much memory it all took."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from actors.cluster.telemetry import event
+from causalrm_ray.checkpoint import newest_complete, read_json, write_json
+from causalrm_ray.checks import InputError
+from causalrm_ray.config.options import dump_config
+from causalrm_ray.config.train import Config
+from causalrm_ray.data.files import write_whole
+
+TIMINGS = frozenset(("seconds", "sync_seconds", "sync_gb_per_s"))  # figures of a step that no other run repeats
+STOPPED = 128 + signal.SIGTERM  # exit status of a job that was asked to stop, and saved
+
+console = Console(highlight=False)
+
+
+class Run:
+    """One run's artefacts. A new run must not exist yet, unless it is begun `again`; with `run.resume` it goes on from its
+    newest complete checkpoint."""
+
+    def __init__(self, config: Config, again: bool = False) -> None:
+        self.path = config.run.path
+        self.checkpoint: Path | None = None
+        if config.run.resume:
+            self._find_checkpoint()
+        elif not again and any((self.path / mark).exists() for mark in ("checkpoints", "summary.json", "feedback.db")):
+            resume = "continue it with resume=true, " if (self.path / "checkpoints").exists() else ""
+            raise InputError(f"{self.path} holds a run already: {resume}remove it, or choose another run.name")
+        self.path.mkdir(parents=True, exist_ok=True)
+        dump_config(config, self.path / "config.yaml")
+        self._tensorboard: SummaryWriter | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The step to begin with: 0, or the one after the checkpoint."""
+        return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same to TensorBoard."""
+        if self._tensorboard is None:
+            self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step)
+            self._forget_metrics_from(step)
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return self.read_metrics(self.path)
+
+    @staticmethod
+    def read_metrics(folder: Path) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl of the run in `folder`."""
+        return [row for _, row in _lines(folder / "metrics.jsonl")]
+
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json, and the diagnostics of a fit, if there was one, as diagnostics.json, too."""
+        write_json(self.path / "summary.json", dict(summary))
+        if "diagnostics" in summary:
+            write_json(self.path / "diagnostics.json", summary["diagnostics"])
+            for text in summary["diagnostics"]["warnings"]:
+                event("warning", level=logging.WARNING, text=text)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _find_checkpoint(self) -> None:
+        self.checkpoint, passed_over = newest_complete(self.path / "checkpoints")
+        for reason in passed_over:
+            event("warning", level=logging.WARNING, text=f"passed over: {reason}")
+            console.print(f"passed over: {reason}", style="yellow", markup=False)
+        if self.checkpoint is None:
+            raise InputError(f"resume=true, but {self.path / 'checkpoints'} holds no complete checkpoint")
+        console.print(f"continuing from {self.checkpoint}", markup=False)
+
+    def _forget_metrics_from(self, step: int) -> None:
+        """Drop the lines of steps that will be done again; a half-written last line is one of them."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = itertools.takewhile(lambda found: found[1]["step"] < step, _lines(file))
+        text = "".join(line for line, _ in kept)
+        write_whole(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a verified checkpoint says of its run: the first fit, the starting evaluation, the serving versions."""
+    return read_json(checkpoint / "facts.json")
+
+
+def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, its figures) of metrics.jsonl but for a last line that was half written. Raises InputError for a damaged one."""
+    found = []
+    try:
+        lines = file.read_bytes().decode().splitlines(keepends=True) if file.exists() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} must be UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} line {number} must be JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise InputError(f"{file} line {number} must hold figures and a whole number `step`, got {line.strip()[:80]!r}")
+        found.append((line, row))
+    return found
+
+
+class StopRequest:
+    """SIGTERM from now on: noted, so that a step can be ended and saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class MemoryMonitor:
+    """Peak proportional memory (PSS, bytes) of this process and everything it started, sampled every few seconds."""
+
+    def __init__(self, interval_s: float = 5.0) -> None:
+        self.peak_bytes = 0
+        self._interval_s = interval_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-monitor", daemon=True)
+
+    def __enter__(self) -> MemoryMonitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval_s):
+            own = psutil.Process()
+            self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, [own, *own.children(recursive=True)])))
+
+
+def _pss_bytes(process: psutil.Process) -> int:
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except (OSError, psutil.Error):  # it ended meanwhile
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

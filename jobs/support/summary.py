@@ -1,0 +1,157 @@
+"""The figures of a run, as summary.json holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from actors.system import Roles
+from causalrm_ray.config.train import Config, WorldConfig
+from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.estimators.diagnostics.advice import advise, verdict
+from causalrm_ray.rl.drift import drift_warnings
+from causalrm_ray.types import Completion
+from jobs.support.oracle import Oracle
+from jobs.support.prompts import Task
+from jobs.support.run_folder import Run
+
+
+def fit_summary(fit: Mapping[str, Any], world: WorldConfig | None = None) -> dict[str, Any]:
+    """What a fit of propensity, noise rates and reward model found, next to the truth where users of a known `world` reacted."""
+    reward, propensity = fit["reward"], fit["propensity"]
+    truth = {} if world is None else dict(zip(("rho_01", "rho_10"), world.rho, strict=True))
+    rates = {name: {**_rate(reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
+    return {
+        "noise_rates": rates,
+        "propensity": propensity,
+        "diagnostics": _diagnostics(reward, propensity, rates),
+        "reward_fit": {
+            "heldout_risk": {name: figures["heldout_risk"] for name, figures in reward["methods"].items()},
+            "best_epoch": {name: figures["best_epoch"] for name, figures in reward["methods"].items()},
+            "seconds": reward["seconds"],
+            "train_seconds": reward["train_seconds"],
+            "folders": reward["folders"],
+        },
+    }
+
+
+def _diagnostics(reward: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a user may want to check before trusting a fit, and what it means in words."""
+    found = reward["diagnostics"]
+    return {
+        **found,
+        "propensity": {"clip": propensity["clip"], "clipped_share": propensity["clipped_share"], "curve": propensity["curve"]},
+        "rates": rates,
+        "verdict": verdict(found),
+        "warnings": [*advise(found, propensity, rates), *_doubts(reward)],
+    }
+
+
+def with_drift(diagnostics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """A fit's diagnostics, and among their warnings what the metrics of the steps since say of the policy."""
+    return {**diagnostics, "warnings": [*diagnostics["warnings"], *drift_warnings(rows)]}
+
+
+def _doubts(reward: Mapping[str, Any]) -> list[str]:
+    """What the estimates of the noise rates say against themselves."""
+    if reward["rates_by"] is None:
+        return list(reward["noise"]["warnings"]) if reward["noise"] else []
+    rates = ", ".join(f"{name} {value:.2f}" for name, value in reward["rates"].items())
+    return [f"No rows are surely liked and surely disliked: rates are those that {reward['rates_by']} found along, {rates}."]
+
+
+def _rate(reward: Mapping[str, Any], name: str) -> dict[str, float | None]:
+    low, high = reward["noise"][f"{name}_interval"] if reward["noise"] else (None, None)
+    return {"estimate": reward["rates"][name], "low": low, "high": high}
+
+
+def promotion_metrics(refit: Mapping[str, Any]) -> dict[str, float]:
+    """What the step's metrics say of a refit."""
+    promotion = refit["promotion"]
+    return {
+        "refit_promoted": float(promotion["promoted"]),
+        "promoted_version": float(promotion["version"]),
+        "propensity_ece": refit["propensity"]["ece"],
+        "propensity_ess_fraction": refit["propensity"]["ess_fraction"],
+    }
+
+
+def judge_start(config: Config, roles: Roles, task: Task, truth: Oracle, fit: Mapping[str, Any], shown: int) -> dict[str, Any]:
+    """What is measured once, before the first step: the starting policy, and the reward models on its fresh answers."""
+    before = roles.sample(task.evaluation_requests())
+    facts: dict[str, Any] = {
+        "shown": shown,
+        "fit": fit_summary(fit, config.world if truth.known else None),
+        "promotion": fit["promotion"],
+    }
+    if truth.known:
+        facts["before"] = truth.scores(before).tolist()
+        facts["reward_model"] = _judge_rewards(config, roles, task, truth, fit, before)
+    else:
+        facts["before_reward"] = roles.score(before).tolist()
+    return facts
+
+
+def summarise(config: Config, run: Run, roles: Roles, task: Task, truth: Oracle, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary after the last step: what `facts` said at the start against what is now."""
+    rows = run.metrics()
+    after = roles.sample(task.evaluation_requests())
+    tokens = sum(row["tokens"] for row in rows)
+    last = rows[-1]
+    summary = {
+        "steps": len(rows),
+        "generated_tokens": int(tokens),
+        "tokens_per_s": tokens / sum(row["seconds"] for row in rows),
+        "engines": roles.engines,
+        **facts["fit"],
+        "diagnostics": with_drift(facts["fit"]["diagnostics"], rows),
+        "policy_version": int(after[0].policy_version),
+        "reward_version": int(last["reward_version"]),
+        "logprob_mismatch": {
+            "mean_abs": max(row["logprob_mismatch_mean_abs"] for row in rows),
+            "max_abs": max(row["logprob_mismatch_max_abs"] for row in rows),
+        },
+        "weight_sync": {
+            "bytes": int(last["sync_bytes"]),
+            "seconds": float(np.median([row["sync_seconds"] for row in rows])),
+            "checksum_ok": all(row["sync_checksum_ok"] == 1 for row in rows),
+            "transport": roles.plan.transport,
+        },
+        "answers": _examples(after),
+    }
+    if truth.known:
+        before, now = np.array(facts["before"]), truth.scores(after)
+        stderr = float(np.sqrt(before.var(ddof=1) / len(before) + now.var(ddof=1) / len(now)))
+        summary["oracle_reward"] = {"before": float(before.mean()), "after": float(now.mean()), "stderr": stderr}
+        summary["reward_model"] = facts["reward_model"]
+        shown = facts["shown"] + int(sum(row["shown"] for row in rows))
+        summary["feedback"] = asdict(truth.audit(FeedbackLog(config.log_url, config.feedback.signals), config.run.name, shown))
+    else:
+        first = run.path / facts["fit"]["reward_fit"]["folders"][config.reward.method]  # one judge for both
+        now = roles.score(after, first)
+        summary["model_reward"] = {"before": float(np.mean(facts["before_reward"])), "after": float(now.mean())}
+    return summary
+
+
+def _judge_rewards(
+    config: Config, roles: Roles, task: Task, truth: Oracle, fit: Mapping[str, Any], fresh: list[Completion]
+) -> dict[str, Any]:
+    """R2 and AUROC of each fitted method's model on fresh answers about held-out topics, against the users' preferences."""
+    answers = [done for done in fresh if done.response]  # what users would see
+    impressions = task.impressions(answers, task.clock(0))
+    folders = {name: config.run.path / folder for name, folder in fit["reward"]["folders"].items()}
+    judged = {name: truth.judge(roles.score(answers, folder), impressions) for name, folder in folders.items()}
+    own = judged[config.reward.method]
+    result: dict[str, Any] = {"method": config.reward.method, "answers": len(answers), **own}
+    for name, figures in judged.items():
+        if name != config.reward.method:
+            prefix = "oracle_trained" if name == "oracle" else name
+            result |= {f"{prefix}_{key}": value for key, value in figures.items()}
+    return result
+
+
+def _examples(completions: list[Completion], count: int = 6) -> list[dict[str, str]]:
+    return [{"prompt": done.prompt.text, "response": done.response} for done in completions[:count]]

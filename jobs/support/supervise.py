@@ -1,0 +1,129 @@
+"""The main job under supervision: where its driver dies, or loses a role that it needs, another goes on from the checkpoint.
+
+this process (light)  --configuration on stdin-->  an attempt (the driver)
+          ^                                             |
+          +---- exit status: 0, an error, a death ------+     a death: again, from the newest complete checkpoint
+
+SIGTERM, as clouds send it before they take a machine back, is handed on: the attempt ends its step, saves, and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from causalrm_ray.checkpoint import newest_complete
+from causalrm_ray.checks import InputError
+from causalrm_ray.config.base import IN_PROCESS, ConfigError
+from causalrm_ray.config.options import validate
+from causalrm_ray.config.train import Config
+from jobs.support.errors import naming_full_disks, refuse
+from jobs.support.lock import run_lock
+
+ROOT = Path(__file__).parents[2]
+LOST = 75  # an attempt that lost a role (EX_TEMPFAIL): another may do better
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def run(config: Config) -> int:
+    """Run the job, in this process if its death is not to be made good. Returns its exit status."""
+    if config.world.users != "none" and (config.feedback.source or config.feedback.prompts):
+        raise ConfigError(
+            "world.users must be none with feedback.source or feedback.prompts: simulated users know the embedded world only"
+        )
+    if config.loop.max_failures == 0 or config.cluster.address == IN_PROCESS:
+        from jobs import train_policy
+
+        return train_policy.run(config)
+    with run_lock(config.run):  # said at once; the attempt itself holds the lock, and lets go when it dies
+        pass
+    failures, again = 0, False
+    before = _checkpoint(config)
+    while True:
+        status = _attempt(config, again)
+        found = _checkpoint(config)
+        if not _was_death(status, before, found):
+            return status
+        failures += 1
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        if failures > config.loop.max_failures:
+            console.print(f"the job ended {how}; loop.max_failures={config.loop.max_failures} is used up", style="red")
+            return 1
+        where = f"from {found.name}" if found else "from the start"
+        console.print(f"the job ended {how}: {where} again ({failures} of loop.max_failures)", style="yellow")
+        run_folder = config.run.model_copy(update={"resume": found is not None})
+        config, again, before = config.model_copy(update={"run": run_folder}), found is None, found
+
+
+def _attempt(config: Config, again: bool) -> int:
+    """One driver's exit status; negative: the signal that killed it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    driver = subprocess.Popen(
+        [sys.executable, "-P", "-m", "jobs.support.supervise"], stdin=subprocess.PIPE, text=True, env=environment
+    )
+    assert driver.stdin is not None
+    with _handing_on(signal.SIGTERM, driver):
+        with driver.stdin as told:
+            json.dump({"config": config.model_dump(mode="json"), "again": again}, told)
+        try:
+            return driver.wait()
+        except KeyboardInterrupt:  # the terminal sent it to the driver, too
+            driver.wait()
+            raise
+
+
+@contextmanager
+def _handing_on(number: signal.Signals, driver: subprocess.Popen[str]) -> Iterator[None]:
+    def hand_on(received: int, frame: FrameType | None) -> None:
+        driver.send_signal(received)
+
+    previous = signal.signal(number, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def _checkpoint(config: Config) -> Path | None:
+    return newest_complete(config.run.path / "checkpoints")[0]
+
+
+def _was_death(status: int, before: Path | None, after: Path | None) -> bool:
+    """Whether another attempt may do better: the driver was killed, lost a role, or failed after it had got further.
+
+    A failure by an error of its own without a new checkpoint would be met again.
+    """
+    if status < 0:
+        return -status not in (signal.SIGTERM, signal.SIGINT)
+    return status == LOST or (status == 1 and before != after)
+
+
+def attempt() -> int:
+    """The driver: reads on stdin what `run` wrote."""
+    told = json.load(sys.stdin)
+    from actors.cluster.placement import RoleDiedError, RoleTimeoutError
+    from jobs import train_policy
+
+    config = validate(told["config"])
+    try:
+        with naming_full_disks(config.run):
+            return train_policy.run(config, again=told["again"])
+    except (RoleDiedError, RoleTimeoutError) as error:
+        refuse("train-policy", error)
+        return LOST
+    except (ConfigError, InputError) as error:
+        return refuse("train-policy", error)
+
+
+if __name__ == "__main__":
+    sys.exit(attempt())

@@ -1,0 +1,178 @@
+"""The reward role: one real fit by two Ray Train workers; the gate, scoring and refusals without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from actors.reward.role import GATE_TOLERANCE, RewardActor
+from causalrm_ray.checkpoint import atomic_folder, write_json
+from causalrm_ray.config.train import RewardConfig
+from causalrm_ray.metrics import auroc
+from causalrm_ray.models.reward_model import SequenceScorer
+from causalrm_ray.models.text import encode_pair, load_tokenizer
+
+CONFIG = RewardConfig(method="causalrm_dr", epochs=8, lr=1e-2, workers=2, rho=(0.1, 0.1))
+FILLER = ("garden", "stone", "winter", "lamp")
+PROPENSITY = np.tile(np.array([0.6, 0.2], dtype=np.float32), 200)
+
+
+def make_actor(backbone: str, folder: Path, max_length: int = 64) -> RewardActor:
+    return RewardActor(backbone, CONFIG, max_length=max_length, seed=0, folder=folder, timeout_s=120)
+
+
+def fresh_pairs(backbone: str) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+    """New pairs and whether they are liked."""
+    tokenizer = load_tokenizer(backbone)
+    pairs = [(word, left, right) for word in ("certainly", "never") for left in FILLER for right in FILLER]
+    rows = [encode_pair(tokenizer, "tell me about the river", f"{left} {right} {word}") for word, left, right in pairs]
+    return rows, torch.tensor([float(word == "certainly") for word, _, _ in pairs])
+
+
+def write_candidate(
+    actor_folder: Path, backbone: str, name: str, risk: float, serving_risk: float | None, serving_version: int, head: float = 0.0
+) -> None:
+    """A candidate as a fit leaves it, with a constant head and the given figures."""
+    scorer = SequenceScorer.from_pretrained(backbone)
+    torch.nn.init.constant_(scorer.head.weight, head)
+    figures = {
+        "methods": {CONFIG.method: {"heldout_risk": risk}},
+        "serving_risk": serving_risk,
+        "serving_version": serving_version,
+    }
+    with atomic_folder(actor_folder / name) as aside:
+        scorer.save_pretrained(aside / CONFIG.method, load_tokenizer(backbone))
+        write_json(aside / "report.json", figures)
+
+
+def workers() -> set[int]:
+    """Process ids of the Ray Train workers."""
+    found = set()
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if "RayTrainWorker" in "".join(one.cmdline()):
+                found.add(one.pid)
+    return found
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
+    backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path
+):
+    actor = make_actor(backbone, tmp_path / "reward")
+    rows, liked = fresh_pairs(backbone)
+    report = actor.fit(make_snapshot(), PROPENSITY, ["causalrm_dr", "naive", "auto"], candidate="first")
+    assert set(report.figures["methods"]) == {"causalrm_dr", "naive", "auto"}
+    assert report.figures["rates"] == {"rho_01": 0.1, "rho_10": 0.1}
+    assert actor.promote("first").version == 1
+    logits, version = actor.score(rows)
+    assert version == 1
+    assert auroc(torch.from_numpy(logits), liked) > 0.95
+    learned = torch.from_numpy(actor.score_with(str(report.folder / "auto"), rows))  # by two ranks, from heads on frozen states
+    assert auroc(learned, liked) > 0.95
+
+    stock = AutoModelForSequenceClassification.from_pretrained(report.folder / "causalrm_dr")
+    padded = AutoTokenizer.from_pretrained(report.folder / "causalrm_dr").pad(
+        {"input_ids": [list(row) for row in rows]}, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        np.testing.assert_allclose(stock(**padded).logits.squeeze(-1).numpy(), logits, atol=1e-5)
+
+    first_workers = workers()
+    assert len(first_workers) == 2
+    again = actor.fit(tmp_path / "snapshot.parquet", PROPENSITY, ["causalrm_dr"], candidate="again")
+    first_risk = report.figures["methods"]["causalrm_dr"]["heldout_risk"]
+    assert again.figures["methods"]["causalrm_dr"]["heldout_risk"] == first_risk
+    found = again.figures["diagnostics"]
+    assert found["method"] == "causalrm_dr"
+    assert found["weights"]["rows"] == sum(found["overlap"]["with_feedback"])
+    assert sum(found["overlap"]["with_feedback"] + found["overlap"]["without_feedback"]) == 400
+    assert found["rho"]["estimate"]["risk"] == pytest.approx(first_risk, abs=1e-6)
+    assert found["ranking"]["contrast"] > 3 * found["ranking"]["stderr"]
+    assert found == report.figures["diagnostics"]
+    assert again.figures["serving_risk"] == pytest.approx(first_risk, abs=1e-6)
+    weights = [load_file(folder / "causalrm_dr" / "model.safetensors") for folder in (report.folder, again.folder)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert actor.promote("again").version == 2
+    assert workers() == first_workers
+
+    os.kill(min(first_workers), signal.SIGKILL)  # one that died at rest is missed by the next fit, which starts new ones
+    third = actor.fit(tmp_path / "snapshot.parquet", PROPENSITY, ["causalrm_dr"], candidate="third")
+    assert third.figures["methods"]["causalrm_dr"]["heldout_risk"] == first_risk
+    assert len(workers()) == 2
+    assert not workers() & first_workers
+    actor.end_fits()
+    assert workers() == set()
+
+
+def test_first_candidate_serves_and_a_worse_one_does_not(backbone: str, tmp_path: Path):
+    actor, (rows, _) = make_actor(backbone, tmp_path), fresh_pairs(backbone)
+    write_candidate(tmp_path, backbone, "a", 0.60, None, 0, head=0.1)
+    write_candidate(tmp_path, backbone, "b", 0.60 + 2 * GATE_TOLERANCE, 0.60, 1, head=0.2)
+    write_candidate(tmp_path, backbone, "c", 0.60 + GATE_TOLERANCE / 2, 0.60, 1, head=0.3)
+    assert actor.promote("a").promoted
+    served, _ = actor.score(rows)
+    refused = actor.promote("b")
+    assert (refused.promoted, refused.reason, refused.version) == (False, "held-out risk 0.6200 > 0.6100", 1)
+    np.testing.assert_array_equal(actor.score(rows)[0], served)
+    assert actor.promote("c").version == 2
+    assert not np.array_equal(actor.score(rows)[0], served)
+
+
+def test_candidate_measured_against_another_version_is_refused(backbone: str, tmp_path: Path):
+    actor = make_actor(backbone, tmp_path)
+    write_candidate(tmp_path, backbone, "a", 0.6, 0.6, 3)
+    with pytest.raises(ValueError, match="a must have been measured against serving version 0, got 3"):
+        actor.promote("a")
+
+
+def test_loaded_state_serves_the_same_bits(backbone: str, tmp_path: Path):
+    actor, other, (rows, _) = make_actor(backbone, tmp_path), make_actor(backbone, tmp_path), fresh_pairs(backbone)
+    write_candidate(tmp_path, backbone, "a", 0.6, None, 0, head=0.1)
+    actor.promote("a")
+    other.load(**actor.state())
+    assert other.version == 1
+    np.testing.assert_array_equal(other.score(rows)[0], actor.score(rows)[0])
+    np.testing.assert_array_equal(other.score_with(str(tmp_path / "a" / CONFIG.method), rows), actor.score(rows)[0])
+
+
+def test_scoring_before_a_promotion_is_refused(backbone: str, tmp_path: Path):
+    with pytest.raises(RuntimeError, match="no reward model serves yet"):
+        make_actor(backbone, tmp_path).score([[1, 2]])
+
+
+def test_scoring_a_row_that_is_too_long_names_it(backbone: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"row 1 must have at most 4 tokens .*, got 5"):
+        make_actor(backbone, tmp_path, max_length=4).score_with(str(tmp_path), [[1], [1, 2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ({"observe": lambda word: False}, "got 0 observed of 40 rows"),
+        ({"label": 1}, "feedback must hold both labels"),
+        ({"label": 0}, "feedback must hold both labels, got 0 of label 1"),
+    ],
+    ids=["unobserved", "only_liked", "only_disliked"],
+)
+def test_log_that_cannot_be_fitted_is_refused_before_any_worker_starts(
+    backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path, log: dict, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        make_actor(backbone, tmp_path).fit(make_snapshot(40, **log), PROPENSITY[:40], ["causalrm_dr"], candidate="a")
+
+
+def test_fit_without_the_serving_method_is_refused(backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path):
+    actor, snapshot = make_actor(backbone, tmp_path), make_snapshot()
+    with pytest.raises(ValueError, match=r"methods must include the one that serves, 'causalrm_dr', got \['naive'\]"):
+        actor.fit(snapshot, PROPENSITY, ["naive"], candidate="a")

@@ -1,0 +1,41 @@
+"""A snapshot as numbers: rows keep their side as the log grows; traits, lengths and signals are told apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from actors.reward.snapshot_rows import load_rows
+from causalrm_ray.models.text import load_tokenizer
+
+
+def test_a_row_keeps_its_side_and_its_fold_as_the_log_grows(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(backbone)
+    small, large = (load_rows(make_snapshot(rows), tokenizer, 64) for rows in (400, 800))
+    assert small.heldout.tolist() == [row for row in large.heldout.tolist() if row < 400]
+    assert small.fold.tolist() == large.fold.tolist()[:400]
+    counts = torch.bincount(large.fold + 1).tolist()
+    # a tenth stops, the others are halved: four standard errors of 800 draws
+    assert abs(counts[0] - 80) < 4 * (800 * 0.1 * 0.9) ** 0.5
+    assert abs(counts[1] - counts[2]) < 4 * (800 * 0.9) ** 0.5
+
+
+def test_traits_of_few_values_make_strata_and_ids_do_not(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    path = make_snapshot(800)
+    table = pq.read_table(path)
+    contexts = [json.dumps({"style": ("plain", "flashy")[number // 2 % 2], "session": str(number)}) for number in range(800)]
+    pq.write_table(table.set_column(table.column_names.index("context"), "context", pa.array(contexts)), path)
+    log = load_rows(path, load_tokenizer(backbone), 64)
+    assert sorted(log.traits.names) == ["style=flashy", "style=plain"]
+    plain = log.traits.names.index("style=plain")
+    assert (log.traits.number == plain).tolist() == [number // 2 % 2 == 0 for number in range(800)]
+    assert log.signals.names == ("downvote", "upvote")
+    assert log.signals.labels == (0, 1)
+    assert torch.equal(log.signals.place >= 0, log.observations.o == 1)
+    assert torch.equal(log.signals.place[log.observations.o == 1].float(), log.observations.r[log.observations.o == 1])
+    assert int(log.lengths.number.max()) + 1 == len(log.lengths.names) > 1

@@ -1,0 +1,170 @@
+"""Propensities: honest out of fold, calibrated, clipped, diagnosed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor
+
+from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.estimators.core.training import FitSettings, Objective, predict
+from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration, fold_of
+from causalrm_ray.estimators.nuisances.propensity import (
+    calibrate,
+    cross_fit,
+    cross_fit_logits,
+    diagnose,
+    effective_sample_size,
+    split_rows,
+)
+from causalrm_ray.losses.pointwise import bce
+from causalrm_ray.models.heads import FeatureScorer
+
+SETTINGS = FitSettings(epochs=8, lr=0.05, batch_size=256)
+
+
+def feedback(rows: int = 4000) -> tuple[FeatureRows, Tensor, Tensor]:
+    """Features, true propensity, and what was observed."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(rows, 2, generator=generator)
+    truth = torch.sigmoid(features[:, 0] - 1.5)
+    return FeatureRows(features), truth, (torch.rand(rows, generator=generator) < truth).float()
+
+
+def test_cross_fit_and_calibrate_recover_the_true_propensity() -> None:
+    inputs, truth, o = feedback()
+    raw, modules = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, seed=1)
+    propensity = calibrate(raw, o, clip=0.02)
+    assert len(modules) == 2
+    assert float((propensity.prob - truth).abs().mean()) < 0.03
+    assert propensity.report.ece < 0.03
+    assert propensity.report.mean == pytest.approx(float(o.mean()), abs=0.02)
+    assert propensity.report.warnings == ()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_row_is_predicted_by_a_model_that_trained_on_it(number: int) -> None:
+    inputs, _, o = feedback(200)
+    rows, _ = split_rows(torch.arange(200), 0.1, 2)
+    fold = torch.full((200,), -1)
+    fold[rows] = fold_of(180, 2, 2)
+    raw, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, seed=2)
+    flipped, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, torch.where(fold == number, 1 - o, o), SETTINGS, seed=2)
+    assert torch.equal(raw[fold == number], flipped[fold == number])
+    assert not torch.equal(raw[fold == 1 - number], flipped[fold == 1 - number])
+
+
+def test_rows_of_no_fold_get_the_mean_of_all_modules() -> None:
+    inputs, _, o = feedback(200)
+    rows, held_out, rest = torch.arange(100), torch.arange(100, 150), torch.arange(100, 200)
+
+    def objective(index: Tensor) -> Objective:
+        return Objective(index, lambda logit, number: bce(logit, o[number]))
+
+    logit, modules = cross_fit_logits(lambda: FeatureScorer(2, ()), inputs, objective, rows, held_out, SETTINGS, folds=3)
+    assert len(modules) == 3
+    torch.testing.assert_close(logit[rest], sum(predict(module, inputs, rest) for module in modules) / 3)
+
+
+def test_isotonic_calibration_by_hand() -> None:
+    # pooled: rows 1 and 2 violate the order, so both get 1/2
+    calibration = fit_calibration(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    torch.testing.assert_close(
+        calibration(torch.tensor([0.0, 0.1, 0.2, 0.3, 0.35, 0.9])), torch.tensor([0, 0, 0.5, 0.5, 0.75, 1])
+    )
+
+
+def test_calibration_survives_json() -> None:
+    calibration = fit_calibration(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.0, 1.0, 1.0]))
+    again = Calibration(**json.loads(json.dumps(asdict(calibration))))
+    probe = torch.linspace(0, 1, 11)
+    assert torch.equal(again(probe), calibration(probe))
+
+
+def test_cross_calibration_error_is_honest() -> None:
+    # a raw score without information: calibrated on itself it looks sharp, out of fold it does not
+    generator = torch.Generator().manual_seed(0)
+    raw, o = torch.rand(400, generator=generator), (torch.rand(400, generator=generator) < 0.3).float()
+    everywhere = torch.ones(400, dtype=torch.bool)
+    dishonest = diagnose(fit_calibration(raw, o)(raw), o, 0.01)
+    honest = diagnose(cross_calibrate(raw, o, everywhere, 5, 0), o, 0.01)
+    assert dishonest.auroc > 0.55
+    assert honest.auroc < 0.55
+    assert dishonest.ece < honest.ece
+
+
+def test_effective_sample_size_by_hand() -> None:
+    assert effective_sample_size(torch.ones(7)) == pytest.approx(7.0)
+    assert effective_sample_size(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(36 / 14)
+    assert effective_sample_size(torch.tensor([5.0, 0.0])) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="weight must be >= 0 and not all zero"):
+        effective_sample_size(torch.zeros(3))
+
+
+def test_report_by_hand() -> None:
+    prob, o = torch.tensor([0.01, 0.5, 0.5, 0.25]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    report = diagnose(prob, o, clip=0.1)
+    assert (report.rows, report.observed, report.clipped_share) == (4, 2, 0.25)
+    assert report.ess == pytest.approx((2 + 4) ** 2 / (4 + 16))
+    assert report.ess_fraction == pytest.approx(0.9)
+    assert report.mean == pytest.approx((0.1 + 0.5 + 0.5 + 0.25) / 4)
+    assert report.overlap[0] == pytest.approx(0.01)
+    assert report.overlap[-1] == 0.5
+    assert any("25% of the propensities lie below the clip" in warning for warning in report.warnings)
+    json.dumps(asdict(report))
+
+
+def test_clipping_holds_on_every_row() -> None:
+    raw = torch.linspace(0, 1, 100)
+    o = (raw > 0.5).float()
+    propensity = calibrate(raw, o, clip=0.05)
+    assert float(propensity.prob.min()) == pytest.approx(0.05)
+    assert float(propensity.prob.max()) <= 1.0
+
+
+def test_no_overlap_and_bad_numbers_are_named() -> None:
+    inputs, _, o = feedback(100)
+    for value in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"o must hold both classes, got {int(100 * value)} ones in 100 rows"):
+            cross_fit(lambda: FeatureScorer(2, ()), inputs, torch.full((100,), value), SETTINGS)
+    with pytest.raises(ValueError, match="raw must be finite, got nan at position 1"):
+        calibrate(torch.tensor([0.5, math.nan]), torch.tensor([0.0, 1.0]), 0.1)
+    with pytest.raises(ValueError, match=r"clip must be in \(0, 1\), got 0"):
+        calibrate(torch.full((100,), 0.5), o, 0)
+    with pytest.raises(ValueError, match=r"folds must be in 2..90 \(the rows\), got 1"):
+        cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, folds=1)
+    with pytest.raises(ValueError, match="rows must match"):
+        calibrate(torch.full((3,), 0.5), o, 0.1)
+
+
+def test_given_folds_and_starts_keep_a_row_from_the_model_that_saw_it() -> None:
+    inputs, _, o = feedback(200)
+    fold = torch.arange(200) % 3 - 1
+    settings = FitSettings(epochs=1, lr=1e-9, batch_size=50)  # the models stay as they start
+
+    def start(bias: float) -> FeatureScorer:
+        scorer = FeatureScorer(2, ())
+        torch.nn.init.zeros_(scorer.head.weight)
+        torch.nn.init.constant_(scorer.head.bias, bias)
+        return scorer
+
+    starts = [lambda: start(-1.0), lambda: start(2.0)]
+    raw, _ = cross_fit(lambda: start(0.0), inputs, o, settings, fold=fold, starts=starts)
+    expected = torch.where(
+        fold == 0, -1.0, torch.where(fold == 1, 2.0, 0.5)
+    ).sigmoid()  # model k tells of fold k, both of the rest
+    torch.testing.assert_close(raw, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_labels_of_a_given_fold_do_not_move_what_is_said_of_it(number: int) -> None:
+    inputs, _, o = feedback(200)
+    fold = torch.arange(200) % 3 - 1
+    raw, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, fold=fold)
+    flipped, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, torch.where(fold == number, 1 - o, o), SETTINGS, fold=fold)
+    assert torch.equal(raw[fold == number], flipped[fold == number])
+    assert not torch.equal(raw[fold == 1 - number], flipped[fold == 1 - number])

@@ -1,0 +1,66 @@
+"""A disk that takes no more: each library that we write files with meets it in its own words, and all are understood."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from causalrm_ray.checkpoint import atomic_folder, write_json
+from causalrm_ray.config.base import RunFolder
+from causalrm_ray.data.files import write_parquet
+from jobs.support.errors import no_room
+
+LIMIT = 64 << 10  # bytes of a file: the kernel refuses more to this process, as a quota would
+NUMBERS = np.random.default_rng(0).integers(256, size=16 * LIMIT, dtype=np.uint8)  # which nothing can compress
+
+
+@pytest.fixture
+def limit() -> Iterator[None]:
+    """No file of this process may grow past LIMIT."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def tensors(path: Path) -> None:
+    save_file({"weight": torch.from_numpy(NUMBERS)}, path)
+
+
+def archive(path: Path) -> None:
+    torch.save({"weight": torch.from_numpy(NUMBERS)}, path)
+
+
+def table(path: Path) -> None:
+    write_parquet(pa.table({"number": NUMBERS}), path)
+
+
+def json(path: Path) -> None:
+    write_json(path, NUMBERS.tolist())
+
+
+@pytest.mark.usefixtures("limit")
+@pytest.mark.parametrize("write", [tensors, archive, table, json])
+def test_a_full_disk_is_told_as_such_and_leaves_nothing_half_written(write: Callable[[Path], None], tmp_path: Path) -> None:
+    run = RunFolder(dir=tmp_path, name="run")
+    with pytest.raises(Exception) as met, atomic_folder(run.path / "step-2") as folder:  # noqa: PT011 - each has a type of its own
+        write(folder / "file")
+    why = no_room(met.value, run)
+    assert why is not None
+    assert f"no room to write, most likely under {run.path}: " in why
+    assert list(run.path.iterdir()) == []
+
+
+def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
+    assert no_room(FileNotFoundError(2, "No such file or directory"), RunFolder(dir=tmp_path)) is None
+    assert no_room(RuntimeError("loss is not finite"), RunFolder(dir=tmp_path)) is None

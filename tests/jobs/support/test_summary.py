@@ -1,0 +1,166 @@
+"""What a fit leaves in a run's folder: diagnostics.json, and the same in pictures and words in report.html."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from causalrm_ray.config.options import load_config
+from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.estimators.core.training import Epoch, FitReport
+from causalrm_ray.estimators.diagnostics.diagnose import diagnose_fit
+from causalrm_ray.estimators.diagnostics.groups import Groups, Signals, diagnose_groups, diagnose_signals
+from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
+from causalrm_ray.estimators.nuisances.propensity import diagnose
+from causalrm_ray.estimators.pipeline import RewardFit, RewardFits
+from causalrm_ray.report.fit_section import fit_panels
+from causalrm_ray.report.page import write_report
+from causalrm_ray.types import NoiseRates
+from jobs.support.run_folder import Run
+from jobs.support.summary import fit_summary, with_drift
+
+AUTO = {"weight_features": 0.97, "weight_label": 0.03, "heldout_features": 0.61, "heldout_label": 0.63, "signal": 5.0}
+RATES = NoiseRates(0.1, 0.2)
+
+
+def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> dict[str, Any]:
+    """A fit as Roles.refit returns it, of a model that knows the truth."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, generator=generator)
+    propensity = torch.sigmoid(2 * torch.randn(2000, generator=generator) - 1)
+    o = (torch.rand(2000, generator=generator) < propensity).float()
+    clean = (x > 0).float()
+    wrong = torch.where(clean == 1, RATES.rho_01, RATES.rho_10)
+    observations = Observations(o, torch.where(torch.rand(2000, generator=generator) < wrong, 1 - clean, clean))
+    heldout, best = torch.arange(1500, 2000), Epoch(1, 0.6, 0.6)
+    one = RewardFit(torch.nn.Identity(), FitReport((best,), best), 0.6, figures)
+    fits = RewardFits({"auto": one}, RATES, noise, None, None, None, heldout, None)
+    found = diagnose_fit(fits, "auto", observations, propensity.clamp(min=0.1), 2 * x[heldout])
+    ranking = torch.sigmoid(2 * x)
+    groups = Groups((torch.arange(2000) % 2), ("style=flashy", "style=plain"))
+    place = torch.where(o == 1, observations.r * 2 + (torch.arange(2000) % 3 == 0), -1).long()
+    signals = diagnose_signals(ranking, Signals(place, ("downvote", "regenerate", "upvote", "copy"), (0, 0, 1, 1)))
+    by_group = asdict(diagnose_groups(ranking, 6 * x if figures else None, observations, RATES, groups))
+    told = {"groups": {"traits": by_group}, "signals": {name: asdict(rate) for name, rate in (signals or {}).items()}}
+    reward = {
+        "methods": {"auto": {"heldout_risk": 0.6, "best_epoch": 1}, "naive": {"heldout_risk": 0.7, "best_epoch": 1}},
+        "rates": asdict(RATES),
+        "rates_by": None,
+        "noise": None if noise is None else asdict(noise),
+        "diagnostics": {**asdict(found), **told},
+        "folders": {"auto": "reward/log/auto"},
+        "seconds": 2.0,
+        "train_seconds": 1.0,
+    }
+    return {"reward": reward, "propensity": {"version": 1, **asdict(diagnose(propensity, o, 0.1))}}
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    """Summary of a fit by `auto`, after a trip through JSON."""
+    found = fit(AUTO, NoiseEstimate(RATES, (0.05, 0.35), (0.15, 0.25), 40, 40))
+    return json.loads(json.dumps(fit_summary(found), allow_nan=False))
+
+
+def images(page: str) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^']+)'", page)]
+
+
+def test_the_summary_holds_numbers_words_and_advice(summary: dict[str, Any]) -> None:
+    found = summary["diagnostics"]
+    assert found["propensity"]["clipped_share"] == summary["propensity"]["clipped_share"] > 0.2
+    assert found["rates"] == summary["noise_rates"]
+    assert found["verdict"].startswith("The log supports this: only what is seen")
+    told = " ".join(found["warnings"])
+    assert "of the propensities lie below the clip" in told
+    assert "rho_01 is known only to lie in 0.05 to 0.35" in told
+    assert "rho_10" not in told
+    downvotes = [found["signals"][name]["liked"] for name in ("downvote", "regenerate")]
+    assert sum(downvotes) == pytest.approx(found["groups"]["traits"]["rates"]["style=plain"]["rates"]["rho_01"], abs=0.15)
+    assert not any(group["differ"] for group in found["groups"]["traits"]["selection"].values())
+
+
+def test_a_run_keeps_its_diagnostics_as_json(tmp_path: Path, summary: dict[str, Any]) -> None:
+    run = Run(load_config(None, [f"run.dir={tmp_path}", "run.name=fit"]))
+    run.summarise(summary)
+    kept = (run.path / "diagnostics.json").read_text(encoding="utf-8")
+    assert json.loads(kept) == summary["diagnostics"]
+    assert len(kept) < 30_000
+    other = Run(load_config(None, [f"run.dir={tmp_path}", "run.name=other"]))
+    other.summarise({"steps": 1})
+    assert not (other.path / "diagnostics.json").exists()
+
+
+def test_the_report_shows_pictures_words_and_advice(tmp_path: Path, summary: dict[str, Any]) -> None:
+    page = write_report(tmp_path, [], summary).read_text(encoding="utf-8")
+    pictures = images(page)
+    assert [picture[:8] for picture in pictures] == [b"\x89PNG\r\n\x1a\n"] * 3
+    found = summary["diagnostics"]
+    assert html.escape(found["verdict"]) in page
+    assert all(f"<li>{html.escape(warning)}</li>" in page for warning in found["warnings"])
+    assert "the better half by the model's score is liked more often by" in html.unescape(page)
+
+
+def test_steps_and_fit_stand_in_one_report(tmp_path: Path, summary: dict[str, Any]) -> None:
+    metrics = [
+        {
+            "step": step,
+            "reward": 0.1,
+            "kl": 0.2,
+            "entropy": 1.0,
+            "logprob_mismatch_mean_abs": 1e-6,
+            "logprob_mismatch_max_abs": 1e-5,
+        }
+        for step in range(3)
+    ]
+    assert len(images(write_report(tmp_path, metrics, summary).read_text(encoding="utf-8"))) == 4
+
+
+def test_drift_of_the_policy_stands_among_the_warnings(tmp_path: Path, summary: dict[str, Any]) -> None:
+    rows = [{"step": step, "entropy": entropy} for step, entropy in enumerate([1.0, 1.0, 1.0, 0.1, 0.1, 0.1])]
+    drifted = summary | {"diagnostics": with_drift(summary["diagnostics"], rows)}
+    *others, last = drifted["diagnostics"]["warnings"]
+    assert others == summary["diagnostics"]["warnings"]
+    assert last.startswith("Entropy fell from 1.00 to 0.10")
+    assert f"<li>{html.escape(last)}</li>" in write_report(tmp_path, [], drifted).read_text(encoding="utf-8")
+
+
+def test_a_method_that_compares_no_mechanisms_and_given_rates_leave_no_empty_panel(tmp_path: Path) -> None:
+    plain = fit_summary(fit({}, None))
+    assert plain["diagnostics"]["mechanisms"] is None
+    assert plain["noise_rates"]["rho_01"] == {"estimate": 0.1, "low": None, "high": None, "truth": None}
+    page = write_report(tmp_path, [], plain).read_text(encoding="utf-8")
+    assert "auto takes it for granted how feedback is selected" in page
+    widths = [int.from_bytes(picture[16:20], "big") for picture in images(page)]
+    assert widths[1] == pytest.approx(widths[0] * 2 / 3, abs=2)
+
+
+def test_every_panel_shows_something_and_names_its_axes(summary: dict[str, Any]) -> None:
+    panels = []
+    for row in fit_panels(summary):
+        for draw, panel in zip(row, Figure().subplots(1, len(row)), strict=True):
+            draw(panel)
+            panels.append(panel)
+    assert len(panels) == 11
+    assert all(panel.get_title() and (panel.has_data() or panel.patches) for panel in panels)
+    named = {"how often feedback slips", "reward models on held-out rows"}  # categories stand for their x axis
+    assert {panel.get_title() for panel in panels if not panel.get_xlabel()} == named
+    assert [panel.get_title() for panel in panels if not panel.get_ylabel()] == [
+        "what decides who gives feedback",
+        "who gives feedback, by trait",
+    ]
+
+
+def test_bars_of_the_overlap_are_shares_of_each_group(summary: dict[str, Any]) -> None:
+    panel = Figure().subplots()
+    fit_panels(summary)[1][0](panel)
+    assert [sum(patch.get_data().values) for patch in panel.patches] == pytest.approx([1.0, 1.0])
