@@ -26,10 +26,10 @@ import torch
 
 from actors.cluster.environment import compute_env
 from actors.cluster.placement import gpu_bytes, in_process, place, ray_resources, rendezvous, reserve, resolve
-from actors.cluster.plan import Plan, Transport, make_plan
 from actors.cluster.telemetry import DRIVER, event, record
 from actors.feedback import FeedbackRole
 from actors.learner.rank import LearnerRank
+from actors.plan import Plan, Transport, make_plan
 from actors.reward.fit_spec import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.reward.propensity import PropensityActor, read_propensities
 from actors.reward.role import RewardActor

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from causalrm_ray.checks import InputError
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.errors import InputError
+from causalrm_ray.files import write_whole
 
 MANIFEST = "manifest.json"
 

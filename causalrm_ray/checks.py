@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-
-class InputError(ValueError):
-    """What the user handed in cannot be used (a log, a prompt file, a run folder): names the thing, the rule and the value."""
+from causalrm_ray.errors import InputError
 
 
 def check_finite(name: str, value: torch.Tensor) -> None:

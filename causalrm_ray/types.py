@@ -135,3 +135,10 @@ class NoiseRates:
         if self.rho_01 + self.rho_10 >= 1.0:
             total = self.rho_01 + self.rho_10
             raise ValueError(f"rho_01 + rho_10 must be below 1, or feedback carries no information; got {total:.4f}")
+
+
+# Label noise of the paper's two scenarios, arXiv 2603.18736.
+SCENARIOS = {
+    1: NoiseRates(rho_01=0.2, rho_10=0.1),
+    2: NoiseRates(rho_01=0.1, rho_10=0.2),
+}

@@ -8,13 +8,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from causalrm_ray.checks import InputError
-from causalrm_ray.config.base import ConfigError, RunFolder, Section
+from causalrm_ray.config.base import RunFolder, Section
 from causalrm_ray.config.benchmark import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.config.chaos import ChaosConfig
 from causalrm_ray.config.embed import EmbedConfig
@@ -23,6 +22,8 @@ from causalrm_ray.config.perf import PerfConfig
 from causalrm_ray.config.plan import PlanConfig
 from causalrm_ray.config.submit import SubmitConfig, SubmittedConfig
 from causalrm_ray.config.train import Config
+from causalrm_ray.errors import ConfigError, InputError
+from jobs.support import supervise
 from jobs.support.errors import naming_full_disks, refuse
 from jobs.support.lock import run_lock
 
@@ -42,7 +43,7 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    "train-policy": Job("jobs.support.supervise", "tune a policy on observational feedback, end to end", supervised=True),
+    "train-policy": Job("jobs.train_policy", "tune a policy on observational feedback, end to end", supervised=True),
     "fit-reward": Job("jobs.fit_reward", "feedback log in, reward model out"),
     "simulate-feedback": Job("jobs.simulate_feedback", "let simulated users react to a policy's answers; write the log"),
     "evaluate": Job("jobs.evaluate", "score a policy and a reward model against the embedded oracle"),
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = find_run(job.tree, file, arguments.overrides, defaults)
         lock = run_lock(run) if job.writes and not job.supervised else contextlib.nullcontext()
         with lock, _logged(job, run), naming_full_disks(run):
+            if job.supervised:
+                return supervise.run(cast(Config, config), job.module)
             return importlib.import_module(job.module).run(config)
     except (ConfigError, InputError) as error:
         return refuse(arguments.job, error)

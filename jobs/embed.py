@@ -18,13 +18,13 @@ from rich.console import Console
 from actors.cluster.placement import ray_cluster
 from actors.features.embed import Backbone, Shard, embed_shards
 from causalrm_ray.checkpoint import write_json
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.base import ClusterConfig
 from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.data.graded import read_graded
 from causalrm_ray.data.shards import RowShards, conclude, write_rows
 from causalrm_ray.data.sources import Quarantine
+from causalrm_ray.errors import InputError
 from causalrm_ray.models.identity import check_length, model_digest
 from causalrm_ray.models.text import load_tokenizer
 from jobs.support.progress import Progress

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from actors.cluster.placement import ray_cluster
 from actors.system import Roles
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.train import EMBEDDED, Config
+from causalrm_ray.errors import ConfigError
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
 from jobs.support.prompts import Task, find_models

@@ -6,8 +6,8 @@ from rich.console import Console
 
 from actors.cluster.placement import ray_cluster
 from actors.system import Roles
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.train import Config
+from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.report.page import write_report
 from jobs.support.feedback import import_feedback

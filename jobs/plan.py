@@ -16,16 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster.plan import Plan, make_plan
+from actors.plan import Plan, make_plan
 from actors.reward.fit_spec import PROPENSITY_EPOCHS
 from actors.rollout.engine import MAX_SEQUENCES
 from causalrm_ray.capacity import GPUS, Gpu, Rates, Work, bottleneck, calibrated, draw_plan, fit, llama_size, step
 from causalrm_ray.checkpoint import read_json, write_json
-from causalrm_ray.checks import InputError
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.plan import PlanConfig, ShapeConfig
 from causalrm_ray.config.train import Config
+from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.models.size import ModelSize, model_size
 from causalrm_ray.rl.algorithms import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET

@@ -14,9 +14,9 @@ from rich.table import Table
 from actors.cluster.placement import ray_cluster
 from actors.system import Roles
 from causalrm_ray.checkpoint import CheckpointError, verify_folder
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.rollouts import kept_steps, read_rollout, rollout_path
+from causalrm_ray.errors import InputError
 from jobs.support.progress import Progress
 from jobs.support.prompts import find_models
 from jobs.support.run_folder import Run

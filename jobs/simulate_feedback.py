@@ -8,10 +8,10 @@ from rich.console import Console
 
 from actors.cluster.placement import ray_cluster
 from actors.system import Roles
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.snapshot import write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.errors import ConfigError
 from jobs.support.feedback import simulate_feedback
 from jobs.support.progress import Progress
 from jobs.support.prompts import Task, find_models

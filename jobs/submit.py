@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from actors.cluster.job_server import JobServer
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.submit import SubmitConfig
+from causalrm_ray.errors import InputError
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 

@@ -24,8 +24,6 @@ from datasets import Dataset
 from safetensors.numpy import save_file
 
 from causalrm_ray.checkpoint import MANIFEST, atomic_folder, newest_complete, write_json
-from causalrm_ray.checks import InputError
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.options import dump_config, load_config
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.embeddings import load_embeddings, write_embeddings
@@ -36,6 +34,7 @@ from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import read_rollout, write_rollout
 from causalrm_ray.data.shards import read_states, write_states
 from causalrm_ray.data.sources import Quarantine, read_prompts
+from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.models.identity import check_weights
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Scored, Span
 from jobs.__main__ import main

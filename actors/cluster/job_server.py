@@ -17,7 +17,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}  # from SIGTERM to SIGKILL: a step and a checkpoint must fit in; Ray's own is 3

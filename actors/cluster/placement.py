@@ -34,9 +34,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.cluster.in_process import Handle
 from actors.cluster.in_process import stream as stream_here
 from actors.cluster.telemetry import event, record
-from actors.rollout.engine import EngineDeadError, StrandedError, WrongWeightsError
-from causalrm_ray.checks import InputError
+from actors.errors import EngineDeadError, RoleDiedError, RoleTimeoutError, StrandedError, WrongWeightsError
 from causalrm_ray.config.base import IN_PROCESS, ClusterConfig
+from causalrm_ray.errors import InputError
 
 OBJECT_STORE_BYTES = 512 * 2**20  # the least of a cluster of our own
 QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -45,19 +45,6 @@ QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _in_process: ContextVar[bool] = ContextVar("in_process", default=False)
 _placed = itertools.count()
 _labels: dict[str, str] = {}  # actor id (hex) -> role, of all that this process placed
-
-
-class RoleDiedError(RuntimeError):
-    """A role's process ended, or its node; the message says in which phase. `roles` are the labels, where known, of those that
-    are of no more use, the dead first."""
-
-    def __init__(self, message: str, roles: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.roles = tuple(roles)
-
-
-class RoleTimeoutError(TimeoutError):
-    """A role did not answer in time; the message names the role and the phase."""
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ import ray.data
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from actors.cluster.placement import RoleDiedError, RoleTimeoutError, ray_resources
+from actors.cluster.placement import ray_resources
+from actors.errors import RoleDiedError, RoleTimeoutError
 from causalrm_ray.data.shards import write_states
 from causalrm_ray.models.reward_model import SequenceScorer, row_states
 from causalrm_ray.models.text import encode_pair, load_tokenizer

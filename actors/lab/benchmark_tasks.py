@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from causalrm_ray import metrics
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.benchmark import HeadConfig
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.data.embeddings import GradedEmbeddings
-from causalrm_ray.data.simulate import SCENARIOS, Selection, SimulatedLog, preferences, rescale, simulate, threshold
+from causalrm_ray.data.simulate import Selection, SimulatedLog, preferences, rescale, simulate, threshold
+from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import NOISE_FREE, Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.methods.registry import METHODS
@@ -30,7 +30,7 @@ from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_mode
 from causalrm_ray.estimators.studies import noise_study
 from causalrm_ray.estimators.studies.semisynthetic import bias_table
 from causalrm_ray.models.heads import FeatureScorer
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.types import SCENARIOS, NoiseRates
 
 METRICS = ("r2", "mae", "mse", "auroc", "pearson")
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from actors.lab.perf_baselines import token_reward
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
 
 TRL = "1.16."
 

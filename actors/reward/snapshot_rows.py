@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.data.log.snapshot import check_log, read_snapshot
+from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals
 from causalrm_ray.estimators.nuisances.strata import length_buckets, stratify

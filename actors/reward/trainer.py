@@ -19,7 +19,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.cluster.placement import end, place
 from actors.reward.fit_spec import FitQueue, FitSpec
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
 
 DEATHS = 3  # of workers, after each of which a fit begins anew
 CALLERS = 8  # of the orders' methods at once: a fit that waits, a worker that waits, one that is done

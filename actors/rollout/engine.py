@@ -16,18 +16,6 @@ MAX_SEQUENCES = 128  # that an engine writes at once on a CPU, and memory is pla
 DEVICE_SHARE = 0.9  # of a GPU's memory that may be planned with
 
 
-class EngineDeadError(RuntimeError):
-    """The engine failed earlier and serves no more; `__cause__` holds what killed it where it happened in this process."""
-
-
-class StrandedError(EngineDeadError):
-    """It is dead for want of another process, which it waited for in vain."""
-
-
-class WrongWeightsError(EngineDeadError):
-    """It is dead by what it was given: another one would die of it, too."""
-
-
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What an engine is started with.

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.cluster.placement import RoleDiedError, end, resolve, resolve_all, stream
+from actors.cluster.placement import end, resolve, resolve_all, stream
 from actors.cluster.telemetry import record
+from actors.errors import RoleDiedError
 from actors.weights.packing import SyncReport
 from actors.weights.publish import Publisher
 from causalrm_ray.config.train import Config

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 import torch
 
-from actors.rollout.engine import EngineDeadError, EngineSettings, StrandedError, WrongWeightsError
+from actors.errors import EngineDeadError, StrandedError, WrongWeightsError
+from actors.rollout.engine import EngineSettings
 from actors.weights.broadcast import BucketLayout, GroupRank
 from actors.weights.ipc import SharedWeights
 from actors.weights.packing import SyncReport, Weights, verify

@@ -9,10 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 IN_PROCESS = "in-process"  # the address of no cluster at all
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run: names the key, the rule and the value."""
-
-
 class Section(BaseModel):
     """A part of the tree: frozen, and closed to unknown keys."""
 

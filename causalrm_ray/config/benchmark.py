@@ -9,8 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from causalrm_ray.config.base import ClusterConfig, RunFolder, Section
-from causalrm_ray.data.simulate import SCENARIOS
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.types import SCENARIOS, NoiseRates
 
 
 def _leave_information(rho: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:

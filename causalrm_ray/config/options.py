@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from causalrm_ray.config.base import ConfigError, RunFolder, Section
+from causalrm_ray.config.base import RunFolder, Section
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.errors import ConfigError
+from causalrm_ray.files import write_whole
 
 Tree = TypeVar("Tree", bound=Section)
 HASH_LINE = "# sha256 of the lines below: "

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from causalrm_ray.checks import InputError, check_finite
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.checks import check_finite
+from causalrm_ray.errors import InputError
+from causalrm_ray.files import write_whole
 
 EMBEDDINGS, LABELS = "embeddings", "labels"
 HASH = "sha256"  # its name in the file's metadata

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from causalrm_ray.checks import InputError
-from causalrm_ray.data.files import read_parquet, write_parquet
+from causalrm_ray.data.parquet import read_parquet, write_parquet
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 ROLLOUT_SCHEMA = pa.schema(

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.data.embeddings import write_embeddings
-from causalrm_ray.data.files import CHECKSUMS, read_parquet, write_parquet
 from causalrm_ray.data.graded import GradedRow, Split
+from causalrm_ray.data.parquet import CHECKSUMS, read_parquet, write_parquet
 from causalrm_ray.data.sources import Quarantine
+from causalrm_ray.errors import InputError
 
 ROW_SCHEMA = pa.schema(
     [

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalrm_ray.checks import InputError, check_finite, check_same_length
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.checks import check_finite, check_same_length
+from causalrm_ray.errors import InputError
+from causalrm_ray.types import SCENARIOS, NoiseRates
 
 Selection = Literal["label", "features"]
-SCENARIOS = {1: NoiseRates(rho_01=0.2, rho_10=0.1), 2: NoiseRates(rho_01=0.1, rho_10=0.2)}
 FEEDBACK_RATE = 0.2  # mean propensity
 LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
 QUINTILES = 5

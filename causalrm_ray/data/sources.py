@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from causalrm_ray.checks import InputError
-from causalrm_ray.data.files import PARQUET_FAULTS
+from causalrm_ray.data.parquet import PARQUET_FAULTS
+from causalrm_ray.errors import InputError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROWS_PER_BATCH = 1_000

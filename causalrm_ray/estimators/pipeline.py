@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.checks import InputError, check_both_classes, check_propensity, check_same_length
+from causalrm_ray.checks import check_both_classes, check_propensity, check_same_length
 from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
 from causalrm_ray.estimators.core.task import FitTask, Fitted, Nuisances, Observations
 from causalrm_ray.estimators.core.training import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, mean_risk

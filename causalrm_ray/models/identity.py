@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
 
 
 def model_digest(model: str) -> str:

@@ -7,7 +7,7 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

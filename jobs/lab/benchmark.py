@@ -23,16 +23,16 @@ from rich.table import Table
 from actors.cluster.placement import ray_cluster, run_tasks
 from actors.lab.benchmark_tasks import METRICS, BiasSpec, Cell, CellSpec, Row, Setting, run_bias, run_cell
 from causalrm_ray.checkpoint import read_json, write_json
-from causalrm_ray.checks import InputError, check_both_classes
-from causalrm_ray.config.base import ConfigError
+from causalrm_ray.checks import check_both_classes
 from causalrm_ray.config.benchmark import BenchmarkConfig
 from causalrm_ray.config.options import dump_config, load_tree
 from causalrm_ray.data.embeddings import GradedEmbeddings, load_pair
-from causalrm_ray.data.files import write_whole
 from causalrm_ray.data.simulate import preferences, threshold
+from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.estimators.methods.registry import METHODS
 from causalrm_ray.estimators.pipeline import ORACLE
 from causalrm_ray.estimators.studies.semisynthetic import Bias
+from causalrm_ray.files import write_whole
 from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
 from causalrm_ray.types import NoiseRates
 from jobs.support.progress import Progress

@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 
 from actors.cluster.local_cluster import LocalCluster, local_cluster
 from causalrm_ray.checkpoint import newest_complete, read_json, write_json
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.chaos import ChaosConfig
 from causalrm_ray.config.options import dump_config, load_tree
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import Impression
 from causalrm_ray.world.users import SimulatedUsers
 from jobs.lab.benchmark import write_markdown

@@ -19,11 +19,10 @@ from rich.table import Table
 from actors.cluster.placement import ray_cluster
 from actors.system import Roles
 from causalrm_ray.checkpoint import atomic_folder, verify_folder
-from causalrm_ray.checks import InputError
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.errors import ConfigError, InputError
+from causalrm_ray.files import write_whole
 from causalrm_ray.report.page import draw_comparison
 from jobs.support.feedback import simulate_feedback
 from jobs.support.oracle import Oracle

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from actors.cluster.placement import ray_cluster, run_tasks
 from actors.lab.benchmark_tasks import NoiseSpec, Row, run_noise
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.benchmark import NoiseStudyConfig
 from causalrm_ray.config.options import dump_config
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import NoiseRates
 from jobs.lab.benchmark import write_markdown, write_rows
 from jobs.support.progress import Progress

@@ -43,10 +43,10 @@ from actors.rollout.generator import engine_env
 from actors.system import Roles
 from actors.weights.packing import unpack
 from causalrm_ray.checkpoint import atomic_folder, write_json
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.perf import SAMPLES, WARM_STEPS, Case, PerfConfig
 from causalrm_ray.config.train import Config
+from causalrm_ray.errors import InputError
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.report.speed import Figure, Pair, draw_figures, figure, speed, sync_figure, uncovered

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.base import RunFolder
+from causalrm_ray.errors import InputError
 
 REFUSED = 2  # exit status: what was told or handed in cannot be used; trying again would not help
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

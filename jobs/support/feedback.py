@@ -9,11 +9,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from actors.system import Roles
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.imports import LengthLimit, import_log
 from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import encode_pair
 from jobs.support.prompts import Task
 

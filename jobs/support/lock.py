@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.base import RunFolder
+from causalrm_ray.errors import InputError
 
 
 @contextlib.contextmanager

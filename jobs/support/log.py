@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from actors.cluster.telemetry import LOGGER, event, run_name, step_now
-from causalrm_ray.checks import InputError
-from causalrm_ray.config.base import ConfigError, RunFolder
+from causalrm_ray.config.base import RunFolder
+from causalrm_ray.errors import ConfigError, InputError
 
 FILE = "log.jsonl"
 

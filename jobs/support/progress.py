@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from actors.cluster.plan import Plan
 from actors.cluster.telemetry import event, step_now
+from actors.plan import Plan
 
 console = Console(highlight=False)
 LINES = 10  # printed lines per bar where the output is no terminal

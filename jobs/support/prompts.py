@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.train import EMBEDDED, Config
 from causalrm_ray.data.sources import read_prompts
+from causalrm_ray.errors import InputError
 from causalrm_ray.models.identity import check_weights
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
 from causalrm_ray.types import Completion, Impression, Prompt, Request

@@ -18,10 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from actors.cluster.telemetry import event
 from causalrm_ray.checkpoint import newest_complete, read_json, write_json
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.files import write_whole
+from causalrm_ray.errors import InputError
+from causalrm_ray.files import write_whole
 
 TIMINGS = frozenset(("seconds", "sync_seconds", "sync_gb_per_s"))  # figures of a step that no other run repeats
 STOPPED = 128 + signal.SIGTERM  # exit status of a job that was asked to stop, and saved

@@ -9,6 +9,7 @@ SIGTERM, as clouds send it before they take a machine back, is handed on: the at
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -22,10 +23,10 @@ from types import FrameType
 from rich.console import Console
 
 from causalrm_ray.checkpoint import newest_complete
-from causalrm_ray.checks import InputError
-from causalrm_ray.config.base import IN_PROCESS, ConfigError
+from causalrm_ray.config.base import IN_PROCESS
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config
+from causalrm_ray.errors import ConfigError, InputError
 from jobs.support.errors import naming_full_disks, refuse
 from jobs.support.lock import run_lock
 
@@ -35,22 +36,20 @@ LOST = 75  # an attempt that lost a role (EX_TEMPFAIL): another may do better
 console = Console(highlight=False, soft_wrap=True)
 
 
-def run(config: Config) -> int:
-    """Run the job, in this process if its death is not to be made good. Returns its exit status."""
+def run(config: Config, module: str) -> int:
+    """Run the job in `module`, in this process if its death must not start another attempt. Returns its exit status."""
     if config.world.users != "none" and (config.feedback.source or config.feedback.prompts):
         raise ConfigError(
             "world.users must be none with feedback.source or feedback.prompts: simulated users know the embedded world only"
         )
     if config.loop.max_failures == 0 or config.cluster.address == IN_PROCESS:
-        from jobs import train_policy
-
-        return train_policy.run(config)
+        return importlib.import_module(module).run(config)
     with run_lock(config.run):  # said at once; the attempt itself holds the lock, and lets go when it dies
         pass
     failures, again = 0, False
     before = _checkpoint(config)
     while True:
-        status = _attempt(config, again)
+        status = _attempt(config, module, again)
         found = _checkpoint(config)
         if not _was_death(status, before, found):
             return status
@@ -65,12 +64,11 @@ def run(config: Config) -> int:
         config, again, before = config.model_copy(update={"run": run_folder}), found is None, found
 
 
-def _attempt(config: Config, again: bool) -> int:
+def _attempt(config: Config, module: str, again: bool) -> int:
     """One driver's exit status; negative: the signal that killed it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    driver = subprocess.Popen(
-        [sys.executable, "-P", "-m", "jobs.support.supervise"], stdin=subprocess.PIPE, text=True, env=environment
-    )
+    command = [sys.executable, "-P", "-m", "jobs.support.supervise", module]
+    driver = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
     assert driver.stdin is not None
     with _handing_on(signal.SIGTERM, driver):
         with driver.stdin as told:
@@ -108,16 +106,15 @@ def _was_death(status: int, before: Path | None, after: Path | None) -> bool:
     return status == LOST or (status == 1 and before != after)
 
 
-def attempt() -> int:
-    """The driver: reads on stdin what `run` wrote."""
+def attempt(module: str) -> int:
+    """The driver of the job in `module`: reads on stdin what `run` wrote."""
     told = json.load(sys.stdin)
-    from actors.cluster.placement import RoleDiedError, RoleTimeoutError
-    from jobs import train_policy
+    from actors.errors import RoleDiedError, RoleTimeoutError
 
     config = validate(told["config"])
     try:
         with naming_full_disks(config.run):
-            return train_policy.run(config, again=told["again"])
+            return importlib.import_module(module).run(config, again=told["again"])
     except (RoleDiedError, RoleTimeoutError) as error:
         refuse("train-policy", error)
         return LOST
@@ -126,4 +123,4 @@ def attempt() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(attempt())
+    sys.exit(attempt(sys.argv[1]))

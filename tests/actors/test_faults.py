@@ -12,7 +12,8 @@ import pytest
 import ray
 import torch
 
-from actors.cluster.placement import RoleDiedError, place, resolve
+from actors.cluster.placement import place, resolve
+from actors.errors import RoleDiedError
 from actors.lab.perf_baselines import processes_of
 from actors.reward.role import RewardActor
 from actors.rollout.engine import EngineSettings

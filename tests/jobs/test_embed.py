@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.cluster.placement import RoleTimeoutError
+from actors.errors import RoleTimeoutError
 from actors.features.embed import Backbone, Embedder, Shard, embed_shards
 from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.options import load_tree

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.options import load_config
 from causalrm_ray.data.rollouts import kept_steps, read_rollout, rollout_path, write_rollout
+from causalrm_ray.errors import ConfigError
 
 ALONE = ["cluster.address=in-process", "rollout.engine=hf", "rollout.generators=1", "learner.ranks=1", "reward.workers=0"]
 SMALL = ["world.impressions=600", "reward.method=naive", "reward.compare=[]", "rollout.prompts_per_step=8"]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from causalrm_ray.config.base import ConfigError
+from causalrm_ray.errors import ConfigError
 from jobs.__main__ import main, make_submission
 
 ROOT = Path(__file__).parents[2]

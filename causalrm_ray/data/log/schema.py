@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
 
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import FeedbackEvent, Impression
 
 RETRACT = "retract"  # the signal of an event that withdraws another

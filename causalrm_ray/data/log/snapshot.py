@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from causalrm_ray.checks import InputError
-from causalrm_ray.data.files import read_parquet, write_parquet
+from causalrm_ray.data.parquet import read_parquet, write_parquet
+from causalrm_ray.errors import InputError
 
 SNAPSHOT_SCHEMA = pa.schema(
     [

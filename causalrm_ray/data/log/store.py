@@ -43,7 +43,6 @@ from sqlalchemy import event as hooks
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.data.log.schema import (
     RETRACT,
     check_signals,
@@ -56,6 +55,7 @@ from causalrm_ray.data.log.schema import (
     state_table,
 )
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import FeedbackEvent, Impression
 
 _IDS_PER_QUERY = 500

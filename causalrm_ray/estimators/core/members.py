@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.task import FitTask
 from causalrm_ray.estimators.core.training import FitReport, Objective, Risk, fit, predict
-from causalrm_ray.estimators.nuisances.calibration import fold_of
 from causalrm_ray.models.heads import EnsembleScorer
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, noise_rates_by
 from causalrm_ray.estimators.nuisances.signals import SignalRate, signal_rates

@@ -11,6 +11,7 @@ from scipy.optimize import isotonic_regression, minimize_scalar
 from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_same_length, check_unit_interval
+from causalrm_ray.estimators.core.folds import fold_of
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,6 @@ def temperature(logit: Tensor, label: Tensor) -> float:
         return float(nn.functional.binary_cross_entropy_with_logits(logits * math.exp(-log_t), labels))
 
     return math.exp(minimize_scalar(risk, bounds=(-4.0, 4.0), method="bounded").x)
-
-
-def fold_of(rows: int, folds: int, seed: int) -> Tensor:
-    """Fold number in 0..folds-1 of each of `rows` rows: equally many each, at random."""
-    if not 2 <= folds <= rows:
-        raise ValueError(f"folds must be in 2..{rows} (the rows), got {folds}")
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)) % folds
 
 
 def cross_calibrate(prob: Tensor, label: Tensor, seen: Tensor, folds: int, seed: int, weight: Tensor | None = None) -> Tensor:

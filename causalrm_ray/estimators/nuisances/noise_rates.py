@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from causalrm_ray.checks import InputError, check_same_length, check_unit_interval
+from causalrm_ray.checks import check_same_length, check_unit_interval
+from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.nuisances.noise_curve import (
     RHO_01,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_finite, check_propensity, check_same_length, check_unit_interval
+from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, fit, predict, seeded
-from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration, fold_of
+from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece
 

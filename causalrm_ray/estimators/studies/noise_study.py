@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
+from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.task import Observations
-from causalrm_ray.estimators.nuisances.calibration import fold_of
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_noise_rates
 from causalrm_ray.types import NoiseRates
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from actors.cluster.placement import RoleDiedError, RoleTimeoutError, object_store_bytes, place, resolve, resolve_all, stream
-from actors.rollout.engine import EngineDeadError, StrandedError
+from actors.cluster.placement import object_store_bytes, place, resolve, resolve_all, stream
+from actors.errors import EngineDeadError, RoleDiedError, RoleTimeoutError, StrandedError
 
 
 class Worker:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from actors.errors import EngineDeadError
 from actors.rollout import hf_engine as engine_hf
-from actors.rollout.engine import EngineDeadError, EngineSettings
+from actors.rollout.engine import EngineSettings
 from actors.rollout.hf_engine import HfEngine
 from actors.weights.packing import pack
 from causalrm_ray.models.policy import load_policy

@@ -13,18 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.weights.broadcast import (
-    Bucket,
-    BucketLayout,
-    Channel,
-    GroupRank,
-    LostPeerError,
-    joined,
-    make_layout,
-    rank_offsets,
-    receive,
-    send,
-)
+from actors.errors import LostPeerError
+from actors.weights.broadcast import Bucket, BucketLayout, Channel, GroupRank, joined, make_layout, rank_offsets, receive, send
 from actors.weights.packing import Entry, checksum
 
 CPU = torch.device("cpu")

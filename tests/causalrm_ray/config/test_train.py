@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.options import dump_config, load_config, options
 from causalrm_ray.config.train import ENSEMBLES, Config, MethodName
+from causalrm_ray.errors import ConfigError
 from causalrm_ray.estimators.methods.registry import METHODS
 from causalrm_ray.types import Sampling
 

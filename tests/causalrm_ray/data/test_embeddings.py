@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.data.embeddings import load_embeddings, load_pair
+from causalrm_ray.errors import InputError
 
 GOOD = {"embeddings": torch.arange(6.0).reshape(3, 2), "labels": torch.tensor([0.0, 2.0, 4.0])}
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from causalrm_ray.checks import InputError
 from causalrm_ray.data.rollouts import forget_rollouts, kept_steps, read_rollout, rollout_path, write_rollout
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 

@@ -8,18 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from causalrm_ray.checks import InputError
-from causalrm_ray.data.simulate import (
-    SCENARIOS,
-    SimulatedLog,
-    feature_quintiles,
-    preferences,
-    propensities,
-    rescale,
-    simulate,
-    threshold,
-)
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.data.simulate import SimulatedLog, feature_quintiles, preferences, propensities, rescale, simulate, threshold
+from causalrm_ray.errors import InputError
+from causalrm_ray.types import SCENARIOS, NoiseRates
 
 ROWS = 20_000
 LEVELS = torch.arange(ROWS).remainder(5).float()

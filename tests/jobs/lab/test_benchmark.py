@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 
 from actors.cluster import placement
 from actors.lab.benchmark_tasks import BiasSpec, Cell, CellSpec, Setting, run_bias, run_cell
-from causalrm_ray.checks import InputError
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.benchmark import BenchmarkConfig, HeadConfig
 from causalrm_ray.config.options import load_tree, options
 from causalrm_ray.data.embeddings import GradedEmbeddings
+from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.estimators.methods.registry import METHODS
 from causalrm_ray.estimators.studies import semisynthetic
 from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity

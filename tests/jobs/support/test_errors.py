@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config.base import RunFolder
-from causalrm_ray.data.files import write_parquet
+from causalrm_ray.data.parquet import write_parquet
 from jobs.support.errors import no_room
 
 LIMIT = 64 << 10  # bytes of a file: the kernel refuses more to this process, as a quota would

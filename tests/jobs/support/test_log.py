@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from actors.cluster.telemetry import LOGGER, METRICS, event, exported, record
-from causalrm_ray.checks import InputError
 from causalrm_ray.config.base import RunFolder
+from causalrm_ray.errors import InputError
 from jobs.support.log import FILE, RunLog
 from jobs.support.progress import Progress
 

@@ -20,7 +20,7 @@ def script(
     told: list[tuple[bool, bool]] = []
     script: Iterator[tuple[int, int | None]] = iter(ends)
 
-    def attempt(config: Config, again: bool) -> int:
+    def attempt(config: Config, module: str, again: bool) -> int:
         told.append((config.run.resume, again))
         status, step = next(script)
         if step is not None:
@@ -30,7 +30,7 @@ def script(
 
     monkeypatch.setattr(supervise, "_attempt", attempt)
     run = {"dir": str(tmp_path), "cache": str(tmp_path / "cache")}
-    told_last = supervise.run(validate({"run": run, "loop": {"max_failures": failures}}))
+    told_last = supervise.run(validate({"run": run, "loop": {"max_failures": failures}}), "jobs.train_policy")
     return [*told, (bool(told_last), False)]
 
 

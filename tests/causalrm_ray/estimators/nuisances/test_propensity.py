@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.training import FitSettings, Objective, predict
-from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration, fold_of
+from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration
 from causalrm_ray.estimators.nuisances.propensity import (
     calibrate,
     cross_fit,

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from causalrm_ray.data.simulate import SCENARIOS, preferences, rescale, simulate, threshold
+from causalrm_ray.data.simulate import preferences, rescale, simulate, threshold
 from causalrm_ray.estimators.core.task import Nuisances, Observations
 from causalrm_ray.estimators.methods.reweighting import REWEIGHTING
 from causalrm_ray.estimators.studies.semisynthetic import (
@@ -24,7 +24,7 @@ from causalrm_ray.estimators.studies.semisynthetic import (
     skew,
 )
 from causalrm_ray.losses.pointwise import bce, mse
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.types import SCENARIOS, NoiseRates
 
 SCORE = torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 4.0, 5.0])
 UNBIASED = ("causalrm_ips", "causalrm_dr")

@@ -18,8 +18,8 @@ import torch
 
 from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES
 from actors.weights.broadcast import BUCKET_BYTES, BUCKETS
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.train import Config
+from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.reward_model import GROUP
 from causalrm_ray.models.size import ModelSize
 from causalrm_ray.rl.algorithms import ALGORITHMS

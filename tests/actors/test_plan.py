@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.cluster.plan import GIB, Plan, make_plan
+from actors.plan import GIB, Plan, make_plan
 from actors.rollout.engine import DEVICE_SHARE
 from actors.system import ALL_ROLES
-from causalrm_ray.config.base import ConfigError
 from causalrm_ray.config.options import load_config
 from causalrm_ray.config.train import Config
+from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.size import ModelSize, model_size
 

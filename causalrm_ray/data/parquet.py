@@ -1,33 +1,20 @@
-"""Files that readers see whole or not at all; our Parquet files also tell of every flipped bit."""
+"""Parquet files with a checksum of every page, written whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from causalrm_ray.checks import InputError
+from causalrm_ray.errors import InputError
+from causalrm_ray.files import write_whole
 
 # What pyarrow raises for a file that is no Parquet or a damaged one; ValueError covers text that is no UTF-8.
 PARQUET_FAULTS = (OSError, ValueError, OverflowError, pa.ArrowException)
 CHECKSUMS: Mapping[str, Any] = {"write_page_checksum": True}
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, which then takes its place: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
