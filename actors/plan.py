@@ -22,7 +22,7 @@ from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.reward_model import GROUP
 from causalrm_ray.models.size import ModelSize
-from causalrm_ray.rl.algorithms import ALGORITHMS
+from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 
 GIB = 1 << 30
@@ -156,7 +156,7 @@ def _check_can_share(generators: int, spread: int, ranks: int, wanted: int, gpus
 def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collection[str], on_gpu: bool) -> dict[str, int]:
     """Bytes of each process, by role."""
     dtype, longest = getattr(torch, config.model.dtype), config.model.max_length
-    rollout, learner, critic = config.rollout, config.learner, ALGORITHMS[config.learner.algorithm].critic
+    rollout, learner, critic = config.rollout, config.learner, ALGORITHMS.load(config.learner.algorithm).critic
     answers = -(-rollout.prompts_per_step * rollout.samples_per_prompt // rollout.generators)  # of one generator in a step
     scoring = reward.weight_bytes(torch.float32) + reward.activation_bytes(torch.float32, GROUP * longest, training=False)
     sizes: dict[str, float] = {}

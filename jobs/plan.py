@@ -26,7 +26,7 @@ from causalrm_ray.config.plan import PlanConfig, ShapeConfig
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.models.size import ModelSize, model_size
-from causalrm_ray.rl.algorithms import ALGORITHMS
+from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 from causalrm_ray.world.random_models import SIZES
 
@@ -134,7 +134,7 @@ def planned_work(config: PlanConfig, policy: ModelSize, reward: ModelSize, roles
         policy=policy,
         reward=reward,
         width=WIDTHS[config.dtype],
-        critic=ALGORITHMS[config.algorithm].critic,
+        critic=ALGORITHMS.load(config.algorithm).critic,
         sequences=MAX_SEQUENCES,
         budget=TOKEN_BUDGET,
         shared=any(0 < seat.gpus < 1 for name, seat in roles.allocations.items() if name.startswith(("generator", "learner"))),

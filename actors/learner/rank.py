@@ -29,12 +29,12 @@ from actors.weights.broadcast import BucketLayout, Channel, GroupRank, joined, m
 from actors.weights.ipc import Known, SharedWeights, share
 from actors.weights.packing import Weights, pack
 from causalrm_ray.checks import check_finite
-from causalrm_ray.config.train import GROUPED, LearnerConfig
+from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
 from causalrm_ray.models.policy import ActorCritic, Reference, load_policy
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.models.token_batch import make_batch
-from causalrm_ray.rl.algorithms import ALGORITHMS
+from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET, balance_lengths, of_rank
 from causalrm_ray.rl.experience import (
     TRAINING,
@@ -97,7 +97,7 @@ class LearnerRank:
         self._budget = tokens_per_micro_batch
         self._base = policy  # with LoRA, frozen and without the adapter
         self._parameters = policy.num_parameters()
-        self._algorithm = ALGORITHMS[config.algorithm]
+        self._algorithm = ALGORITHMS.load(config.algorithm)
         self._fills_old_logprobs_in_step = fills_old_logprobs_in_step(config)
         self._kl_coefficient = config.kl.coefficient
         self._rewards_seen = RunningMoments()
@@ -270,7 +270,7 @@ class LearnerRank:
             if name in seen:
                 raise ValueError(f"ids must be unique within a step, got {name!r} twice")
             seen.add(name)
-        if self._config.algorithm in GROUPED:
+        if self._algorithm.grouped:
             check_groups(self._config.algorithm, [answer.completion for answer in scored])
         check_finite("reward", torch.tensor([answer.reward for answer in scored]))
 

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from actors.rollout.engine import Engine, EngineSettings
-from actors.rollout.hf_engine import HfEngine, hf_env
-from actors.rollout.vllm_engine import VllmEngine, vllm_env
+from actors.rollout.hf_engine import hf_env
+from actors.rollout.vllm_engine import vllm_env
 from actors.weights.broadcast import BucketLayout, GroupRank
 from actors.weights.ipc import SharedWeights
 from actors.weights.lora_merge import Merger, is_adapter
 from actors.weights.packing import SyncReport, Weights
+from causalrm_ray.registry import ENGINES
 from causalrm_ray.types import Completion, Request, Sampling
-
-ENGINES: dict[str, Callable[[EngineSettings], Engine]] = {"vllm": VllmEngine, "hf": HfEngine}
 
 
 def engine_env(engine: str, model: str, cache: str | Path, gpu: bool = False) -> dict[str, str]:
-    """Environment variables that the process of an `engine` (a key of ENGINES) must start with."""
+    """Environment variables that the process of an `engine`, by its name, must start with."""
     return hf_env(model, gpu) if engine == "hf" else vllm_env(model, cache, gpu)
 
 
 class Generator:
-    """Generates on an `engine`, a key of ENGINES, with `sampling` unless told otherwise.
+    """Generates on an `engine`, by name or import path, with `sampling` unless told otherwise.
 
     Several threads may call it: weights may be taken, received and mapped while `generate` streams.
     """
@@ -37,7 +36,7 @@ class Generator:
         self._settings = settings
         self._merger: Merger | None = None
         self._max_length = settings.max_length
-        self._engine = ENGINES[engine](settings)
+        self._engine: Engine = ENGINES.load(engine)(settings)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling | None = None) -> Iterator[Completion]:
         """Submit all requests at once and yield each answer as it finishes (a generator function, as Ray's streaming demands).

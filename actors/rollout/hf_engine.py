@@ -44,6 +44,8 @@ def hf_env(model: str, gpu: bool) -> dict[str, str]:
 class HfEngine(StepThreadEngine):
     """An `Engine` on transformers: on a GPU where torch sees one, else on the CPU."""
 
+    tensor_parallel = False
+
     def __init__(self, settings: EngineSettings) -> None:
         if settings.tensor_parallel > 1:
             raise ValueError(f"rollout.tensor_parallel must be 1 with rollout.engine=hf, got {settings.tensor_parallel}")

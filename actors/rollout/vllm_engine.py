@@ -44,6 +44,8 @@ def vllm_env(model: str, cache: str | Path, gpu: bool) -> dict[str, str]:
 class VllmEngine(StepThreadEngine):
     """An `Engine` on vLLM's LLMEngine."""
 
+    tensor_parallel = True
+
     def __init__(self, settings: EngineSettings) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ModuleNotFoundError(

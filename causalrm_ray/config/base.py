@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, Registry
 
 IN_PROCESS = "in-process"  # the address of no cluster at all
+
+
+def chosen_from(registry: Registry, *others: str) -> Any:
+    """The type of an option that names one object of a registry, by name or import path, or is one of `others`."""
+    return Annotated[str, AfterValidator(lambda name: name if name in others else registry.check(name)), registry]
+
+
+EstimatorName = chosen_from(ESTIMATORS)
+ComparedName = chosen_from(ESTIMATORS, "oracle")
+AlgorithmName = chosen_from(ALGORITHMS)
+EngineName = chosen_from(ENGINES)
 
 
 class Section(BaseModel):

@@ -123,7 +123,8 @@ def _explain(fault: Any, kind: type[Section]) -> str:
     if fault["type"] == "missing":
         return f"{key}: must be given"
     if fault["type"] != "extra_forbidden":
-        return f"{key or 'configuration'}: {fault['msg']}, got {fault['input']!r}" if key else fault["msg"]
+        rule = fault["msg"].removeprefix("Value error, ")
+        return f"{key}: {rule}" + ("" if ", got " in rule else f", got {fault['input']!r}") if key else rule
     known = [name for name, *_ in options(kind)]
     sections = sorted({name.rsplit(".", 1)[0] for name in known if "." in name})
     nearest = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.4)

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from causalrm_ray.config.base import RunFolder, Section
-from causalrm_ray.config.train import GROUPED, AlgorithmName
+from causalrm_ray.config.base import AlgorithmName, RunFolder, Section
+from causalrm_ray.registry import ALGORITHMS
 
 Gpu = Literal["A100", "H100", "H200", "L4"]
 
@@ -81,7 +81,7 @@ class PlanConfig(Section):
 
     @model_validator(mode="after")
     def _groups(self) -> PlanConfig:
-        if self.algorithm in GROUPED and self.samples < 2:
+        if self.samples < 2 and ALGORITHMS.load(self.algorithm).grouped:
             raise ValueError(f"samples must be at least 2 with algorithm={self.algorithm}, got {self.samples}")
         if self.log_rows is not None and self.log_rows > self.log_events:
             raise ValueError(f"log_rows must be at most log_events={self.log_events}, got {self.log_rows}")

@@ -6,21 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from causalrm_ray.config.base import IN_PROCESS, ClusterConfig, RunConfig, Section
+from causalrm_ray.config.base import (
+    IN_PROCESS,
+    AlgorithmName,
+    ClusterConfig,
+    ComparedName,
+    EngineName,
+    EstimatorName,
+    RunConfig,
+    Section,
+)
+from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS
 from causalrm_ray.types import NoiseRates, Sampling
 
-# fmt: off
-MethodName = Literal[  # keys of METHODS
-    "naive", "ips", "snips", "dr", "causalrm_ips", "causalrm_snips", "causalrm_dr",
-    "mt_ips", "mt_dr", "sdr", "cvib",
-    "f_correction", "co_teaching", "codis", "labelwave", "eps_softmax", "robust_dividemix", "selectmix", "ilde",
-    "latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable", "causalrm_ips_surrogate", "causalrm_dr_surrogate",
-]
-# fmt: on
-ENSEMBLES = ("latent", "two_stage", "auto", "causalrm_ips_stable", "causalrm_dr_stable")  # methods that fit several heads
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
-AlgorithmName = Literal["ppo", "grpo", "rloo", "reinforce_pp"]  # keys of ALGORITHMS
-GROUPED = ("grpo", "rloo")  # algorithms that compare an answer with the others to its prompt
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
 SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
 
@@ -83,8 +82,8 @@ class FeedbackConfig(Section):
 class RewardConfig(Section):
     """The reward model and how it is fitted (arXiv 2603.18736)."""
 
-    method: MethodName = Field("auto", description="estimator whose model rewards the policy")
-    compare: tuple[MethodName | Literal["oracle"], ...] = Field(
+    method: EstimatorName = Field("auto", description="estimator whose model rewards the policy")
+    compare: tuple[ComparedName, ...] = Field(
         ("naive", "oracle"), description="further estimators fitted once, for the report only; oracle: on true preferences"
     )
     epochs: int = Field(4, ge=1, description="most passes over the log")
@@ -99,8 +98,8 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _caution_needs_members(self) -> RewardConfig:
-        if self.caution and self.method not in ENSEMBLES:
-            raise ValueError(f"reward.caution needs one of {', '.join(ENSEMBLES)} as reward.method, got {self.method}")
+        if self.caution and "states" not in ESTIMATORS.load(self.method).needs:
+            raise ValueError(f"reward.caution needs a reward.method that fits an ensemble, such as auto, got {self.method}")
         return self
 
     @field_validator("rho")
@@ -128,7 +127,7 @@ class RolloutConfig(Section):
     """
 
     temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=2, description="sampling temperature")
-    engine: Literal["vllm", "hf"] = Field("vllm", description="inference engine: vLLM, or transformers alone")
+    engine: EngineName = Field("vllm", description="inference engine: vLLM, or transformers alone")
     tensor_parallel: int = Field(1, ge=1, description="GPUs that one generator spreads the model over; vllm only")
     generators: int = Field(2, ge=1, description="number of generator actors")
     prompts_per_step: int = Field(64, ge=1, description="prompts per policy step, over all generators")
@@ -143,8 +142,8 @@ class RolloutConfig(Section):
     def _engine_can(self) -> RolloutConfig:
         if any(end == "" or (isinstance(end, int) and end < 0) for end in self.stop):
             raise ValueError(f"rollout.stop must hold texts of at least 1 character and token ids >= 0, got {list(self.stop)}")
-        if self.engine == "hf" and self.tensor_parallel > 1:
-            raise ValueError(f"rollout.tensor_parallel must be 1 with rollout.engine=hf, got {self.tensor_parallel}")
+        if self.tensor_parallel > 1 and not ENGINES.load(self.engine).tensor_parallel:
+            raise ValueError(f"rollout.tensor_parallel must be 1 with rollout.engine={self.engine}, got {self.tensor_parallel}")
         return self
 
     def sampling(self, evaluation: bool = False) -> Sampling:
@@ -271,7 +270,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _prompts_have_groups(self) -> Config:
         samples, algorithm = self.rollout.samples_per_prompt, self.learner.algorithm
-        if algorithm in GROUPED and samples < 2:
+        if samples < 2 and ALGORITHMS.load(algorithm).grouped:
             raise ValueError(f"rollout.samples_per_prompt must be at least 2 with learner.algorithm={algorithm}, got {samples}")
         return self
 

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from causalrm_ray.config.train import AlgorithmName
 from causalrm_ray.rl.advantage import gae, grpo, moments, reward_to_go, rloo, whiten
 
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -46,6 +45,7 @@ class Algorithm(NamedTuple):
     kl: KLEstimator
     advantages: Callable[[Rows, float, AllReduceSum], Advantages]
     per_answer: bool = False
+    grouped: bool = False  # compares an answer with the others to its prompt
 
 
 def ppo_advantages(rows: Rows, lam: float, all_reduce_sum: AllReduceSum) -> Advantages:
@@ -70,10 +70,10 @@ def rloo_advantages(rows: Rows, lam: float, all_reduce_sum: AllReduceSum) -> Adv
     return _per_answer(rloo, rows, all_reduce_sum)
 
 
-ALGORITHMS: dict[AlgorithmName, Algorithm] = {
+ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm(True, "k1", ppo_advantages),
-    "grpo": Algorithm(False, "k3", grpo_advantages, per_answer=True),
-    "rloo": Algorithm(False, "k1", rloo_advantages),
+    "grpo": Algorithm(False, "k3", grpo_advantages, per_answer=True, grouped=True),
+    "rloo": Algorithm(False, "k1", rloo_advantages, grouped=True),
     "reinforce_pp": Algorithm(False, "k1", reinforce_pp_advantages),
 }
 

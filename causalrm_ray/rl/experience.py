@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from causalrm_ray.config.train import LearnerConfig
+from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.advantage import token_rewards
-from causalrm_ray.rl.algorithms import ALGORITHMS, AllReduceSum, KLEstimator, Rows
+from causalrm_ray.rl.algorithms import AllReduceSum, KLEstimator, Rows
 from causalrm_ray.rl.policy import importance_weight, kl_k1, kl_k2, kl_k3, masked_mean, ppo_clip, value_loss
 from causalrm_ray.types import Completion, Scored, Span
 
@@ -116,10 +117,10 @@ def make_experience(
     )
     trained_BR = mask_BR * (1 - answers.truncated_B)[:, None] if masks else mask_BR
     rows = Rows(rewards_BR, mask_BR, trained_BR, answers.values_BR, answers.places_B, groups_N)
-    advantages_BR, returns_BR = ALGORITHMS[config.algorithm].advantages(rows, config.lam, all_reduce_sum)
+    advantages_BR, returns_BR = ALGORITHMS.load(config.algorithm).advantages(rows, config.lam, all_reduce_sum)
     return Experience(
         mask_BR=mask_BR,
-        share_BR=mask_BR / mask_BR.sum(dim=1, keepdim=True) if ALGORITHMS[config.algorithm].per_answer else mask_BR,
+        share_BR=mask_BR / mask_BR.sum(dim=1, keepdim=True) if ALGORITHMS.load(config.algorithm).per_answer else mask_BR,
         logprobs_BR=answers.logprobs_BR,
         reference_logprobs_BR=answers.reference_logprobs_BR,
         weights_BR=importance_weight(answers.logprobs_BR, answers.rollout_logprobs_BR, IMPORTANCE_CAP),
@@ -135,12 +136,12 @@ def fills_old_logprobs_in_step(config: LearnerConfig) -> bool:
     So no advantage may rest on them or on values, and no answer may stay out of the step.
     """
     whole = config.epochs * config.minibatches == 1 and config.truncation != "mask"
-    return whole and not ALGORITHMS[config.algorithm].critic and kl_estimator(config) in LOSS_KL
+    return whole and not ALGORITHMS.load(config.algorithm).critic and kl_estimator(config) in LOSS_KL
 
 
 def kl_estimator(config: LearnerConfig) -> KLEstimator:
     """The estimator that was asked for, or the algorithm's own."""
-    return config.kl.estimator or ALGORITHMS[config.algorithm].kl
+    return config.kl.estimator or ALGORITHMS.load(config.algorithm).kl
 
 
 def groups_of(completions: Sequence[Completion]) -> torch.Tensor:

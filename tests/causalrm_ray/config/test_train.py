@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from causalrm_ray.config.options import dump_config, load_config, options
-from causalrm_ray.config.train import ENSEMBLES, Config, MethodName
+from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.estimators.methods.registry import METHODS
+from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.types import Sampling
 
 
@@ -32,12 +32,12 @@ from causalrm_ray.types import Sampling
         ("coefficients=1", ["coefficients: unknown key"]),
         ("lr=1", ["lr", "reward.lr", "learner.lr"]),
         ("rollout.max_new_tokens=500", ["rollout.max_new_tokens", "model.max_length", "500"]),
-        ("learner.algorithm=a2c", ["learner.algorithm", "'grpo'", "'a2c'"]),
+        ("learner.algorithm=a2c", ["learner.algorithm", "grpo", "'a2c'"]),
         ("learner.kl.stop=0", ["learner.kl.stop", "greater than 0", "0"]),
         ("reward.method=causalrm", ["reward.method", "causalrm_dr", "'causalrm'"]),
         ("reward.rho=[0.6,0.5]", ["reward.rho", "below 1", "0.6"]),
-        ("reward={method: naive, caution: 1}", ["reward.caution needs one of latent, two_stage, auto", "got naive"]),
-        ("rollout.engine=sglang", ["rollout.engine", "'vllm' or 'hf'", "'sglang'"]),
+        ("reward={method: naive, caution: 1}", ["reward.caution needs", "such as auto", "got naive"]),
+        ("rollout.engine=sglang", ["rollout.engine", "vllm, hf, or an import path", "'sglang'"]),
         ("rollout.temperature=0", ["rollout.temperature", "greater than or equal to 0.01", "got 0"]),
         ("rollout.temperature=2.5", ["rollout.temperature", "less than or equal to 2", "2.5"]),
         ("rollout.evaluation.temperature=-1", ["rollout.evaluation.temperature", "greater than or equal to 0", "-1"]),
@@ -84,7 +84,9 @@ def test_algorithms_that_compare_answers_need_two_to_a_prompt(algorithm: str) ->
 
 
 def test_methods_that_can_be_cautious_are_those_fitted_as_ensembles() -> None:
-    assert set(ENSEMBLES) == {name for name, method in METHODS.items() if "states" in method.needs}
+    load_config(None, ["reward.method=latent", "reward.caution=0.5"])
+    with pytest.raises(ConfigError, match=r"reward\.caution needs .* ensemble, such as auto, got causalrm_dr"):
+        load_config(None, ["reward.method=causalrm_dr", "reward.caution=0.5"])
 
 
 def test_every_fault_is_named_at_once() -> None:
@@ -153,4 +155,5 @@ def test_simulated_users_need_their_signals() -> None:
 
 
 def test_every_estimator_can_be_named() -> None:
-    assert set(get_args(MethodName)) == set(METHODS)
+    assert set(ESTIMATORS.names()) == set(METHODS)
+    assert all(ESTIMATORS.load(name) is method for name, method in METHODS.items())

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
 
-from causalrm_ray.config.train import GROUPED, AlgorithmName
+from causalrm_ray import registry
 from causalrm_ray.rl.algorithms import ALGORITHMS, Advantages, Rows
 
 LENGTHS = [3, 1, 4, 2, 2]
@@ -26,7 +24,7 @@ def part(whole: Rows, places: list[int]) -> Rows:
     return Rows(*own, whole.groups_N)
 
 
-def ranks(name: AlgorithmName, whole: Rows, shares: list[list[int]]) -> list[Advantages]:
+def ranks(name: str, whole: Rows, shares: list[list[int]]) -> list[Advantages]:
     """What each of several ranks gets: each is called twice, first to hear what it adds to the sum over all."""
     offered: list[torch.Tensor] = []
     run = ALGORITHMS[name].advantages
@@ -42,7 +40,7 @@ def ranks(name: AlgorithmName, whole: Rows, shares: list[list[int]]) -> list[Adv
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_advantages_do_not_depend_on_the_split_over_ranks(name: AlgorithmName) -> None:
+def test_advantages_do_not_depend_on_the_split_over_ranks(name: str) -> None:
     whole = ALGORITHMS[name].advantages(rows(), 0.8, lambda value: value)
     for shares in ([[0, 2, 4], [1, 3]], [[3, 0], [1], [4, 2]], [[4, 3, 2, 1, 0], []]):
         found = ranks(name, rows(), shares)
@@ -54,7 +52,7 @@ def test_advantages_do_not_depend_on_the_split_over_ranks(name: AlgorithmName) -
 def test_group_algorithms_give_each_token_its_answer_s_advantage() -> None:
     given = rows()
     returns = given.rewards_BR.sum(dim=1).tolist()
-    found = {name: ALGORITHMS[name].advantages(given, 1.0, lambda value: value).advantages_BR for name in GROUPED}
+    found = {name: ALGORITHMS[name].advantages(given, 1.0, lambda value: value).advantages_BR for name in ("grpo", "rloo")}
     for place, reward in enumerate(returns):
         group = [returns[other] for other in range(5) if GROUPS[other] == GROUPS[place]]
         others = [returns[other] for other in range(5) if GROUPS[other] == GROUPS[place] and other != place]
@@ -79,11 +77,12 @@ def test_reinforce_pp_is_the_whitened_reward_to_go_of_trained_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["ppo", "reinforce_pp"])
-def test_a_step_with_nothing_to_train_on_has_no_advantages(name: AlgorithmName) -> None:
+def test_a_step_with_nothing_to_train_on_has_no_advantages(name: str) -> None:
     given = rows()._replace(trained_BR=torch.zeros(5, 4, dtype=torch.float64))
     assert bool((ALGORITHMS[name].advantages(given, 1.0, lambda value: value).advantages_BR == 0).all())
 
 
 def test_every_algorithm_can_be_named_and_only_ppo_has_a_critic() -> None:
-    assert set(get_args(AlgorithmName)) == set(ALGORITHMS)
+    assert set(registry.ALGORITHMS.names()) == set(ALGORITHMS)
+    assert [name for name, algorithm in ALGORITHMS.items() if algorithm.grouped] == ["grpo", "rloo"]
     assert [name for name, algorithm in ALGORITHMS.items() if algorithm.critic] == ["ppo"]
