@@ -33,7 +33,7 @@ elif ! compgen -G "${links%% *}/torch-*cpu*.whl" >/dev/null; then
     export UV_TORCH_BACKEND=${UV_TORCH_BACKEND:-cpu}
 fi
 .venv/bin/uv pip install --quiet --python .venv/bin/python "setuptools>=77" wheel
-# Compiled once and now: images often set PYTHONDONTWRITEBYTECODE, and then each role's process would compile torch, vllm ... anew.
+# Compiled once and now: images often set PYTHONDONTWRITEBYTECODE, and then each role's process would compile torch, vllm ... again.
 .venv/bin/uv pip install --compile-bytecode --python .venv/bin/python -e ".[$extra,dev]"
 .venv/bin/causalrm-ray doctor
 echo "$wanted" >"$ready"
