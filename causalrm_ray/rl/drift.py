@@ -1,4 +1,4 @@
-"""What the steps of a run say against its policy: a reward that is hacked shows in lengths and entropy first."""
+"""Warnings about a policy that drifts during a run: reward hacking shows first in answer lengths and entropy."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 WINDOW = 3  # steps whose mean is compared: the first ones with the last ones
-ENTROPY_SHARE = 0.3  # of the entropy at the start, below which a policy is about to say one thing only
-LENGTH_DRIFT = 0.5  # relative change of the mean length that a better answer seldom needs
+ENTROPY_SHARE = 0.3  # of the entropy at the start, below which the policy is close to collapse
+LENGTH_DRIFT = 0.5  # relative change of the mean length beyond which the reward model may reward length itself
 STOPPED_SHARE = 0.5  # of the steps
 
 
 def drift_warnings(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """Sentences on what has drifted since the run's start, with values and something to do; none if nothing has.
+    """Warnings on what has drifted since the run's start, each with values and a remedy; empty if nothing has.
 
     `rows` are the metrics of its steps in order: `entropy` in nats per token, `response_length` in tokens; a row may lack one.
-    Fewer than 2 * WINDOW steps say nothing.
+    Drift needs at least 2 * WINDOW steps.
     """
     sentences = []
     entropy, length = _ends(rows, "entropy"), _ends(rows, "response_length")
     if entropy and entropy[1] < ENTROPY_SHARE * entropy[0]:
         sentences.append(
-            f"Entropy fell from {entropy[0]:.2f} to {entropy[1]:.2f} nats per token: the policy hardly varies its answers, "
+            f"Entropy fell from {entropy[0]:.2f} to {entropy[1]:.2f} nats per token: the policy hardly varies its answers "
             "and learns little from more steps. Stop earlier, raise learner.kl.coefficient, or lower learner.lr."
         )
     if length and abs(length[1] - length[0]) > LENGTH_DRIFT * length[0]:
         sentences.append(
-            f"Answers went from {length[0]:.0f} to {length[1]:.0f} tokens on average: read some, for the reward model may reward "
-            "the length itself. Raise learner.kl.coefficient, or collect feedback on such answers and refit."
+            f"Answers went from {length[0]:.0f} to {length[1]:.0f} tokens on average: read some: the reward model may reward "
+            "length itself. Raise learner.kl.coefficient, or collect feedback on such answers and refit."
         )
     stopped = [row["kl_stopped"] for row in rows if "kl_stopped" in row]
     if stopped and fmean(stopped) > STOPPED_SHARE:
@@ -39,6 +39,6 @@ def drift_warnings(rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def _ends(rows: Sequence[Mapping[str, float]], name: str) -> tuple[float, float] | None:
-    """Mean of the first and of the last WINDOW values; none where there are fewer than two windows."""
+    """Mean of the first and of the last WINDOW values; None with fewer than two windows."""
     values = [row[name] for row in rows if name in row]
     return (fmean(values[:WINDOW]), fmean(values[-WINDOW:])) if len(values) >= 2 * WINDOW else None

@@ -1,4 +1,4 @@
-"""What a fit's diagnostics mean for the user: sentences with a value and something to do."""
+"""Warnings about a fit, from its diagnostics: sentences, each with a value and a remedy that names existing options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ WIDE = 0.2  # of a rate's interval
 MOVED = 0.1  # of the mean preference, by rates that the log allows
 FRAGILE = 1.25  # strength of hidden selection that is easily there
 HEAVY = 0.05  # share of all weight on one row
-SURE = 2.0  # standard errors
+SIGNIFICANT = 2.0  # standard errors
 DRIVES = {
     "label": "the opinion itself decides who gives feedback",
     "features": "only what is seen, prompt and answer, decides who gives feedback",
@@ -17,47 +17,48 @@ DRIVES = {
 
 
 def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sentences on what is weak in a fit, most basic first; none if nothing is.
+    """Warnings about a fit, most basic first; empty for a sound one.
 
     `diagnostics` is FitDiagnostics as JSON, `propensity` PropensityReport as JSON, whose own warnings come first; `rates` maps
-    rho_01 and rho_10 to "estimate", "low" and "high" (none where given).
+    rho_01 and rho_10 to "estimate", "low" and "high" (None where the rates were given).
     """
     parts = (_weights(diagnostics), _rates(diagnostics, rates), _model(diagnostics), _selection(diagnostics))
     return [*propensity["warnings"], *(sentence for part in parts for sentence in part)]
 
 
 def verdict(diagnostics: Mapping[str, Any]) -> str:
-    """Which mechanism of selection the log supports, in a sentence or two."""
+    """The selection mechanism that the log supports, in a sentence or two."""
     found = diagnostics["mechanisms"]
     if found is None:
         return (
-            f"{diagnostics['method']} takes it for granted how feedback is selected and compares no mechanisms: "
-            "fit with reward.method=auto to hear what the log says."
+            f"{diagnostics['method']} assumes one selection mechanism and compares no others: fit with reward.method=auto "
+            "to compare them on the log."
         )
     weights = found["weights"]
     best = max(weights, key=weights.__getitem__)
     drives = DRIVES.get(best, best)
     if max(weights.values()) - min(weights.values()) < 1e-6:
-        return "The log cannot tell what decides who gives feedback: all mechanisms weigh alike."
-    error = "its standard error is not told" if found["gap_stderr"] is None else f"standard error {found['gap_stderr']:.4f}"
+        return "The log does not show what decides who gives feedback: all mechanisms have the same weight."
+    error = "standard error unknown" if found["gap_stderr"] is None else f"standard error {found['gap_stderr']:.4f}"
     gap = f"{abs(found['gap']):.4f} nats a row {'more' if found['gap'] >= 0 else 'less'} likely on held-out rows ({error})"
-    if not _told(found):
-        taken = f"Taken for granted is that {drives} (weight {weights[best]:.0%})"
-        return f"The log does not tell for sure. {taken}: {gap} than if not."
-    strength = "The log supports" if weights[best] >= 0.9 else "The log leans to"
-    return f"{strength} this: {drives} (weight {weights[best]:.0%}); the outcomes are {gap} than if not."
+    if not _is_significant(found):
+        return (
+            f"The log is not conclusive. Assumed: {drives} (weight {weights[best]:.0%}); the outcomes are {gap} than otherwise."
+        )
+    strength = "The log supports" if weights[best] >= 0.9 else "The log favours"
+    return f"{strength} this: {drives} (weight {weights[best]:.0%}); the outcomes are {gap} than otherwise."
 
 
-def _told(found: Mapping[str, Any]) -> bool:
-    """Whether held-out outcomes are likelier under the mechanism of the greatest weight by more than the noise."""
-    return found["gap"] > SURE * (found["gap_stderr"] or 0.0)
+def _is_significant(found: Mapping[str, Any]) -> bool:
+    """Whether the gap in held-out likelihood between the two mechanisms exceeds SIGNIFICANT standard errors."""
+    return found["gap"] > SIGNIFICANT * (found["gap_stderr"] or 0.0)
 
 
 def _weights(diagnostics: Mapping[str, Any]) -> list[str]:
     weights = diagnostics["weights"]
     if weights["largest_share"] <= HEAVY:
         return []
-    return [f"One row bears {weights['largest_share']:.0%} of all weight: raise reward.clip, or collect more feedback."]
+    return [f"One row carries {weights['largest_share']:.0%} of all weight: raise reward.clip, or collect more feedback."]
 
 
 def _rates(diagnostics: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -73,14 +74,14 @@ def _rates(diagnostics: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]
     if not 0 <= mean <= 1:
         sentences.append(
             f"The rates contradict the log: under them the share of liked answers would be {mean:.2f}. At least one of them "
-            "is too big: give lower ones as reward.rho."
+            "is too large: give lower ones as reward.rho."
         )
     ends = [point["preference"] for point in rho["corners"]]
     moved = max((abs(end - mean) for end in ends), default=0.0)
     if moved > MOVED:
         sentences.append(
             f"The share of liked answers, {mean:.2f}, moves by {moved:.2f} within the intervals of the rates "
-            f"({min(ends):.2f} to {max(ends):.2f}): do not read it as a number before the rates are better known."
+            f"({min(ends):.2f} to {max(ends):.2f}): do not rely on it until the rates are better known."
         )
     return sentences
 
@@ -93,18 +94,18 @@ def _model(diagnostics: Mapping[str, Any]) -> list[str]:
         (lowest, "rho_10", -lowest["actual"], "worst"),
         (highest, "rho_01", highest["actual"] - 1, "best"),
     ):
-        if beyond > SURE * part["stderr"]:
+        if beyond > SIGNIFICANT * part["stderr"]:
             sentences.append(
-                f"{name} looks too big: under it the rows that the model likes {end} would have a share of liked answers of "
+                f"{name} looks too large: under it the rows that the model ranks {end} would have a share of liked answers of "
                 f"{part['actual']:.2f} ± {part['stderr']:.2f}. Give a lower one as reward.rho."
             )
     gaps = [abs(part["predicted"] - min(max(part["actual"], 0.0), 1.0)) for part in curve]
-    far = [gap if gap > max(MOVED, SURE * part["stderr"]) else 0.0 for gap, part in zip(gaps, curve, strict=True)]
+    far = [gap if gap > max(MOVED, SIGNIFICANT * part["stderr"]) else 0.0 for gap, part in zip(gaps, curve, strict=True)]
     if any(far):
         part = curve[far.index(max(far))]
         sentences.append(
             f"The model's probabilities are off: where it says {part['predicted']:.2f}, corrected feedback says "
-            f"{part['actual']:.2f} ± {part['stderr']:.2f}. Use its order, not its numbers, or fit longer (reward.epochs)."
+            f"{part['actual']:.2f} ± {part['stderr']:.2f}. Use its ranking, not its probabilities, or raise reward.epochs."
         )
     return sentences
 
@@ -112,14 +113,16 @@ def _model(diagnostics: Mapping[str, Any]) -> list[str]:
 def _selection(diagnostics: Mapping[str, Any]) -> list[str]:
     sentences = []
     found, ranking = diagnostics["mechanisms"], diagnostics["ranking"]
-    if found is not None and found["weights"].get("label", 0) >= 0.9 and _told(found):
+    if found is not None and found["weights"].get("label", 0) >= 0.9 and _is_significant(found):
         sentences.append(
             "Opinions decide who gives feedback, so figures that rest on propensities alone (calibration, share of liked "
-            "answers, held-out risk) are biased: trust methods that model this (reward.method=auto)."
+            "answers, held-out risk) are biased: use a method that models this (reward.method=auto)."
         )
     if ranking is None:
-        sentences.append("No held-out feedback on one half of the model's ranking: it cannot be checked. Collect more feedback.")
-    elif ranking["contrast"] < SURE * ranking["stderr"]:
+        sentences.append(
+            "No held-out feedback on one half of the model's ranking: the ranking cannot be checked. Collect more feedback."
+        )
+    elif ranking["contrast"] < SIGNIFICANT * ranking["stderr"]:
         sentences.append(
             f"Held-out feedback does not confirm the model's ranking: its better half is liked more by {ranking['contrast']:.2f} "
             f"± {ranking['stderr']:.2f} ({ranking['rows']} rows). Collect more feedback before tuning a policy on it."

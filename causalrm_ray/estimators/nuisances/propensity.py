@@ -189,16 +189,16 @@ def _warnings(ess_fraction: float, clipped_share: float, error: float, certain_s
         (
             ess_fraction < 0.3,
             f"Few rows carry most weight: the effective sample is {ess_fraction:.0%} of the rows with feedback. "
-            "Raise propensity.clip, or collect feedback on more kinds of answers.",
+            "Raise reward.clip, or collect feedback on more kinds of answers.",
         ),
         (
             clipped_share > 0.2,
             f"Poor overlap: {clipped_share:.0%} of the propensities lie below the clip, where weights are too small. "
-            "Ask some users at random for feedback; a lower propensity.clip trades this bias for variance.",
+            "Ask some users at random for feedback; a lower reward.clip trades this bias for variance.",
         ),
         (
             error > 0.05,
-            f"Propensities are off by {error:.3f} on average: the model of feedback does not fit. Raise propensity.epochs, "
+            f"Propensities are off by {error:.3f} on average: the model of feedback does not fit. Try another reward.lr, "
             "or check that the log holds all impressions, those without feedback too.",
         ),
         (

@@ -9,29 +9,29 @@ def steps(name: str, *values: float) -> list[dict[str, float]]:
     return [{name: value} for value in values]
 
 
-def test_a_steady_run_is_not_warned_of() -> None:
+def test_a_steady_run_has_no_warnings() -> None:
     rows = [{"entropy": 1.0 - 0.1 * step, "response_length": 10.0 + step, "kl_stopped": 0.0} for step in range(6)]
     assert drift_warnings(rows) == []
 
 
 @pytest.mark.parametrize(("last", "warned"), [(0.31, False), (0.29, True)])
-def test_entropy_below_its_share_of_the_start_is_told_with_both_values(last: float, warned: bool) -> None:
+def test_entropy_below_its_share_of_the_start_gets_a_warning_with_both_values(last: float, warned: bool) -> None:
     found = drift_warnings(steps("entropy", 0.5, 1.0, 1.5, last, last, last))
     assert [sentence.split(":")[0] for sentence in found] == [f"Entropy fell from 1.00 to {last:.2f} nats per token"] * warned
 
 
 @pytest.mark.parametrize(("last", "warned"), [(14.9, False), (15.1, True), (5.1, False), (4.9, True)])
-def test_length_that_drifts_either_way_is_told(last: float, warned: bool) -> None:
+def test_length_that_drifts_either_way_gets_a_warning(last: float, warned: bool) -> None:
     found = drift_warnings(steps("response_length", 10, 10, 10, 99, last, last, last))
     assert [sentence.split(" tokens")[0] for sentence in found] == [f"Answers went from 10 to {last:.0f}"] * warned
 
 
-def test_fewer_than_two_windows_say_nothing() -> None:
+def test_fewer_than_two_windows_are_not_judged() -> None:
     assert drift_warnings(steps("entropy", 1.0, 1.0, 1.0, 0.0, 0.0)) == []
     assert drift_warnings([]) == []
 
 
-def test_updates_that_mostly_end_early_are_told() -> None:
+def test_updates_that_mostly_end_early_get_a_warning() -> None:
     (found,) = drift_warnings(steps("kl_stopped", 1.0, 1.0, 0.0))
     assert found.startswith("67% of the steps ended early at learner.kl.stop")
     assert drift_warnings(steps("kl_stopped", 1.0, 0.0)) == []

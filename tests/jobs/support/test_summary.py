@@ -139,7 +139,7 @@ def test_a_method_that_compares_no_mechanisms_and_given_rates_leave_no_empty_pan
     assert plain["diagnostics"]["mechanisms"] is None
     assert plain["noise_rates"]["rho_01"] == {"estimate": 0.1, "low": None, "high": None, "truth": None}
     page = write_report(tmp_path, [], plain).read_text(encoding="utf-8")
-    assert "auto takes it for granted how feedback is selected" in page
+    assert "auto assumes one selection mechanism" in page
     widths = [int.from_bytes(picture[16:20], "big") for picture in images(page)]
     assert widths[1] == pytest.approx(widths[0] * 2 / 3, abs=2)
 

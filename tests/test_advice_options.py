@@ -1,0 +1,61 @@
+"""Sentences of the program name only options that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from causalrm_ray.config.benchmark import BenchmarkConfig, NoiseStudyConfig
+from causalrm_ray.config.chaos import ChaosConfig
+from causalrm_ray.config.embed import EmbedConfig
+from causalrm_ray.config.options import options
+from causalrm_ray.config.perf import PerfConfig
+from causalrm_ray.config.plan import PlanConfig
+from causalrm_ray.config.submit import SubmitConfig, SubmittedConfig
+from causalrm_ray.config.train import Config
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("causalrm_ray", "actors", "jobs")
+TREES = (
+    *(Config, BenchmarkConfig, NoiseStudyConfig, ChaosConfig, EmbedConfig),
+    *(PerfConfig, PlanConfig, SubmitConfig, SubmittedConfig),
+)
+DOTTED = re.compile(r"(?<![\w./-])[a-z]\w*(?:\.[a-z]\w*)+(?![\w/(])")
+FILES = re.compile(r"\.(csv|db|html|json|jsonl|log|md|parquet|png|safetensors|txt|yaml)$")
+MODULES = {*FLOORS, "ray", "base_model", "score", "package"}  # and names of weights: no options begin so
+
+
+def known_options() -> set[str]:
+    keys = {key for tree in TREES for key, *_ in options(tree)}
+    return keys | {".".join(parts[:end]) for parts in (key.split(".") for key in keys) for end in range(1, len(parts))}
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string with a space but docstrings; what an f-string inserts is left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield node.lineno, "{}".join(part.value for part in node.values if isinstance(part, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def unknown_options(path: Path, known: set[str]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for line, text in texts(path)
+        if " " in text.strip()
+        for name in DOTTED.findall(text)
+        if name not in known and not FILES.search(name) and name.split(".")[0] not in MODULES
+    ]
+
+
+def test_advice_and_errors_name_existing_options_only() -> None:
+    known = known_options()
+    assert {"reward.clip", "learner.kl.stop", "loop.steps", "learner.kl"} <= known
+    assert [
+        fault for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py")) for fault in unknown_options(path, known)
+    ] == []
