@@ -8,7 +8,7 @@ r* with slips -> r, where o = 1                         what reaches the log
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.types import SCENARIOS, NoiseRates
 
 Selection = Literal["label", "features"]
+Score = TypeVar("Score", int, float, Tensor)
 FEEDBACK_RATE = 0.2  # mean propensity
 LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
 QUINTILES = 5
@@ -109,13 +110,28 @@ def propensities(score: Tensor, alpha: float, rate: float = FEEDBACK_RATE) -> Te
         raise ValueError(f"alpha must be in (0, 1], got {alpha}")
     if not 0 < rate < 1:
         raise ValueError(f"rate must be in (0, 1), got {rate}")
-    weight = alpha ** (score.max() - score).double()
-    certain = torch.zeros(len(score), dtype=torch.bool)
-    while True:  # k only grows, so a row that is certain stays so, and the loop ends within the number of scores
-        k = (rate * len(score) - int(certain.sum())) / weight[~certain].sum()
+    weight = selection_weight(score.double(), alpha, float(score.max()))
+    return (rate_scale(weight, torch.ones_like(weight), rate) * weight).clamp(max=1.0)
+
+
+def selection_weight(score: Score, alpha: float, highest: float) -> Score:
+    """alpha^(highest - score), to which P(o = 1 | x) is proportional: selection by a score, none at alpha = 1, in (0, 1]."""
+    return alpha ** (highest - score)
+
+
+def rate_scale(weight: Tensor, share: Tensor, rate: float) -> float:
+    """The k for which sum_i share_i min(1, k weight_i) = `rate`; 0 where every weight is 0.
+
+    `weight` [N] is non-negative, `share` [N] non-negative of any scale (divided by its sum), `rate` in (0, 1).
+    """
+    if not weight.any():
+        return 0.0
+    certain = torch.zeros(len(weight), dtype=torch.bool)
+    while True:  # k only grows, so a row that is certain stays so, and the loop ends within N rounds
+        k = (rate * share.sum() - share[certain].sum()) / (share * weight)[~certain].sum()
         over = ~certain & (k * weight > 1)
         if not over.any():
-            return torch.where(certain, 1.0, k * weight)
+            return float(k)
         certain |= over
 
 

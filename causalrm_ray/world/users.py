@@ -8,6 +8,7 @@ Everything a user does is a pure function of (seed, impression id, prompt, respo
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+import torch
 
 from causalrm_ray.config.train import SIMULATED_SIGNALS, WorldConfig
+from causalrm_ray.data.simulate import rate_scale, selection_weight
 from causalrm_ray.types import FeedbackEvent, Impression
 from causalrm_ray.world.grammar import STYLES, Style, parse
 from causalrm_ray.world.oracle import NUM_LEVELS, SCORES, is_good, starting_shares
@@ -45,7 +48,7 @@ def _by_logistic(score: int) -> float:
 
 
 def _by_score(liked: int, score: int, style: Style, alpha: float) -> float:
-    return alpha ** (NUM_LEVELS - 1 - score)
+    return selection_weight(score, alpha, NUM_LEVELS - 1)
 
 
 def _by_feeling(liked: int, score: int, style: Style, alpha: float) -> float:
@@ -111,34 +114,27 @@ class SimulatedUsers:
 
     def vote_probability(self, prompt: str, response: str, liked: int) -> float:
         """P(o=1 | x, r*=liked): the truth, for measuring only."""
-        return self._vote_probability(*_traits(prompt, response), liked, self._scale)
+        return self._vote_probability(*_traits(prompt, response), liked)
 
     def propensity(self, prompt: str, response: str) -> float:
         """P(o=1 | x) = sum over r* of P(r* | x) P(o=1 | x, r*): the truth, for measuring only."""
-        return self._propensity(*_traits(prompt, response), self._scale)
-
-    def _vote_probability(self, score: int, style: Style, liked: int, scale: float) -> float:
-        return min(1.0, scale * self._kind.weight(liked, score, style, self._world.alpha))
-
-    def _propensity(self, score: int, style: Style, scale: float) -> float:
+        score, style = _traits(prompt, response)
         liking = self._kind.liking(score)
-        probs = [self._vote_probability(score, style, liked, scale) for liked in (0, 1)]
+        probs = [self._vote_probability(score, style, liked) for liked in (0, 1)]
         return (1.0 - liking) * probs[0] + liking * probs[1]
 
-    def _mean_propensity(self, shares: np.ndarray, scale: float) -> float:
-        by_score = [np.mean([self._propensity(score, style, scale) for style in STYLES]) for score in range(NUM_LEVELS)]
-        return float(shares @ np.array(by_score))
+    def _vote_probability(self, score: int, style: Style, liked: int) -> float:
+        return min(1.0, self._scale * self._kind.weight(liked, score, style, self._world.alpha))
 
     def _solve_scale(self, shares: np.ndarray) -> float:
-        """k by bisection of its logarithm; closed form would do only while nothing is clipped at 1."""
-        low, high = -50.0, 50.0
-        for _ in range(100):
-            middle = (low + high) / 2
-            if self._mean_propensity(shares, math.exp(middle)) < self._world.feedback_rate:
-                low = middle
-            else:
-                high = middle
-        return math.exp(high)
+        """k over all (score, style, r*), weighted by how often each occurs."""
+        cells = []
+        for (score, share), style, liked in itertools.product(enumerate(shares.tolist()), STYLES, (0, 1)):
+            liking = self._kind.liking(score)
+            weight = self._kind.weight(liked, score, style, self._world.alpha)
+            cells.append((weight, share * (liking if liked else 1.0 - liking)))
+        weights, occurrence = torch.tensor(cells, dtype=torch.float64).T
+        return rate_scale(weights, occurrence, self._world.feedback_rate)
 
     def _uniforms(self, impression: Impression) -> np.ndarray:
         """Five uniforms in [0, 1) that belong to this user and this impression."""

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from causalrm_ray.data.simulate import FEEDBACK_RATE, QUINTILES, propensities
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.task import Observations
@@ -22,7 +23,7 @@ from causalrm_ray.types import NoiseRates
 
 Setting = Literal["features", "label", "clusters", "ramp", "weak"]
 WIDTH, FOLDS, RIDGE = 12, 3, 3.0
-FEEDBACK_RATE, ALPHA, QUINTILES = 0.2, 0.5, 5
+ALPHA = 0.5  # of the selection
 NOISE = {"features": 0.2, "label": 0.2, "clusters": 0.2, "weak": 1.5}  # standard deviation of the utility beside x.w
 
 
@@ -97,9 +98,7 @@ def simulate_feedback(setting: Setting, rows: int, rates: NoiseRates, seed: int)
     utility = x @ w + NOISE[setting] * torch.randn(rows, generator=generator)
     driver = utility if setting == "label" else x @ v
     quintile = driver.argsort().argsort() * QUINTILES // rows
-    propensity = ALPHA ** (QUINTILES - 1 - quintile).double()
-    propensity *= FEEDBACK_RATE / propensity.mean()
-    log = _feedback(utility > utility.median(), propensity, rates, generator)
+    log = _feedback(utility > utility.median(), propensities(quintile.double(), ALPHA), rates, generator)
     return _proxy(x, log, seed), log
 
 
