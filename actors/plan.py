@@ -14,14 +14,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES
-from actors.weights.broadcast import BUCKET_BYTES, BUCKETS
+from actors.weights.buckets import BUCKET_BYTES, BUCKETS
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
-from causalrm_ray.models.reward_model import GROUP
-from causalrm_ray.models.size import ModelSize
+from causalrm_ray.models.size import GROUP, WIDTHS, ModelSize
 from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 
@@ -116,7 +113,7 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
     ends = [seat for role, seat in allocations.items() if role.startswith("generator") or role == "learner-0"]
     transport = _transport(config, ends, _partners(allocations))
     if transport == "broadcast":
-        largest = policy.vocabulary * policy.hidden * getattr(torch, config.model.dtype).itemsize  # a tensor is never cut
+        largest = policy.vocabulary * policy.hidden * WIDTHS[config.model.dtype]  # a tensor is never cut
         buckets = BUCKETS * max(BUCKET_BYTES, largest)
         allocations |= {seat.role: replace(seat, bytes=seat.bytes + int(buckets * seat.gpus)) for seat in ends}
     return Plan(allocations, bundles, bool(workers) and gpus - sum(bundles) >= len(workers), transport)
@@ -155,22 +152,23 @@ def _check_can_share(generators: int, spread: int, ranks: int, wanted: int, gpus
 
 def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collection[str], on_gpu: bool) -> dict[str, int]:
     """Bytes of each process, by role."""
-    dtype, longest = getattr(torch, config.model.dtype), config.model.max_length
+    width, longest = WIDTHS[config.model.dtype], config.model.max_length
     rollout, learner, critic = config.rollout, config.learner, ALGORITHMS.load(config.learner.algorithm).critic
     answers = -(-rollout.prompts_per_step * rollout.samples_per_prompt // rollout.generators)  # of one generator in a step
-    scoring = reward.weight_bytes(torch.float32) + reward.activation_bytes(torch.float32, GROUP * longest, training=False)
+    single = WIDTHS["float32"]
+    scoring = reward.weight_bytes(single) + reward.activation_bytes(single, GROUP * longest, training=False)
     sizes: dict[str, float] = {}
     if "generators" in parts:
-        cache = policy.cache_bytes(dtype, longest * min(MAX_SEQUENCES, answers))
-        size = policy.weight_bytes(dtype) + cache + GENERATOR_BYTES[rollout.engine] * (not on_gpu)
+        cache = policy.cache_bytes(width, longest * min(MAX_SEQUENCES, answers))
+        size = policy.weight_bytes(width) + cache + GENERATOR_BYTES[rollout.engine] * (not on_gpu)
         sizes |= {f"generator-{number}": size for number in range(rollout.generators)}
     if "learner" in parts:
         offload, checkpointing = ("offload" in learner.save_memory and on_gpu), "checkpointing" in learner.save_memory
-        size = policy.training_bytes(dtype, learner.ranks, learner.zero_stage, critic, learner.lora, offload)
-        size += policy.activation_bytes(dtype, max(TOKEN_BUDGET, longest), critic, checkpointing)
+        size = policy.training_bytes(width, learner.ranks, learner.zero_stage, critic, learner.lora, offload)
+        size += policy.activation_bytes(width, max(TOKEN_BUDGET, longest), critic, checkpointing)
         sizes |= {f"learner-{number}": size + PROCESS_BYTES * (not on_gpu) for number in range(learner.ranks)}
     if "reward" in parts:
-        folds = 2 * reward.weight_bytes(torch.float32) + reward.training_bytes(torch.float32, 1, 0, critic=False)
+        folds = 2 * reward.weight_bytes(single) + reward.training_bytes(single, 1, 0, critic=False)
         sizes |= {"reward": scoring + PROCESS_BYTES * (not on_gpu), "propensity": folds + PROCESS_BYTES * (not on_gpu)}
         sizes |= {f"reward worker {number}": 2 * scoring + PROCESS_BYTES for number in range(config.reward.workers)}
     return {role: int(size) for role, size in sizes.items()}

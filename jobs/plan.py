@@ -25,13 +25,11 @@ from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.plan import PlanConfig, ShapeConfig
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
-from causalrm_ray.models.size import ModelSize, model_size
+from causalrm_ray.models.size import WIDTHS, ModelSize, model_size
 from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
-from causalrm_ray.world.random_models import SIZES
 
 ROLES = frozenset(("generators", "learner", "reward"))
-WIDTHS = {"bfloat16": 2, "float32": 4}
 PERF_PROMPT_TOKENS = 12  # of the embedded world's prompts, which `perf` uses, on average
 PERF_VOCABULARY = 1024
 
@@ -169,10 +167,12 @@ def read_measured(path: Path) -> dict[str, list[tuple[Work, Mapping[str, float]]
 
 def perf_work(case: str, details: Mapping[str, float]) -> Work:
     """The step of a case of `perf`: GRPO in float32, one generator, one rank, all on the same cores."""
-    told = re.fullmatch(r"(\S+) (\d+)x(\d+)", case)
-    if told is None or told[1] not in SIZES:
+    from causalrm_ray.world.random_models import SIZES  # which loads torch and transformers
+
+    parts = re.fullmatch(r"(\S+) (\d+)x(\d+)", case)
+    if parts is None or parts[1] not in SIZES:
         raise ValueError(f"case must be like '26M 32x64', got {case!r}")
-    shape, answers, tokens = SIZES[told[1]], int(told[2]), int(told[3])
+    shape, answers, tokens = SIZES[parts[1]], int(parts[2]), int(parts[3])
     parameters = shape.vocab * shape.hidden + shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
     size = llama_size(parameters, shape.layers, shape.hidden, shape.vocab, 2 * shape.hidden, True)
     written = round(details["tokens"] / answers) if "tokens" in details else tokens

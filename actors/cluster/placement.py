@@ -16,8 +16,6 @@ from typing import Any
 
 import psutil
 import ray
-import torch
-import transformers
 from ray._common.utils import get_system_memory
 from ray.exceptions import (
     ActorUnschedulableError,
@@ -57,14 +55,8 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
         os.environ.setdefault(key, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     if config.address == IN_PROCESS:
-        previous = _in_process.set(True)
-        transformers.utils.logging.disable_progress_bar()  # a bar per model: elsewhere they end in the roles' own logs
-        try:
+        with _without_ray():
             yield
-        finally:
-            _in_process.reset(previous)
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
         return
     if config.address is None:
         own_token(cache)
@@ -83,6 +75,22 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_ray() -> Iterator[None]:
+    """Roles that are placed while the block lasts live in this process."""
+    import torch  # not at the top: a driver on a cluster, and `doctor`, do not need it
+    import transformers
+
+    previous = _in_process.set(True)
+    transformers.utils.logging.disable_progress_bar()  # a bar per model: elsewhere they end in the roles' own logs
+    try:
+        yield
+    finally:
+        _in_process.reset(previous)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def object_store_bytes(memory: int, shared: int) -> int:
@@ -358,12 +366,16 @@ def gpu_bytes() -> int:
 
 
 def _device_bytes() -> int:
+    import torch
+
     return torch.cuda.get_device_properties(0).total_memory
 
 
 def ray_resources() -> dict[str, float]:
     """What the cluster has: CPU, GPU, memory (bytes), nodes."""
     if in_process():
+        import torch
+
         machine = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count(), "memory": psutil.virtual_memory().total}
         return {**{key: float(value) for key, value in machine.items()}, "nodes": 1.0}
     totals = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU", "memory")}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from actors.weights.broadcast import BucketLayout, GroupRank
-from actors.weights.ipc import SharedWeights
-from actors.weights.packing import SyncReport, Weights
 from causalrm_ray.types import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    from actors.weights.broadcast import BucketLayout, GroupRank
+    from actors.weights.ipc import SharedWeights
+    from actors.weights.packing import SyncReport, Weights
 
 MAX_SEQUENCES = 128  # that an engine writes at once on a CPU, and memory is planned for
 DEVICE_SHARE = 0.9  # of a GPU's memory that may be planned with

@@ -26,11 +26,10 @@ import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from actors.errors import LostPeerError
+from actors.weights.buckets import BUCKET_BYTES
 from actors.weights.packing import DTYPES, Entry, checksum, dtype_name
 
-BUCKET_BYTES = 256 * 2**20
 JOIN_S = 120.0  # longest wait for the others to come: all were alive when they were called
-BUCKETS = 2  # of a process at a time: one travels while the other is packed or loaded
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from actors.cluster.placement import rendezvous, resolve_all
-from actors.weights.broadcast import BUCKET_BYTES, GroupRank, rank_offsets
+from actors.weights.broadcast import GroupRank, rank_offsets
+from actors.weights.buckets import BUCKET_BYTES
 from actors.weights.packing import SyncReport
 
 

@@ -16,8 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.utils import logging as transformers_logging
 
 from causalrm_ray.models.linear import use_onednn
-
-GROUP = 16  # rows that share one pass through the backbone
+from causalrm_ray.models.size import GROUP
 
 
 class SequenceScorer(nn.Module):

@@ -1,13 +1,18 @@
-"""How large a model is, from its configuration alone, and how many bytes each use of it takes."""
+"""How large a model is, from its configuration alone, and how many bytes each use of it takes.
+
+`width` is the bytes of one number (WIDTHS). Arithmetic only: torch is imported where a model's own configuration is read.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
+GROUP = 16  # rows that share one pass through the backbone of a reward model
+WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes of a number
 MOMENTS_BYTES = 8  # Adam's two moments of a parameter, float32
 MASTER_BYTES = 4  # the float32 copy that bfloat16 weights are updated in
 # Numbers that a decoder layer keeps per token and hidden unit for the backward pass: 34 bytes at 16 bits, less
@@ -28,9 +33,7 @@ class ModelSize:
     linear_widths: int  # inputs and outputs of all linear layers but the output head, added up
     kv_width: int  # numbers kept per token and layer: keys and values of all key-value heads
 
-    def training_bytes(
-        self, dtype: torch.dtype, ranks: int, zero_stage: int, critic: bool, lora: int = 0, offload: bool = False
-    ) -> int:
+    def training_bytes(self, width: int, ranks: int, zero_stage: int, critic: bool, lora: int = 0, offload: bool = False) -> int:
         """Weights, gradients and optimizer state on one of `ranks`: the policy, its reference, and its critic, a second backbone.
 
         Per trained parameter, bytes: weights w, gradients w, Adam's moments 8, and for 16-bit weights a float32 master 4. ZeRO 1
@@ -38,36 +41,38 @@ class ModelSize:
         section 3. With `offload` moments and master (under ZeRO 3 weights, too) lie elsewhere. With adapters of rank `lora`, all
         three stand on one frozen model.
         """
-        width = dtype.itemsize
         models = self.parameters + (self.backbone if critic else 0)
         trained = lora * self.linear_widths * (2 if critic else 1) if lora else models
         state = 0 if offload else MOMENTS_BYTES + (MASTER_BYTES if width < MASTER_BYTES else 0)
         weights = 0 if offload and zero_stage == 3 else width
         parts = [(state, 1), (width, 2), (weights, 3)]  # (bytes, the ZeRO stage that divides them)
-        return self.weight_bytes(dtype) + sum(trained * size // (ranks if zero_stage >= stage else 1) for size, stage in parts)
+        return self.weight_bytes(width) + sum(trained * size // (ranks if zero_stage >= stage else 1) for size, stage in parts)
 
     def activation_bytes(
-        self, dtype: torch.dtype, tokens: int, critic: bool = False, checkpointing: bool = False, training: bool = True
+        self, width: int, tokens: int, critic: bool = False, checkpointing: bool = False, training: bool = True
     ) -> int:
         """What the backward pass of `tokens` tokens keeps, logits included, without attention's square; with `checkpointing`, of
         each layer its input, and all of one; or, not `training`, what one layer takes."""
-        width = self.hidden * ACTIVATIONS * dtype.itemsize
+        layer = self.hidden * ACTIVATIONS * width
         if not training:
-            return tokens * width
-        kept = self.layers * self.hidden * dtype.itemsize + width if checkpointing else width * self.layers
+            return tokens * layer
+        kept = self.layers * self.hidden * width + layer if checkpointing else layer * self.layers
         return tokens * (kept * (2 if critic else 1) + self.vocabulary * LOGIT_COPIES * 4)
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
+    def weight_bytes(self, width: int) -> int:
         """The weights alone."""
-        return self.parameters * dtype.itemsize
+        return self.parameters * width
 
-    def cache_bytes(self, dtype: torch.dtype, tokens: int) -> int:
+    def cache_bytes(self, width: int, tokens: int) -> int:
         """Keys and values of `tokens` tokens."""
-        return tokens * self.layers * self.kv_width * dtype.itemsize
+        return tokens * self.layers * self.kv_width * width
 
 
 def model_size(model: str) -> ModelSize:
     """The size of a local folder's or hub id's causal language model; its weights are not read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(model)
     text = config.get_text_config()
     with torch.device("meta"):
@@ -79,7 +84,7 @@ def model_size(model: str) -> ModelSize:
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         linear_widths=sum(
-            layer.in_features + layer.out_features for layer in blank.base_model.modules() if isinstance(layer, nn.Linear)
+            layer.in_features + layer.out_features for layer in blank.base_model.modules() if isinstance(layer, torch.nn.Linear)
         ),
         kv_width=kv_width(text),
     )

@@ -32,32 +32,32 @@ def plan(gpus: int, *options: str) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "ranks", "stage", "critic", "expected"),
+    ("width", "ranks", "stage", "critic", "expected"),
     [
-        (torch.float32, 1, 0, False, 4_000 + 16_000),  # the reference 4; weights 4, gradients 4, moments 8 bytes of each
-        (torch.float32, 4, 0, True, 4_000 + 16 * 1800),  # the critic is a backbone more
-        (torch.bfloat16, 1, 0, False, 2_000 + 16_000),  # 2 + 2 + 8 + 4 of the float32 copy
-        (torch.bfloat16, 4, 1, False, 2_000 + 7_000),  # 2 + 2 + 12 / 4
-        (torch.bfloat16, 4, 2, False, 2_000 + 5_500),
-        (torch.bfloat16, 4, 3, False, 2_000 + 4_000),
+        (4, 1, 0, False, 4_000 + 16_000),  # the reference 4; weights 4, gradients 4, moments 8 bytes of each
+        (4, 4, 0, True, 4_000 + 16 * 1800),  # the critic is a backbone more
+        (2, 1, 0, False, 2_000 + 16_000),  # 2 + 2 + 8 + 4 of the float32 copy
+        (2, 4, 1, False, 2_000 + 7_000),  # 2 + 2 + 12 / 4
+        (2, 4, 2, False, 2_000 + 5_500),
+        (2, 4, 3, False, 2_000 + 4_000),
     ],
 )
-def test_training_bytes_by_hand(dtype: torch.dtype, ranks: int, stage: int, critic: bool, expected: int) -> None:
-    assert SIZE.training_bytes(dtype, ranks, stage, critic) == expected
+def test_training_bytes_by_hand(width: int, ranks: int, stage: int, critic: bool, expected: int) -> None:
+    assert SIZE.training_bytes(width, ranks, stage, critic) == expected
 
 
 def test_what_adapters_and_offload_leave_by_hand() -> None:
-    assert SIZE.training_bytes(torch.float32, 1, 0, True, lora=3) == 4_000 + 16 * 2 * 3 * 50
-    assert SIZE.training_bytes(torch.bfloat16, 4, 1, False, offload=True) == 2_000 + 4_000
-    assert SIZE.training_bytes(torch.bfloat16, 4, 3, False, offload=True) == 2_000 + 500
-    assert SIZE.activation_bytes(torch.bfloat16, 5, checkpointing=True) == 5 * (2 * 2 * 10 + 34 * 10 + 20 * 4 * 4)
+    assert SIZE.training_bytes(4, 1, 0, True, lora=3) == 4_000 + 16 * 2 * 3 * 50
+    assert SIZE.training_bytes(2, 4, 1, False, offload=True) == 2_000 + 4_000
+    assert SIZE.training_bytes(2, 4, 3, False, offload=True) == 2_000 + 500
+    assert SIZE.activation_bytes(2, 5, checkpointing=True) == 5 * (2 * 2 * 10 + 34 * 10 + 20 * 4 * 4)
 
 
 def test_activation_and_cache_bytes_by_hand() -> None:
-    assert SIZE.cache_bytes(torch.bfloat16, 3) == 3 * 2 * 6 * 2
-    assert SIZE.activation_bytes(torch.bfloat16, 5) == 5 * (2 * 34 * 10 + 20 * 4 * 4)
-    assert SIZE.activation_bytes(torch.float32, 5, critic=True) == 5 * (2 * 2 * 68 * 10 + 20 * 4 * 4)
-    assert SIZE.activation_bytes(torch.float32, 5, training=False) == 5 * 68 * 10
+    assert SIZE.cache_bytes(2, 3) == 3 * 2 * 6 * 2
+    assert SIZE.activation_bytes(2, 5) == 5 * (2 * 34 * 10 + 20 * 4 * 4)
+    assert SIZE.activation_bytes(4, 5, critic=True) == 5 * (2 * 2 * 68 * 10 + 20 * 4 * 4)
+    assert SIZE.activation_bytes(4, 5, training=False) == 5 * 68 * 10
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -72,7 +72,7 @@ def test_a_size_is_that_of_the_loaded_model(tied: bool, tmp_path: Path) -> None:
     assert 3 * size.linear_widths == sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     kept = model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
     bytes_kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
-    assert size.cache_bytes(torch.float32, 7) == bytes_kept
+    assert size.cache_bytes(4, 7) == bytes_kept
 
 
 def test_without_gpus_all_roles_are_seated_on_the_cpu() -> None:
