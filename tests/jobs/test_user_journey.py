@@ -31,6 +31,7 @@ TOPICS = (
 HELPFUL = "Open Settings, choose {}, and press Save. It takes effect within a minute."
 VAGUE = "Sorry, I do not know. Please contact somebody about {}."
 SURFACES = ("web", "mobile")
+METHODS = ["naive", "causalrm_dr", "auto", "oracle"]  # that compare compares
 NO_CLUSTER = ["cluster.address=in-process", "rollout.engine=hf", "rollout.generators=1", "learner.ranks=1", "reward.workers=0"]
 
 
@@ -150,15 +151,18 @@ def test_evaluate_scores_the_embedded_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_compare_measures_every_method_for_both_kinds_of_users(tmp_path: Path) -> None:
-    small = [
-        "world.impressions=400",
-        "rollout.prompts_per_step=8",
-        "loop.steps=1",
-        "loop.evaluation_prompts=20",
-        "reward.epochs=1",
-    ]
-    job("compare", f"run.dir={tmp_path}", *NO_CLUSTER, *small)
-    results = (tmp_path / "compare" / "results.csv").read_text(encoding="utf-8").splitlines()
-    assert len(results) == 1 + 2 * 3 * 4  # header; users, seeds, methods
+def test_compare_continues_to_a_table_of_every_method_and_both_kinds_of_users(tmp_path: Path) -> None:
+    """One of its six worlds is measured here; the others are there already, as after an interruption."""
+    small = ["world.impressions=600", "world.feedback_rate=0.5", "rollout.prompts_per_step=8", "reward.epochs=1"]
+    loop = ["loop.steps=1", "loop.evaluation_prompts=20"]
+    done = [(users, seed) for users in ("protocol", "strong_feelings") for seed in range(3)][1:]
+    rows = [f"{users},{seed},{method},2.0,0.5,0.9,0.9" for users, seed in done for method in METHODS]
+    (tmp_path / "compare").mkdir()
+    results = tmp_path / "compare" / "results.csv"
+    results.write_text("\n".join(["users,seed,method,oracle_reward,flashy,r2,auroc", *rows]) + "\n", encoding="utf-8")
+    (tmp_path / "compare" / "config.yaml").write_text("run: {name: compare}\n", encoding="utf-8")
+    job("compare", f"run.dir={tmp_path}", "resume=true", *NO_CLUSTER, *small, *loop)
+    measured = [line for line in results.read_text(encoding="utf-8").splitlines() if line.startswith("protocol,0,")]
+    assert [line.split(",")[2] for line in measured] == METHODS
+    assert all(0 <= float(line.split(",")[3]) <= 4 for line in measured)
     assert (tmp_path / "compare" / "comparison.png").exists()
