@@ -73,10 +73,20 @@ def test_distribution_equals_naive_loop(seed: int, temperature: float, top_p: fl
     assert found.tolist() == [pytest.approx(naive(row, sampling), abs=1e-5) for row in logits]
 
 
-def test_draw_takes_the_token_whose_interval_holds_the_number() -> None:
-    log_distribution = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log().expand(5, 5)
-    numbers = torch.tensor([0.0, 0.2499, 0.25, 0.9, 1 - 2**-53], dtype=torch.float64)
-    assert draw(log_distribution, numbers).tolist() == [1, 1, 3, 3, 3]
+@pytest.mark.parametrize("direction", [-1.0, 0.0, 1.0])
+def test_draw_takes_the_token_whose_interval_holds_the_number(direction: float) -> None:
+    """Of log-probabilities that another processor rounds up or down: the float32 logarithm is not the same to the bit on all."""
+    log_distribution = torch.tensor([-math.inf, math.log(0.25), -math.inf, math.log(0.75), -math.inf])
+    some = log_distribution.isfinite()
+    log_distribution[some] = torch.nextafter(log_distribution[some], log_distribution[some] + direction)
+    numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.9, 1 - 2**-53], dtype=torch.float64)
+    assert draw(log_distribution.expand(5, 5), numbers).tolist() == [1, 1, 3, 3, 3]
+
+
+@pytest.mark.parametrize("mass", [1.0, 1 - 1e-6, 1 + 1e-6, 0.75, 1e-30])
+def test_draw_reaches_the_last_token_of_some_probability_and_none_after_it(mass: float) -> None:
+    log_distribution = torch.tensor([[0.0, 0.25 * mass, 0.75 * mass, 0.0, 0.0]]).log()
+    assert draw(log_distribution, torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [2]
 
 
 def test_draws_follow_the_distribution_within_three_standard_errors() -> None:
