@@ -5,7 +5,7 @@
     log_state     one row: the position of the newest row, and how many repeated deliveries were ignored
 
 `seq` is one counter over both tables, given out while the writer holds the row of `log_state`: a row with a lower `seq` was
-committed no later, so that "everything up to position p" never changes again. `digest` tells whether a row is still the one
+committed no later, so that "everything up to position p" never changes again. `digest` shows whether a row is still the one
 that was written: SQLite keeps no checksums.
 """
 
@@ -36,6 +36,28 @@ Identifier = (
 
 metadata = MetaData()
 
+
+def row_digest(*columns: Any) -> str:
+    """A hash of the columns of a row, as they are written and as a database gives them back (-0.0 comes back as 0.0)."""
+    values = [value + 0.0 if isinstance(value, float) else value for value in columns]
+    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
+
+
+def digested_columns(table: Table) -> list[Column[Any]]:
+    """The columns that `row_digest` hashes, in their order."""
+    return [column for column in table.c if column.name != "digest"]
+
+
+def _digest_column() -> Column[str]:
+    """Computed on insertion; NULL in rows of logs from before there was one."""
+
+    def digest(context: Any) -> str:
+        row = context.get_current_parameters()
+        return row_digest(*(row[column.name] for column in digested_columns(context.current_column.table)))
+
+    return Column("digest", String(16), default=digest)
+
+
 impression_table = Table(
     "impressions",
     metadata,
@@ -47,7 +69,7 @@ impression_table = Table(
     Column("time", Double, nullable=False),
     Column("user", Text),
     Column("context", Text, nullable=False),
-    Column("digest", String(16)),  # none in rows of logs from before there was one
+    _digest_column(),
 )
 
 event_table = Table(
@@ -60,7 +82,7 @@ event_table = Table(
     Column("value", Double, nullable=False),
     Column("time", Double, nullable=False),
     Column("retracts", Identifier),
-    Column("digest", String(16)),
+    _digest_column(),
 )
 Index("events_by_impression", event_table.c.impression_id, event_table.c.time, event_table.c.id)
 _withdraws = event_table.c.retracts.is_not(None)
@@ -73,12 +95,6 @@ state_table = Table(
     Column("position", BigInteger, nullable=False),
     Column("redelivered", BigInteger, nullable=False),
 )
-
-
-def row_digest(*columns: Any) -> str:
-    """A hash of the columns of a row, as they are written and as a database gives them back (-0.0 comes back as 0.0)."""
-    values = [value + 0.0 if isinstance(value, float) else value for value in columns]
-    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
 
 
 class RecordError(ValueError):

@@ -96,7 +96,7 @@ def test_logit_does_not_depend_on_what_fills_the_padding(tmp_path: Path, filler:
     scorer = make_scorer(tmp_path)
     alone = scorer(torch.tensor([[4, 5, EOS]]), torch.tensor([3]))
     padded = scorer(torch.tensor([[4, 5, EOS, filler, filler]]), torch.tensor([3]))
-    torch.testing.assert_close(padded, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(padded, alone, atol=1e-6, rtol=1e-5)
 
 
 def test_last_token_counts_even_where_it_is_the_padding_id(tmp_path: Path):
@@ -111,7 +111,7 @@ def test_training_forward_equals_serving_scores(tmp_path: Path):
     scorer, rows = make_scorer(tmp_path), [[4, 5, 6, EOS], [7, EOS], [8, 9, EOS]]
     input_ids = torch.tensor([row + [EOS] * (4 - len(row)) for row in rows])
     trained = scorer.train()(input_ids, torch.tensor([4, 2, 3])).detach()
-    torch.testing.assert_close(score_rows(scorer, rows, batch_size=2), trained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(score_rows(scorer, rows, batch_size=2), trained, atol=1e-6, rtol=1e-5)
     assert scorer.training
 
 

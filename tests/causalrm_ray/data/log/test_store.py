@@ -137,9 +137,9 @@ def test_snapshot_of_an_empty_log_has_the_columns(log: FeedbackLog):
 
 
 def test_append_counts_only_what_is_new(log: FeedbackLog):
-    assert log.append_impressions([shown("a"), shown("b"), shown("a")]) == 2
-    assert log.append_impressions([shown("a"), shown("c")]) == 1
-    assert log.append_events([did("e", "a")]) == 1
+    assert log.append([shown("a"), shown("b"), shown("a")]).impressions == 2
+    assert log.append([shown("a"), shown("c")]).impressions == 1
+    assert log.append(events=[did("e", "a")]).events == 1
     assert log.append([shown("a")], [did("e", "a"), did("f", "b")]) == Written(0, 1)
     assert log.counts() == LogCounts(3, 2, 0, 0, 0, 0, redelivered=4)
 
@@ -149,20 +149,20 @@ def test_same_id_with_other_content_raises_and_names_both(log: FeedbackLog, deli
     first, second = did("e", "a", "upvote"), did("e", "a", "downvote")
     batches = [[first, second]] if delivered_together else [[first], [did("new", "a"), second]]
     for batch in batches[:-1]:
-        log.append_events(batch)
+        log.append(events=batch)
     before = log.counts(), log.position()
     with pytest.raises(ConflictError, match=r"events: id 'e' must keep its content, got signal='upvote' then 'downvote'"):
-        log.append_events(batches[-1])
+        log.append(events=batches[-1])
     assert (log.counts(), log.position()) == before
-    log.append_impressions([shown("a")])
+    log.append([shown("a")])
     with pytest.raises(ConflictError, match=r"impressions: id 'a' .* response='answer a' then 'other'"):
-        log.append_impressions([shown("a", response="other")])
+        log.append([shown("a", response="other")])
 
 
 def test_late_event_and_withdrawal_take_effect_by_their_own_time(log: FeedbackLog):
-    log.append_events([did("down", "a", "downvote", time=5.0), did("undo", "a", RETRACT, time=7.0, retracts="down")])
-    log.append_impressions([shown("a", time=1.0)])
-    log.append_events([did("up", "a", "upvote", time=3.0)])
+    log.append(events=[did("down", "a", "downvote", time=5.0), did("undo", "a", RETRACT, time=7.0, retracts="down")])
+    log.append([shown("a", time=1.0)])
+    log.append(events=[did("up", "a", "upvote", time=3.0)])
     assert labels(log, as_of=0.5) == {}
     assert labels(log, as_of=2.0) == {"a": (0, None, None)}
     assert labels(log, as_of=3.0) == {"a": (1, 1, "upvote")}
@@ -191,9 +191,9 @@ def test_another_mapping_over_the_same_log_relabels_it(tmp_path: Path):
 
 
 def test_stream_yields_events_in_order_of_arrival_from_any_position(log: FeedbackLog):
-    log.append_events([did("z", "a", time=9.0), did("m", "a", time=1.0)])
-    log.append_impressions([shown("a")])
-    log.append_events([did("b", "a", RETRACT, 5.0, retracts="z")])
+    log.append(events=[did("z", "a", time=9.0), did("m", "a", time=1.0)])
+    log.append([shown("a")])
+    log.append(events=[did("b", "a", RETRACT, 5.0, retracts="z")])
     assert [(seq, event.id) for seq, event in log.stream()] == [(1, "z"), (2, "m"), (4, "b")]
     assert [event for _, event in log.stream(after=2)] == [did("b", "a", RETRACT, 5.0, retracts="z")]
     assert [seq for seq, _ in log.stream(limit=2)] == [1, 2]
@@ -203,7 +203,7 @@ def test_stream_yields_events_in_order_of_arrival_from_any_position(log: Feedbac
 def test_strings_that_look_like_sql_are_just_strings(log: FeedbackLog):
     nasty = "'); DROP TABLE events; -- \" % :x ? \\ \u202e 💥\n"
     log.append([shown(nasty, prompt=nasty, response=nasty, user=nasty, context={nasty: nasty})], [did(nasty, nasty)])
-    assert log.append_events([did(nasty, nasty)]) == 0
+    assert log.append(events=[did(nasty, nasty)]).events == 0
     (row,) = log.snapshot()
     assert row["prompt"] == row["response"] == row["user"] == row["impression_id"] == nasty
     assert row["label"] == 1
@@ -241,7 +241,7 @@ BAD_EVENTS = [
 @pytest.mark.parametrize(("changes", "message"), BAD_IMPRESSIONS)
 def test_bad_impression_is_refused_with_its_whole_batch(log: FeedbackLog, changes: dict, message: str):
     with pytest.raises(RecordError, match=message):
-        log.append_impressions([shown("good"), shown("bad", **changes)])
+        log.append([shown("good"), shown("bad", **changes)])
     assert log.counts().impressions == 0
 
 
@@ -323,4 +323,4 @@ def test_killed_writer_leaves_every_reported_batch_and_no_half_one(tmp_path: Pat
         assert counts.impressions % size == 0
         assert len(reported) <= counts.impressions // size <= len(reported) + 1
         assert log.position() == 2 * counts.impressions
-        assert log.append_impressions([shown("after")]) == 1
+        assert log.append([shown("after")]).impressions == 1
