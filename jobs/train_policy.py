@@ -20,6 +20,7 @@ from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import Scored
+from jobs.support.errors import forgetting_refused_log
 from jobs.support.feedback import import_feedback, simulate_feedback
 from jobs.support.lock import run_lock
 from jobs.support.log import RunLog
@@ -33,7 +34,13 @@ from jobs.support.summary import judge_start, promotion_metrics, summarise
 def run(config: Config, again: bool = False) -> int:
     """Run the job; its artefacts are in runs/<name>. `again`: begin anew over what is left of an attempt without a checkpoint."""
     began = time.perf_counter()
-    with run_lock(config.run), RunLog(config.run), MemoryMonitor() as memory, Progress() as progress:
+    with (
+        run_lock(config.run),
+        RunLog(config.run),
+        forgetting_refused_log(config.run),
+        MemoryMonitor() as memory,
+        Progress() as progress,
+    ):
         run = Run(config, again)
         models = find_models(config, progress.pretraining)
         task = Task(config, models)

@@ -18,7 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 
 from causalrm_ray.config.options import load_config
-from jobs.__main__ import JOBS
+from jobs.catalog import JOBS
 
 ROOT = Path(__file__).parents[1]
 ROLES = ("generators", "learner", "reward")

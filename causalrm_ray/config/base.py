@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,26 @@ from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, Registry
 IN_PROCESS = "in-process"  # the address of no cluster at all
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What an option may name: an object of a registry, by name or import path, or one of `others`."""
+
+    registry: Registry
+    others: tuple[str, ...] = ()
+
+    def check(self, name: str) -> str:
+        """`name`, if it may be chosen. Raises ValueError that names the nearest."""
+        return name if name in self.others else self.registry.check(name)
+
+    def names(self) -> tuple[str, ...]:
+        """All names that there are now, those of other packages included."""
+        return (*self.registry.names(), *self.others)
+
+
 def chosen_from(registry: Registry, *others: str) -> Any:
-    """The type of an option that names one object of a registry, by name or import path, or is one of `others`."""
-    return Annotated[str, AfterValidator(lambda name: name if name in others else registry.check(name)), registry]
+    """The type of an option whose value is a Choice."""
+    choice = Choice(registry, others)
+    return Annotated[str, AfterValidator(choice.check), choice]
 
 
 EstimatorName = chosen_from(ESTIMATORS)

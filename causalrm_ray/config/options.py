@@ -11,14 +11,16 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
-from causalrm_ray.config.base import RunFolder, Section
+from causalrm_ray.config.base import Choice, RunFolder, Section
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.files import write_whole
@@ -27,16 +29,56 @@ Tree = TypeVar("Tree", bound=Section)
 HASH_LINE = "# sha256 of the lines below: "
 
 
-def options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """Every option below `section` as (dotted key, type, default, meaning)."""
+class Option(NamedTuple):
+    """One option: its dotted key, the type and the default as a user writes them, and its meaning."""
+
+    key: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def options(section: type[Section] = Config, prefix: str = "") -> Iterator[Option]:
+    """Every option below `section`, those of nested sections too, whether or not they are set by default."""
     for name, info in section.model_fields.items():
-        key = f"{prefix}{name}"
-        default = "must be given" if info.is_required() else info.get_default(call_default_factory=True)
-        if isinstance(default, Section):
-            yield from options(type(default), f"{key}.")
+        key, nested = f"{prefix}{name}", section_in(info.annotation)
+        if nested is not None:
+            yield from options(nested, f"{key}.")
         else:
-            kind = str(info.annotation) if not isinstance(info.annotation, type) else info.annotation.__name__
-            yield key, kind.replace("typing.", "").replace("pathlib.", ""), default, info.description or ""
+            default = "must be given" if info.is_required() else _as_yaml(info.get_default(call_default_factory=True))
+            yield Option(key, _kind(info.annotation, info.metadata), default, info.description or "")
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, if it holds one or may hold one."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type as values of it are written in YAML; a choice by its names."""
+    choice = next((item for item in metadata if isinstance(item, Choice)), None)
+    if choice is not None:
+        return " | ".join((*choice.names(), "package.module:object"))
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(parts[0], parts[1:])
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_kind, parts))
+    if origin is tuple:
+        return f"[{', '.join('...' if part is ... else _kind(part) for part in parts)}]"
+    if origin is dict:
+        return f"{{{_kind(parts[0])}: {_kind(parts[1])}}}"
+    return "null" if annotation is NoneType else annotation.__name__.lower()
+
+
+def _as_yaml(value: Any) -> str:
+    text = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Config:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from causalrm_ray.config.base import RunFolder
-from causalrm_ray.errors import InputError
+from causalrm_ray.errors import ConfigError, InputError
 
 REFUSED = 2  # exit status: what was told or handed in cannot be used; trying again would not help
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,6 +48,29 @@ def naming_full_disks(run: RunFolder) -> Iterator[None]:
         if (why := no_room(error, run)) is None:
             raise
         raise InputError(why) from error
+
+
+@contextlib.contextmanager
+def forgetting_refused_log(run: RunFolder) -> Iterator[None]:
+    """Where the block ends in a refusal before the run has a checkpoint or summary, delete the feedback log that it began.
+
+    The corrected command then finds no run under the name. A log that was there before, or is elsewhere, is left alone. The
+    run must be locked.
+    """
+    made = [
+        path
+        for name in ("feedback.db", "feedback.db-wal", "feedback.db-shm", "config.yaml")
+        if not (path := run.path / name).exists()
+    ]
+    try:
+        yield
+    except (ConfigError, InputError):
+        if not any((run.path / mark).exists() for mark in ("checkpoints", "summary.json")):
+            for path in made:
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # quarantine.jsonl, or what a user put there, stays
+                run.path.rmdir()
+        raise
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -1,16 +1,15 @@
 """The main job under supervision: where its driver dies, or loses a role that it needs, another goes on from the checkpoint.
 
-this process (light)  --configuration on stdin-->  an attempt (the driver)
-          ^                                             |
-          +---- exit status: 0, an error, a death ------+     a death: again, from the newest complete checkpoint
+this process (light)  --Attempt, JSON on stdin-->  a driver
+          ^                                           |
+          +---- exit status: 0, an error, a death ----+     a death: again, from the newest complete checkpoint
 
-SIGTERM, as clouds send it before they take a machine back, is handed on: the attempt ends its step, saves, and ends.
+SIGTERM, as clouds send it before they take a machine back, is passed on: the driver ends its step, saves, and ends.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -23,33 +22,40 @@ from types import FrameType
 from rich.console import Console
 
 from causalrm_ray.checkpoint import newest_complete
-from causalrm_ray.config.base import IN_PROCESS
-from causalrm_ray.config.options import validate
+from causalrm_ray.config.base import IN_PROCESS, Section
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
 from jobs.support.errors import naming_full_disks, refuse
 from jobs.support.lock import run_lock
 
 ROOT = Path(__file__).parents[2]
+JOB = "jobs.train_policy"  # stands above this room, and is heavy: imported by name, in the process that runs it
 LOST = 75  # an attempt that lost a role (EX_TEMPFAIL): another may do better
 
 console = Console(highlight=False, soft_wrap=True)
 
 
-def run(config: Config, module: str) -> int:
-    """Run the job in `module`, in this process if its death must not start another attempt. Returns its exit status."""
+class Attempt(Section):
+    """What a driver is started with. `fresh_start`: it begins over what an attempt without a checkpoint left."""
+
+    config: Config
+    fresh_start: bool = False
+
+
+def run(config: Config) -> int:
+    """Run the job, in this process if its death must not start another attempt. Returns its exit status."""
     if config.world.users != "none" and (config.feedback.source or config.feedback.prompts):
         raise ConfigError(
             "world.users must be none with feedback.source or feedback.prompts: simulated users know the embedded world only"
         )
     if config.loop.max_failures == 0 or config.cluster.address == IN_PROCESS:
-        return importlib.import_module(module).run(config)
-    with run_lock(config.run):  # said at once; the attempt itself holds the lock, and lets go when it dies
+        return importlib.import_module(JOB).run(config)
+    with run_lock(config.run):  # a refusal comes at once; the driver itself holds the lock, and lets go when it dies
         pass
-    failures, again = 0, False
+    attempt, failures = Attempt(config=config), 0
     before = _checkpoint(config)
     while True:
-        status = _attempt(config, module, again)
+        status = _drive(attempt)
         found = _checkpoint(config)
         if not _was_death(status, before, found):
             return status
@@ -60,19 +66,21 @@ def run(config: Config, module: str) -> int:
             return 1
         where = f"from {found.name}" if found else "from the start"
         console.print(f"the job ended {how}: {where} again ({failures} of loop.max_failures)", style="yellow")
-        run_folder = config.run.model_copy(update={"resume": found is not None})
-        config, again, before = config.model_copy(update={"run": run_folder}), found is None, found
+        resumed = config.run.model_copy(update={"resume": found is not None})
+        attempt = Attempt(config=config.model_copy(update={"run": resumed}), fresh_start=found is None)
+        before = found
 
 
-def _attempt(config: Config, module: str, again: bool) -> int:
-    """One driver's exit status; negative: the signal that killed it."""
+def _drive(attempt: Attempt) -> int:
+    """Start a driver and wait for it. Returns its exit status; negative: the signal that killed it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-P", "-m", "jobs.support.supervise", module]
-    driver = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+    driver = subprocess.Popen(
+        [sys.executable, "-P", "-m", "jobs.support.supervise"], stdin=subprocess.PIPE, text=True, env=environment
+    )
     assert driver.stdin is not None
-    with _handing_on(signal.SIGTERM, driver):
-        with driver.stdin as told:
-            json.dump({"config": config.model_dump(mode="json"), "again": again}, told)
+    with _passing_on(signal.SIGTERM, driver):
+        with driver.stdin as pipe:
+            pipe.write(attempt.model_dump_json())
         try:
             return driver.wait()
         except KeyboardInterrupt:  # the terminal sent it to the driver, too
@@ -81,11 +89,11 @@ def _attempt(config: Config, module: str, again: bool) -> int:
 
 
 @contextmanager
-def _handing_on(number: signal.Signals, driver: subprocess.Popen[str]) -> Iterator[None]:
-    def hand_on(received: int, frame: FrameType | None) -> None:
+def _passing_on(number: signal.Signals, driver: subprocess.Popen[str]) -> Iterator[None]:
+    def pass_on(received: int, frame: FrameType | None) -> None:
         driver.send_signal(received)
 
-    previous = signal.signal(number, hand_on)
+    previous = signal.signal(number, pass_on)
     try:
         yield
     finally:
@@ -106,15 +114,14 @@ def _was_death(status: int, before: Path | None, after: Path | None) -> bool:
     return status == LOST or (status == 1 and before != after)
 
 
-def attempt(module: str) -> int:
-    """The driver of the job in `module`: reads on stdin what `run` wrote."""
-    told = json.load(sys.stdin)
+def drive() -> int:
+    """The driver: reads on stdin the attempt that it is."""
     from actors.errors import RoleDiedError, RoleTimeoutError
 
-    config = validate(told["config"])
+    attempt = Attempt.model_validate_json(sys.stdin.read())
     try:
-        with naming_full_disks(config.run):
-            return importlib.import_module(module).run(config, again=told["again"])
+        with naming_full_disks(attempt.config.run):
+            return importlib.import_module(JOB).run(attempt.config, attempt.fresh_start)
     except (RoleDiedError, RoleTimeoutError) as error:
         refuse("train-policy", error)
         return LOST
@@ -123,4 +130,4 @@ def attempt(module: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(attempt(sys.argv[1]))
+    sys.exit(drive())

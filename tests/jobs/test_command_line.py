@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.config.options import load_config, options
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt
-from jobs.__main__ import JOBS, main
+from jobs.__main__ import main
+from jobs.catalog import JOBS
 from jobs.doctor import rollout_engines
+from jobs.support.errors import forgetting_refused_log
 from jobs.support.lock import lock_of
 from jobs.support.prompts import Task, find_models
 from jobs.support.run_folder import Run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -22,7 +31,56 @@ def test_every_job_lists_every_option(job: str, capsys: pytest.CaptureFixture[st
     monkeypatch.setenv("COLUMNS", "300")
     assert main([job, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert [key for key, *_ in options(JOBS[job].tree) if key not in shown] == []
+    assert [option.key for option in options(JOBS[job].options()) if option.key not in shown] == []
+
+
+HEAVY = ("torch", "ray", "transformers", "pandas", "datasets", "sklearn", "numpy", "vllm", "deepspeed")
+
+
+def alone(*words: str, cwd: Path = ROOT) -> tuple[int, str, list[str]]:
+    """Exit status, output and heavy modules loaded, of a command in a process of its own."""
+    program = f"import sys; from jobs.__main__ import main; status = main({list(words)!r}); "
+    program += f"print([name for name in {HEAVY!r} if name in sys.modules]); sys.exit(status)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=cwd)
+    shown, _, loaded = done.stdout.rstrip().rpartition("\n")
+    return done.returncode, shown + done.stderr, ast.literal_eval(loaded)
+
+
+@pytest.mark.parametrize("words", [(), ("-h",), ("--help",)], ids=["nothing", "-h", "--help"])
+def test_the_command_alone_lists_the_jobs_at_once(words: tuple[str, ...]) -> None:
+    status, shown, loaded = alone(*words)
+    assert (status, loaded) == (0, [])
+    assert [name for name in JOBS if name not in shown] == []
+
+
+@pytest.mark.parametrize("job", ["train-policy", "benchmark", "plan", "submit"])
+def test_the_help_of_a_job_is_as_light(job: str) -> None:
+    status, shown, loaded = alone(job, "--help")
+    assert (status, loaded) == (0, [])
+    assert JOBS[job].meaning.split()[0] in shown
+
+
+def test_a_job_lists_its_own_sections_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit-reward", "-h"]) == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n{section}: ") for section in ("run", "feedback", "model", "reward", "rollout", "learner")]
+    assert places == sorted(places)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"causalrm-ray {version('causalrm-ray')}\n"
+
+
+def test_an_unknown_job_is_refused_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian-policy"]) == 2
+    assert "Did you mean 'train-policy'?" in capsys.readouterr().err
+
+
+def test_a_plan_loads_no_engine(tmp_path: Path) -> None:
+    status, _, loaded = alone("plan", f"run.dir={tmp_path}")
+    assert status == 0
+    assert set(loaded) <= {"torch", "numpy"}  # of the algorithm's table, and of the picture
 
 
 def test_options_may_stand_on_either_side_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +166,56 @@ def test_a_log_that_cannot_be_fitted_is_refused_before_ray_starts(
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert part in refusal(capsys, "fit-reward", f"feedback.source={log}", f"run.dir={tmp_path / 'runs'}")
+
+
+LIKED, DISLIKED, SILENT = ({"prompt": "p", "response": str(label), "label": label} for label in (1, 0, None))
+
+
+@pytest.mark.parametrize(
+    "rows", [None, [{"prompt": "", "response": "r", "label": 1}], [LIKED]], ids=["missing", "bad", "one label"]
+)
+@pytest.mark.parametrize("job", ["fit-reward", "train-policy"])
+def test_a_refused_import_leaves_no_run_behind(
+    job: str, rows: list[dict] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log.jsonl"
+    if rows is not None:
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = [f"feedback.source={log}", f"run.dir={tmp_path / 'runs'}", "loop.max_failures=0", "world.users=none"]
+    refusal(capsys, job, *options)
+    left = tmp_path / "runs" / job
+    assert {path.name for path in left.rglob("*")} <= {"quarantine.jsonl", "log.jsonl"}
+
+    log.write_text("".join(json.dumps(row) + "\n" for row in (LIKED, DISLIKED, SILENT)), encoding="utf-8")
+
+    def reached(*_: object) -> None:
+        raise InputError("the import is through")
+
+    monkeypatch.setattr(f"jobs.{job.replace('-', '_')}.ray_cluster", reached)
+    assert "the import is through" in refusal(capsys, job, *options)
+    assert not (left / "feedback.db").exists(), "refused by what came after the import, before the work"
+
+
+def test_a_refusal_leaves_the_log_of_a_run_that_was_there(tmp_path: Path) -> None:
+    run = RunFolder(name="mine", dir=tmp_path)
+    run.path.mkdir()
+    (run.path / "feedback.db").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError), forgetting_refused_log(run):
+        raise InputError("no")
+    assert (run.path / "feedback.db").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_refusal_after_the_first_checkpoint_leaves_the_run(tmp_path: Path) -> None:
+    run = RunFolder(name="mine", dir=tmp_path)
+
+    def work() -> None:
+        (run.path / "checkpoints").mkdir(parents=True)
+        (run.path / "feedback.db").touch()
+        raise InputError("no")
+
+    with pytest.raises(InputError), forgetting_refused_log(run):
+        work()
+    assert (run.path / "feedback.db").exists()
 
 
 def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,40 +20,41 @@ import psutil
 import pytest
 
 from causalrm_ray.errors import ConfigError
-from jobs.__main__ import main, make_submission
+from jobs.__main__ import main
+from jobs.submit import read_submission
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_submitted_job_joins_the_cluster_that_it_runs_in_unless_told_otherwise() -> None:
-    assert make_submission(None, ["doctor"]).command == ["python", "-m", "jobs", "doctor", "cluster.address=auto"]
+    assert read_submission(None, ["doctor"]).command == ["python", "-m", "jobs", "doctor", "cluster.address=auto"]
     for told in ("cluster.address=10.0.0.1:6379", "address=10.0.0.1:6379"):
-        assert make_submission(None, ["doctor", told]).command == ["python", "-m", "jobs", "doctor", told]
+        assert read_submission(None, ["doctor", told]).command == ["python", "-m", "jobs", "doctor", told]
 
 
 def test_options_of_submit_and_of_the_job_part_ways(tmp_path: Path) -> None:
     words = ["submit.env=[HF_TOKEN]", "train-policy", f"run.dir={tmp_path}", "submit.follow=false", "steps=3"]
-    asked = make_submission(None, words)
+    asked = read_submission(None, words)
     assert asked.command == ["python", "-m", "jobs", "train-policy", f"run.dir={tmp_path}", "steps=3", "cluster.address=auto"]
-    assert (asked.config.submit.env, asked.config.submit.follow) == (("HF_TOKEN",), False)
+    assert (asked.options.env, asked.options.follow) == (("HF_TOKEN",), False)
     assert asked.facts == {"job": "train-policy", "run": f"{tmp_path}/train-policy"}
 
 
 def test_a_run_that_goes_on_is_not_checked_against_options_that_lie_with_it(tmp_path: Path) -> None:
     words = ["train-policy", f"run.dir={tmp_path}", "resume=true", "learner.save_memory=[offload]"]  # needs zero_stage >= 1
-    assert make_submission(None, words).command[-1] == "cluster.address=auto"
+    assert read_submission(None, words).command[-1] == "cluster.address=auto"
     with pytest.raises(ConfigError, match="zero_stage"):
-        make_submission(None, [word for word in words if word != "resume=true"])
+        read_submission(None, [word for word in words if word != "resume=true"])
 
 
 def test_the_configuration_file_is_found_in_the_folder_that_is_sent(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     file = tmp_path / "configs" / "mine.yaml"
     file.write_text(f"run: {{dir: {tmp_path}}}\ncluster: {{address: 'ray:6379'}}\n", encoding="utf-8")
-    asked = make_submission(str(file), ["train-policy", f"submit.working_dir={tmp_path}"])
+    asked = read_submission(file, ["train-policy", f"submit.working_dir={tmp_path}"])
     assert asked.command == ["python", "-m", "jobs", "train-policy", "--config", "configs/mine.yaml"]
     with pytest.raises(ConfigError, match=r"must lie in submit\.working_dir"):
-        make_submission(str(file), ["train-policy", f"submit.working_dir={tmp_path / 'configs' / 'deeper'}"])
+        read_submission(file, ["train-policy", f"submit.working_dir={tmp_path / 'configs' / 'deeper'}"])
 
 
 @pytest.mark.parametrize(
