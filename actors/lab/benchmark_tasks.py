@@ -22,9 +22,8 @@ from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.data.embeddings import GradedEmbeddings
 from causalrm_ray.data.simulate import Selection, SimulatedLog, preferences, rescale, simulate, threshold
 from causalrm_ray.errors import InputError
-from causalrm_ray.estimators.core.task import NOISE_FREE, Observations
+from causalrm_ray.estimators.core.task import NOISE_FREE, Observations, load_method
 from causalrm_ray.estimators.core.training import FitSettings, predict
-from causalrm_ray.estimators.methods.registry import METHODS
 from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit
 from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_models
 from causalrm_ray.estimators.studies import noise_study
@@ -124,7 +123,7 @@ def run_cell(order: CellSpec, data: tuple[GradedEmbeddings, GradedEmbeddings]) -
     rates, no_rates = _estimate_rates(fit)
     rows = []
     for method in order.methods:
-        needed = rates if method != ORACLE and "rates" in METHODS[method].needs else NOISE_FREE
+        needed = rates if method != ORACLE and "rates" in load_method(method).needs else NOISE_FREE
         row: Row = dict.fromkeys(("method", *METRICS, "rho_01_hat", "rho_10_hat", "fit_s", "fault"))
         row["method"] = method
         if needed is None:

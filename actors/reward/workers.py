@@ -109,6 +109,7 @@ def _fit(order: FitSpec, inputs: Inputs, log: SnapshotRows, shard: Shard, device
         FitSettings(config.epochs, config.lr, BATCH_SIZE),
         loss=LOSS,
         rates=None if config.rho is None else NoiseRates(*config.rho),
+        noise_rates=config.noise_rates,
         clean_labels=None if order.clean_labels is None else torch.tensor(order.clean_labels),
         serving=None if order.serving is None else SequenceScorer.from_pretrained(order.serving).to(device),
         heldout=log.heldout,

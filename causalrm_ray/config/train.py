@@ -17,7 +17,7 @@ from causalrm_ray.config.base import (
     Section,
 )
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS
-from causalrm_ray.types import NoiseRates, Sampling
+from causalrm_ray.types import NoiseEstimator, NoiseRates, Sampling
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
@@ -94,6 +94,9 @@ class RewardConfig(Section):
         0.0, ge=0, description="standard deviations of its ensemble that the reward model stays below their mean; 0: the mean"
     )
     rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
+    noise_rates: NoiseEstimator = Field(
+        "curve", description="how they are estimated: curve, of the labels along a proxy's ranks; anchors, the paper's quantiles"
+    )
     refit_every: int = Field(12, ge=0, description="policy steps between refits of propensity and reward; 0 never")
 
     @model_validator(mode="after")

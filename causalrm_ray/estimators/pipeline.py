@@ -1,4 +1,4 @@
-"""One fit of reward models from a log, as arXiv 2603.18736 has it.
+"""One fit of reward models from a log, as in arXiv 2603.18736.
 
 split rows -> proxy of P(r = 1 | x) on O, out of fold -> rho_01, rho_10 -> imputation -> a module per method -> held-out risk
                                                                                                 (the serving model's too)
@@ -17,16 +17,15 @@ from causalrm_ray.checks import check_both_classes, check_propensity, check_same
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
-from causalrm_ray.estimators.core.task import FitTask, Fitted, Nuisances, Observations
+from causalrm_ray.estimators.core.task import FitTask, Fitted, Method, Nuisances, Observations, load_method
 from causalrm_ray.estimators.core.training import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, mean_risk
-from causalrm_ray.estimators.methods.registry import METHODS
 from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, fit_oracle
 from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
-from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_noise_rates
+from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_by_anchors, estimate_noise_rates
 from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits, split_rows
 from causalrm_ray.losses.noise import denoise
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.types import NoiseEstimator, NoiseRates
 
 ORACLE = "oracle"
 PROXY_FOLDS = 3  # rows without feedback get the mean of as many proxies; two of half the labels each are far weaker
@@ -48,10 +47,10 @@ class RewardFit:
 class RewardFits:
     """All that one fit makes.
 
-    `fits` by method; `rates` used, and how they were estimated (`noise`, none where they were given, or where the order of the
-    rows does not tell them and the first method found its own); `ranking` [N], the out-of-fold P(r = 1 | x), `proxy` [N], the
-    same calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (none where nothing needs them);
-    `heldout` row numbers and the risk of the serving model on them (none where none serves).
+    `fits` by method; `rates` used, and how they were estimated (`noise`; None where they were given, or where the log does not
+    identify them and the first method found its own); `ranking` [N], the out-of-fold P(r = 1 | x), `proxy` [N], the same
+    calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (None where nothing needs them);
+    `heldout` row numbers and the risk of the serving model on them (None where none serves).
     """
 
     fits: dict[str, RewardFit]
@@ -73,6 +72,7 @@ def fit_reward_models(
     settings: FitSettings,
     loss: str = "bce",
     rates: NoiseRates | None = None,
+    noise_rates: NoiseEstimator = "curve",
     clean_labels: Tensor | None = None,
     serving: nn.Module | None = None,
     heldout: Tensor | None = None,
@@ -85,19 +85,21 @@ def fit_reward_models(
 ) -> RewardFits:
     """Fit one module per name in `methods` on the observed feedback.
 
-    Without methods, only the rates are estimated. `make_module` returns a fresh scorer; `propensity` [N] in (0, 1] is
-    calibrated and clipped; `loss` is a key of LOSSES (methods that subtract losses use a bounded "bce"); `rates` skips their
-    estimation. "oracle" among the methods is fitted on `clean_labels` [N], which nothing else reads. The rows numbered in
-    `heldout` (none: a fifth of all at random) decide when to stop and whether to promote; no module of tokens trains on them,
-    and of an ensemble on features every member leaves out a part, by which these rows are judged. `on_epoch(method, epoch)`
-    follows the progress.
+    `methods` are names or import paths of estimators (registry.ESTIMATORS); without any, only the rates are estimated.
+    `make_module` returns a fresh scorer; `propensity` [N] in (0, 1] is calibrated and clipped; `loss` is a key of LOSSES (methods
+    that subtract losses use a bounded "bce"); `rates` are known, or estimated as `noise_rates` says: by the labels' "curve" along
+    a proxy's ranks, or by the paper's "anchors". "oracle" among the methods is fitted on `clean_labels` [N], which nothing else
+    reads. The rows numbered in `heldout` (by default a fifth of all at random) decide when to stop and whether to promote; no
+    module of tokens trains on them; each member of an ensemble on features leaves out a part, by which these rows are judged.
+    `on_epoch(method, epoch)` follows the progress.
     `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
     distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
-    from 0 the observed traits that selection may hang on. `caution` is how many of the members' standard deviations a module that
-    is distilled from an ensemble stays below their mean. The same seed and shard give the same modules.
-    The first method's view of who speaks up is what held-out risks are weighted by, its own and the others'.
+    from 0 the observed traits that selection may depend on. `caution` is how many of the members' standard deviations a module
+    that is distilled from an ensemble stays below their mean. The same seed and shard give the same modules.
+    All held-out risks are weighted by the first method's selection model.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
+    loaded = {name: load_method(name) for name in methods if name != ORACLE}
     _check(inputs, observations, propensity, methods, loss, clean_labels)
     rows = torch.arange(len(inputs))
     if heldout is None:
@@ -117,12 +119,18 @@ def fit_reward_models(
         shard,
         strata,
     )
-    found = _find_nuisances(task, propensity, methods, states)
+    needs = frozenset[str]().union(*(method.needs for method in loaded.values()))
+    first_finds_rates = bool(methods) and methods[0] != ORACLE and "states" in loaded[methods[0]].needs
+    required = "rates" in needs or not first_finds_rates
+    found = _find_nuisances(task, propensity, "imputation" in needs, required, noise_rates, states)
     fitted = {}
     for name in methods:
         follow = None if on_epoch is None else partial(on_epoch, name)
         given = replace(task, nuisances=found.nuisances, on_epoch=follow)
-        fitted[name] = _fit_method(name, given, states, found.proxy, clean_labels, serving, caution)
+        if name in loaded:
+            fitted[name] = _fit_method(name, loaded[name], given, states, found.proxy, serving, caution)
+        elif clean_labels is not None:
+            fitted[name] = fit_oracle(given, clean_labels)
     return _judge(task, found, fitted, serving)
 
 
@@ -130,7 +138,7 @@ def _judge(task: FitTask, found: _Found, fitted: Mapping[str, Fitted], serving: 
     """Held-out risks of all that was fitted, and of the serving model."""
     weights = next((one.weights for one in fitted.values()), None)
     rates = found.nuisances.rates
-    if rates is None:  # the order of the rows does not tell them: those that the first method found along, then
+    if rates is None:  # the log does not identify them: those that the first method found
         rates = NoiseRates(*(next(iter(fitted.values())).figures[name] for name in ("rho_01", "rho_10")))
     nuisances = replace(found.nuisances, rates=rates)
     risk = heldout_objective(task.observations, nuisances, task.loss, task.heldout, weights)
@@ -150,36 +158,38 @@ class _Found:
     proxy: Tensor | None = None
 
 
-def _find_nuisances(task: FitTask, propensity: Tensor, methods: Sequence[str], states: Tensor | None) -> _Found:
-    """The nuisances that `methods` need besides those given; no rates where the log tells none and none are required."""
-    needs = frozenset[str]().union(*(METHODS[name].needs for name in methods if name != ORACLE))
+def _find_nuisances(
+    task: FitTask, propensity: Tensor, impute: bool, required: bool, noise_rates: NoiseEstimator, states: Tensor | None
+) -> _Found:
+    """The nuisances not given; no rates where the log does not identify them, unless `required`: then InputError."""
     given, observations, seed = task.nuisances, task.observations, task.settings.seed
-    if given.rates is not None and "imputation" not in needs:
+    if given.rates is not None and not impute:
         return _Found(given)
-    seen = int(observations.o[task.train].sum())
-    ranking = _out_of_fold(task if states is None else with_settings(on_states(task, states), seen))
+    labels = int(observations.o[task.train].sum())
+    ranking = _out_of_fold(task if states is None else with_settings(on_states(task, states), labels))
     proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
     noise, rates = None, given.rates
     if rates is None:
-        finds = bool(methods) and methods[0] != ORACLE and "states" in METHODS[methods[0]].needs
-        noise = _estimate_rates(ranking, observations, seed, required="rates" in needs or not finds)
-        rates = None if noise is None else noise.rates
-    imputation = denoise(proxy, rates) if rates is not None and "imputation" in needs else None
+        try:
+            curve = noise_rates == "curve"
+            noise = estimate_noise_rates(ranking, observations, seed=seed) if curve else estimate_by_anchors(proxy, observations)
+            rates = noise.rates
+        except InputError:
+            if required:
+                raise
+    imputation = denoise(proxy, rates) if rates is not None and impute else None
     return _Found(replace(given, rates=rates, imputation=imputation), noise, ranking, proxy)
 
 
 def _fit_method(
     name: str,
+    method: Method,
     task: FitTask,
     states: Tensor | None,
     proxy: Tensor | None,
-    clean: Tensor | None,
     serving: nn.Module | None,
     caution: float,
 ) -> Fitted:
-    if clean is not None and name == ORACLE:
-        return fit_oracle(task, clean)
-    method = METHODS[name]
     if "rates" not in method.needs:  # a method that takes feedback as true imputes feedback
         task = replace(task, nuisances=replace(task.nuisances, imputation=proxy))
     if "states" not in method.needs:
@@ -190,16 +200,6 @@ def _fit_method(
         raise ValueError(f"{name} is fitted on states [N, D] of a frozen backbone, got none")
     teacher = method.fit(replace(on_states(task, states), spare_heldout=True))
     return distil(task, teacher, states, start=serving, caution=caution)
-
-
-def _estimate_rates(ranking: Tensor, observations: Observations, seed: int, required: bool) -> NoiseEstimate | None:
-    """The rates of the noise; none where the log does not tell them, unless they are required: then InputError."""
-    try:
-        return estimate_noise_rates(ranking, observations, seed=seed)
-    except InputError:
-        if required:
-            raise
-        return None
 
 
 def _gate_risk(fitted: Fitted, task: FitTask, objective: Objective) -> float:
@@ -220,7 +220,7 @@ def heldout_objective(
 
         sum of v_1 l(s, 1) + v_0 l(s, 0)  /  sum of v_1 + v_0
 
-    `weights` (v_1, v_0) [N] are those of a method that found how selection works; with none it is the noise-corrected,
+    `weights` (v_1, v_0) [N] are those of a method that modelled selection; without them it is the noise-corrected,
     self-normalised IPS, which is the same with one propensity for both opinions.
     """
     method = REWEIGHTING["causalrm_snips"]
@@ -263,9 +263,6 @@ def _check(
     loss: str,
     clean_labels: Tensor | None,
 ) -> None:
-    for name in methods:
-        if name not in METHODS and name != ORACLE:
-            raise ValueError(f"method must be one of {[*METHODS, ORACLE]}, got {name!r}")
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
     if (ORACLE in methods) != (clean_labels is not None):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +28,11 @@ from causalrm_ray.config.options import dump_config, load_tree
 from causalrm_ray.data.embeddings import GradedEmbeddings, load_pair
 from causalrm_ray.data.simulate import preferences, threshold
 from causalrm_ray.errors import ConfigError, InputError
-from causalrm_ray.estimators.methods.registry import METHODS
+from causalrm_ray.estimators.core.task import load_method
 from causalrm_ray.estimators.pipeline import ORACLE
 from causalrm_ray.estimators.studies.semisynthetic import Bias
 from causalrm_ray.files import write_whole
+from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
 from causalrm_ray.types import NoiseRates
 from jobs.support.progress import Progress
@@ -209,13 +209,13 @@ def write_markdown(title: str, columns: Sequence[str], lines: Sequence[Sequence[
 
 def wanted_methods(config: BenchmarkConfig) -> tuple[str, ...]:
     """The methods to fit; raises ConfigError for a name that is none."""
-    known = (*METHODS, ORACLE)
     for name in config.methods:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ConfigError(f"methods: must be among {', '.join(known)}, got {name!r}{hint}")
-    return config.methods or known
+        if name != ORACLE:
+            try:
+                load_method(name)
+            except ValueError as error:
+                raise ConfigError(f"methods: {error}") from error
+    return config.methods or (*ESTIMATORS.names(), ORACLE)
 
 
 def _check_classes(config: BenchmarkConfig, data: tuple[GradedEmbeddings, GradedEmbeddings]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from causalrm_ray.checks import check_binary, check_propensity, check_same_length, check_unit_interval
 from causalrm_ray.estimators.core.training import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, fit, seeded
 from causalrm_ray.losses.pointwise import Loss
+from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.types import NoiseRates
 
 NOISE_FREE = NoiseRates(0.0, 0.0)
@@ -107,3 +108,39 @@ class Fitted:
     figures: Mapping[str, float] = field(default_factory=dict)
     opinion: Tensor | None = None
     weights: tuple[Tensor, Tensor] | None = None
+
+
+@runtime_checkable
+class Method(Protocol):
+    """An estimator: `paper` is its source, `needs` names the nuisances that it reads."""
+
+    @property
+    def paper(self) -> str:
+        """Where the method comes from."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The nuisances that a fit reads; all others it must not."""
+        ...
+
+    def fit(self, task: FitTask, /) -> Fitted:
+        """Fit a scorer of P(r* = 1 | x)."""
+        ...
+
+
+def load_method(name: str) -> Method:
+    """The estimator of this name or import path, "package.module:object" (see registry.ESTIMATORS); a class is instantiated.
+
+    Raises ValueError for an unknown name, or for an object that is no Method.
+    """
+    try:
+        found = ESTIMATORS.load(name)
+    except ValueError as error:
+        raise ValueError(f"method {error}") from error
+    method = found() if isinstance(found, type) else found
+    if not isinstance(method, Method) or not set(method.needs) <= set(get_args(Need)):
+        raise ValueError(
+            f"method {name!r} must have paper, fit(task) and needs, a set of {', '.join(get_args(Need))}, got {method!r}"
+        )
+    return method

@@ -1,6 +1,6 @@
 """Rates of the noise from the log alone: rows so clearly liked or disliked that what contradicts is noise.
 
-anchors                 the paper's: extremes of a proxy
+anchors                 the paper's: extremes of a calibrated proxy; estimate_by_anchors adds intervals
 estimate_noise_rates    the flat ends of the labels' curve along the proxy's ranks (noise_curve), with bootstrap intervals
 noise_rates_by          the same per group, drawn together as far as the groups' own rows leave doubt
 """
@@ -82,6 +82,21 @@ def anchors(prob: Tensor, quantile: float = 0.03) -> NoiseRates:
     check_unit_interval("prob", prob)
     low, high = torch.quantile(prob.double(), torch.tensor([quantile, 1 - quantile], dtype=torch.float64)).tolist()
     return _rates(1 - high, low)
+
+
+def estimate_by_anchors(prob: Tensor, observations: Observations, quantile: float = 0.03) -> NoiseEstimate:
+    """`anchors`, with what a NoiseEstimate holds besides: the feedback beyond either quantile, and intervals of the quantiles.
+
+    `prob` [N] must be out of fold and calibrated. The intervals are distribution-free, from order statistics; the proxy's own
+    error, which is the larger part, is not in them. Raises InputError if the rates would sum to 1 or more.
+    """
+    check_same_length(prob=prob, o=observations.o)
+    rates = anchors(prob, quantile)
+    spread = NORMAL * math.sqrt(quantile * (1 - quantile) / len(prob))
+    ends = torch.tensor([quantile - spread, quantile + spread], dtype=torch.float64).clamp(0, 1)
+    low, high = torch.quantile(prob.double(), ends), 1 - torch.quantile(prob.double(), 1 - ends)
+    top, bottom = (int(observations.o[beyond].sum()) for beyond in (prob >= 1 - rates.rho_01, prob <= rates.rho_10))
+    return NoiseEstimate(rates, (float(high[0]), float(high[1])), (float(low[0]), float(low[1])), top, bottom)
 
 
 def estimate_noise_rates(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,11 @@ from torch import Tensor, nn
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
-from causalrm_ray.estimators.methods.registry import METHODS
+from causalrm_ray.estimators.nuisances.noise_rates import anchors
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
-from causalrm_ray.metrics import r2
+from causalrm_ray.metrics import auroc, r2
 from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.types import NoiseRates
 
 SETTINGS = FitSettings(epochs=10, lr=0.03, batch_size=128, patience=3)
@@ -31,7 +34,7 @@ def world(rows: int = 3000) -> tuple[FeatureRows, Observations, Tensor, Tensor]:
 
 
 def fitted(
-    observations: Observations, clean: Tensor | None = None, methods: tuple[str, ...] = tuple(METHODS), **given
+    observations: Observations, clean: Tensor | None = None, methods: tuple[str, ...] = ESTIMATORS.names(), **given
 ) -> RewardFits:
     inputs, _, propensity, _ = world()
     names = (*methods, "oracle") if clean is not None else methods
@@ -49,7 +52,7 @@ def test_fit_never_reads_oracle_labels() -> None:
     shuffled = clean[torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))]
     unseen = Observations(observations.o, torch.where(observations.o == 1, observations.r, shuffled))
     honest, blind = fitted(observations, clean), fitted(unseen, shuffled)
-    for name in METHODS:
+    for name in ESTIMATORS.names():
         assert torch.equal(weights(honest.fits[name].module), weights(blind.fits[name].module)), name
         assert honest.fits[name].heldout_risk == blind.fits[name].heldout_risk
     assert honest.noise == blind.noise
@@ -98,7 +101,7 @@ def test_bad_requests_are_named() -> None:
     def request(observations: Observations, propensity: Tensor, methods: tuple[str, ...], **given) -> RewardFits:
         return fit_reward_models(lambda: FeatureScorer(2, ()), inputs, observations, propensity, methods, SETTINGS, **given)
 
-    with pytest.raises(ValueError, match=r"method must be one of .*'causalrm_dr', .*'oracle'.*, got 'causal'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*causalrm_dr, .*, got 'causal'; did you mean 'causalrm_"):
         request(observations, propensity, ("causal",))
     with pytest.raises(ValueError, match="clean_labels go with the method 'oracle'"):
         request(observations, propensity, ("oracle",))
@@ -113,3 +116,48 @@ def test_bad_requests_are_named() -> None:
     for o, label in ((torch.zeros(3000), 0.0), (torch.ones(3000), 1.0)):
         with pytest.raises(ValueError, match="r of the training rows with feedback must hold both classes"):
             request(Observations(o, torch.full((3000,), label)), propensity, ("naive",))
+
+
+def test_the_papers_anchors_are_an_option() -> None:
+    _, observations, _, _ = world()
+    fits = fitted(observations, methods=(), noise_rates="anchors")
+    assert fits.proxy is not None
+    assert fits.noise is not None
+    assert fits.rates == fits.noise.rates == anchors(fits.proxy)
+    assert fits.noise.rho_01_interval[0] <= fits.rates.rho_01 <= fits.noise.rho_01_interval[1]
+    assert fits.noise.rho_10_interval[0] <= fits.rates.rho_10 <= fits.noise.rho_10_interval[1]
+    assert 0 < fits.noise.rho_01_anchors < 0.2 * len(fits.proxy)
+
+
+THIRD_PARTY = """
+from causalrm_ray.estimators.core.task import Fitted
+from causalrm_ray.estimators.core.training import Objective
+
+class LogisticIps:
+    paper = "-"
+    needs = frozenset({"propensity"})
+
+    def fit(self, task):
+        scorer, o, r, p = task.scorer(), task.observations.o, task.observations.r, task.nuisances.propensity
+        objective = lambda rows: Objective(rows, lambda logit, index: (o / p)[index] * task.loss(logit, r[index]))
+        return Fitted(scorer, task.minimise(scorer, objective), {"mine": 1.0})
+
+METHODS = {"ips": LogisticIps()}
+"""
+
+
+def test_an_estimator_of_another_package_is_fitted_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "third_party.py").write_text(THIRD_PARTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    inputs, observations, _, clean = world()
+    names = ("third_party:LogisticIps", "third_party:METHODS.ips", "ips")
+    fits = fitted(observations, methods=names).fits
+    theirs, instance, ours = (torch.sigmoid(predict(fits[name].module, inputs)) for name in names)
+    assert fits[names[0]].figures == {"mine": 1.0}
+    assert torch.equal(theirs, instance)
+    assert auroc(theirs, clean) > 0.9
+    torch.testing.assert_close(theirs, ours, atol=0.1, rtol=0)
+    with pytest.raises(ValueError, match="estimator 'third_party:THIRD' cannot be imported"):
+        fitted(observations, methods=("third_party:THIRD",))
+    with pytest.raises(ValueError, match=r"method 'third_party:METHODS' must have paper, fit\(task\) and needs"):
+        fitted(observations, methods=("third_party:METHODS",))

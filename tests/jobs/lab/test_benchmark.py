@@ -17,8 +17,8 @@ from causalrm_ray.config.benchmark import BenchmarkConfig, HeadConfig
 from causalrm_ray.config.options import load_tree, options
 from causalrm_ray.data.embeddings import GradedEmbeddings
 from causalrm_ray.errors import ConfigError, InputError
-from causalrm_ray.estimators.methods.registry import METHODS
 from causalrm_ray.estimators.studies import semisynthetic
+from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
 from causalrm_ray.types import NoiseRates
 from jobs.__main__ import main
@@ -166,7 +166,7 @@ def _divide(by: int, value: int) -> float:
         ("seeds=[0,0]", "seeds: must not hold a value twice, got [0, 0]"),
         ("scenarios=[3]", "scenarios.0: Input should be 1 or 2, got 3"),
         ("selection=[luck]", "selection.0: Input should be 'label' or 'features', got 'luck'"),
-        ("methods=[causalrm]", "got 'causalrm'; did you mean causalrm_"),
+        ("methods=[causalrm]", "got 'causalrm'; did you mean 'causalrm_"),
         ("rho=[[0.6,0.5]]", "rho: Value error, rho_01 + rho_10 must be below 1"),
         ("rho=[[0.2,0.1]]", "rho: must not repeat a scenario, got (0.2, 0.1)"),
         ("scenarios=[]", "scenarios: must hold one where rho holds none, got []"),
@@ -191,7 +191,7 @@ def test_both_files_must_be_given() -> None:
 
 def test_every_method_is_asked_by_default(files: tuple[Path, Path]) -> None:
     config = load_tree(BenchmarkConfig, None, [f"train={files[0]}", f"test={files[1]}"])
-    assert benchmark.wanted_methods(config) == (*METHODS, "oracle")
+    assert benchmark.wanted_methods(config) == (*ESTIMATORS.names(), "oracle")
 
 
 ROWS = [
