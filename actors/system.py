@@ -340,6 +340,7 @@ class Roles:
             "world_size": size,
             "init_method": address,
             "max_length": self._config.model.max_length,
+            "max_new_tokens": self._config.rollout.max_new_tokens,
             "seed": self._config.run.seed,
         }
         settings |= {"dtype": getattr(torch, self._config.model.dtype), "temperature": self._config.rollout.temperature}

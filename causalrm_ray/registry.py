@@ -86,7 +86,10 @@ ESTIMATORS = Registry(
 ALGORITHMS = Registry(
     "algorithm",
     "causalrm_ray.algorithms",
-    _table("causalrm_ray.rl.algorithms:ALGORITHMS", "ppo", "grpo", "rloo", "reinforce_pp"),
+    {
+        **_table("causalrm_ray.rl.algorithms:ALGORITHMS", "ppo", "grpo", "rloo", "reinforce_pp"),
+        **_table("causalrm_ray.rl.algorithms:ALGORITHMS", "gspo", "dapo", "dr_grpo", "cispo"),
+    },
 )
 FORMATS = Registry("feedback format", "causalrm_ray.formats", {})
 ENGINES = Registry(  # in words only: engines stand on the floor above

@@ -23,13 +23,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.cluster.placement import resolve
+from actors.learner.deepspeed_engine import MAX_GRAD_NORM
+from actors.learner.rank import make_objective
 from actors.rollout.engine import EngineSettings
 from actors.rollout.vllm_engine import raw_engine, sampling_params
 from causalrm_ray.config.train import LearnerConfig
+from causalrm_ray.rl.advantage import grpo
+from causalrm_ray.rl.experience import IMPORTANCE_CAP
+from causalrm_ray.rl.policy import importance_weight, kl_k3
 from causalrm_ray.types import Completion, Request, Sampling, Scored
 
-MAX_GRAD_NORM = 1.0
-IMPORTANCE_CAP, DUAL_CLIP = 2.0, 3.0  # of the learner's loss
 SPANS_WAIT_S = 30.0  # longest wait for Ray to report what it ran; it does once a second
 
 
@@ -58,8 +61,9 @@ class RawVllm:
 class PlainLearner:
     """One GRPO step in plain torch: our learner's loss (k3 in it, clipped both ways, importance weights), one optimizer step.
 
-    As one would write it by hand, in a process as Python starts it (our ranks keep the memory that they free): the answers'
-    logits only, log-probabilities by logsumexp, and no second look at the old policy, which is the new one before the only step.
+    The loop as one would write it by hand, in a process as Python starts it (our ranks keep the memory that they free): the
+    answers' logits only, log-probabilities by logsumexp, and no forward pass for the old policy, which is the new one before the
+    only step. The loss's terms are the learner's own functions.
     """
 
     def __init__(self, model: str, config: LearnerConfig, temperature: float, rows: int) -> None:
@@ -69,6 +73,7 @@ class PlainLearner:
         self._reference.requires_grad_(False)
         self._optimizer = torch.optim.AdamW(self._policy.parameters(), lr=config.lr, weight_decay=0.0)
         self._config, self._temperature, self._rows = config, temperature, rows
+        self._objective = make_objective(config, max_new_tokens=0)
 
     def step(self, scored: Sequence[Scored]) -> float:
         """Train on a step's answers and return the seconds that it took."""
@@ -88,16 +93,11 @@ class PlainLearner:
 
     def _advantages(self, scored: Sequence[Scored]) -> torch.Tensor:
         """Each answer's reward, less the penalty of a cut one, against its group's: [N]."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for place, answer in enumerate(scored):
-            groups.setdefault(answer.completion.prompt.token_ids, []).append(place)
+        groups: dict[tuple[int, ...], int] = {}
+        numbers = [groups.setdefault(answer.completion.prompt.token_ids, len(groups)) for answer in scored]
         cut = 0.0 if self._config.truncation == "mask" else self._config.truncation
-        rewards = torch.tensor([answer.reward - cut * (answer.completion.stop_reason == "length") for answer in scored])
-        advantages = torch.empty(len(scored))
-        for places in groups.values():
-            group = rewards[places]
-            advantages[places] = (group - group.mean()) / (group.std(unbiased=False) + 1e-4)
-        return advantages
+        rewards = [answer.reward - cut * (answer.completion.stop_reason == "length") for answer in scored]
+        return grpo(torch.tensor(rewards), torch.tensor(numbers)).float()
 
     def _loss(self, part: Sequence[Completion], advantages_B: torch.Tensor, answers: int) -> torch.Tensor:
         rows = [torch.tensor(done.prompt.token_ids + done.token_ids) for done in part]
@@ -112,13 +112,10 @@ class PlainLearner:
         new = self._logprobs(self._policy, ids, start)
         with torch.no_grad():
             reference = self._logprobs(self._reference, ids, start)
-        old = new.detach()
-        ratio, advantage = torch.exp(new - old), advantages_B[:, None]
-        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - self._config.clip, 1 + self._config.clip) * advantage)
-        gain = torch.where(advantage < 0, torch.maximum(gain, DUAL_CLIP * advantage), gain)
-        weight = torch.exp(old - rollout).clamp(max=IMPORTANCE_CAP)
-        difference = new - reference
-        loss = -weight * gain + self._config.kl.coefficient * (torch.expm1(-difference) + difference)
+        old, objective = new.detach(), self._objective
+        ratio = objective.algorithm.ratio(new, old, mask)
+        policy = objective.algorithm.loss(new, ratio, advantages_B[:, None], objective.clip)
+        loss = importance_weight(old, rollout, IMPORTANCE_CAP) * policy + self._config.kl.coefficient * kl_k3(new, reference)
         return ((loss * mask).sum(dim=1) / lengths).sum() / answers
 
     def _logprobs(self, model: torch.nn.Module, ids: torch.Tensor, start: int) -> torch.Tensor:

@@ -175,7 +175,7 @@ class KLConfig(Section):
 
     coefficient: float = Field(0.02, ge=0, description="starting weight of the penalty")
     estimator: Literal["k1", "k2", "k3"] | None = Field(
-        None, description="k1: in the reward; k2, k3: in the loss; none: k3 for grpo, k1 for the others, as in their papers"
+        None, description="k1: in the reward; k2, k3: in the loss; if not given, k1 for ppo, rloo and reinforce_pp, else k3"
     )
     target: float | None = Field(
         None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; none keeps it fixed"
@@ -190,7 +190,9 @@ class KLConfig(Section):
 class LearnerConfig(Section):
     """Policy gradients under DeepSpeed."""
 
-    algorithm: AlgorithmName = Field("ppo", description="ppo has a critic; grpo, rloo and reinforce_pp have none")
+    algorithm: AlgorithmName = Field(
+        "ppo", description="ppo trains a critic, too; rloo and *grpo, gspo, dapo and cispo compare answers to one prompt"
+    )
     ranks: int = Field(2, ge=1, description="DeepSpeed ranks")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     lora: int = Field(
@@ -206,7 +208,12 @@ class LearnerConfig(Section):
     critic_lr: float = Field(1e-3, ge=0, description="critic learning rate (ppo)")
     epochs: int = Field(2, ge=1, description="passes over a step's answers")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
-    clip: float = Field(0.2, gt=0, description="clip of the PPO ratio and of the value step")
+    clip: float | None = Field(
+        None, gt=0, description="clip of the ratio (and of ppo's value step); if not given, the algorithm's, 0.2 for most of them"
+    )
+    clip_high: float | None = Field(
+        None, gt=0, description="clip of the ratio above 1; if not given, as clip, or where that is not given the algorithm's"
+    )
     staleness: Literal[0, 1] = Field(
         0, description="versions that answers may lag behind; 1: the next step's are generated while the learner trains"
     )

@@ -73,19 +73,26 @@ def reward_to_go(rewards_BT: torch.Tensor, mask_BT: torch.Tensor, gamma: float) 
     return gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma, 1.0)[0]
 
 
+def centred(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> torch.Tensor:
+    """Reward of each answer less the mean of its group, A_i = R_i - mean: neither scaled nor whitened.
+
+    `rewards_N` [N] any real; `groups_N` [N] int, 0 <= group. Returns [N] float64. Raises ValueError for a group of one.
+    Liu et al. 2025 (arXiv 2503.20783), section 3 (Dr. GRPO).
+    """
+    return _centred(rewards_N, groups_N)[0]
+
+
 def grpo(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> torch.Tensor:
     """Reward of each answer against its group, in standard deviations of the group.
 
         A_i = (R_i - mean of the group) / (std of the group + 1e-4)
 
-    with the population's std, so that a pair gets +1 and -1. A group of equal rewards gets 0: it says nothing about which
-    answer is better. The scaling weighs prompts of little spread up, so the estimate is a biased one.
-    `rewards_N` [N] any real; `groups_N` [N] int, 0 <= group. Returns [N] float64. Raises ValueError for a group of one.
-    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2 (outcome supervision).
+    with the population's std, so that a pair gets +1 and -1. A group of equal rewards gets 0: it does not show which answer is
+    better. The scaling raises the weight of prompts of little spread, so the estimate is biased. Arguments, result and errors as
+    in `centred`. Shao et al. 2024 (arXiv 2402.03300), section 4.1.2 (outcome supervision).
     """
-    count_G, mean_G = _group_means(rewards_N, groups_N)
-    centred_N = rewards_N.double() - mean_G[groups_N]
-    variance_G = torch.zeros_like(mean_G).index_add_(0, groups_N, centred_N.square()) / count_G.clamp(min=1)
+    centred_N, count_G = _centred(rewards_N, groups_N)
+    variance_G = torch.zeros_like(count_G).index_add_(0, groups_N, centred_N.square()) / count_G.clamp(min=1)
     return centred_N / (variance_G.sqrt() + GROUP_EPSILON)[groups_N]
 
 
@@ -94,23 +101,23 @@ def rloo(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> torch.Tensor:
 
         A_i = R_i - (sum over j != i of R_j) / (n - 1) = n / (n - 1) (R_i - mean of the group)
 
-    Unbiased: the baseline does not depend on the answer that it is taken off. Arguments, result and errors as in `grpo`.
-    Ahmadian et al. 2024 (arXiv 2402.14740), eq. 8; Kool et al. 2019.
+    Unbiased: the baseline does not depend on the answer that it is subtracted from. Arguments, result and errors as in
+    `centred`. Ahmadian et al. 2024 (arXiv 2402.14740), eq. 8; Kool et al. 2019.
     """
-    count_G, mean_G = _group_means(rewards_N, groups_N)
-    return (count_G / (count_G - 1))[groups_N] * (rewards_N.double() - mean_G[groups_N])
+    centred_N, count_G = _centred(rewards_N, groups_N)
+    return (count_G / (count_G - 1))[groups_N] * centred_N
 
 
-def _group_means(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(answers, mean reward) of each group, float64 [G]; a number below the largest that no answer bears counts 0."""
+def _centred(rewards_N: torch.Tensor, groups_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rewards less their group's mean [N], answers in each group [G]), float64; a group that no answer is in counts 0."""
     check_same_length(rewards=rewards_N, groups=groups_N)
     check_finite("rewards", rewards_N)
     count_G = torch.bincount(groups_N).double()
     if bool((count_G == 1).any()):
         group = int((count_G == 1).nonzero()[0])
         raise ValueError(f"every group must hold at least 2 answers, got 1 in group {group}")
-    total_G = torch.zeros_like(count_G).index_add_(0, groups_N, rewards_N.double())
-    return count_G, total_G / count_G.clamp(min=1)
+    mean_G = torch.zeros_like(count_G).index_add_(0, groups_N, rewards_N.double()) / count_G.clamp(min=1)
+    return rewards_N.double() - mean_G[groups_N], count_G
 
 
 def moments(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
-"""The terms of PPO, per token [B, T]; `masked_mean` reduces them last, by a normaliser that the caller counts globally."""
+"""The terms of policy-gradient losses, per token [B, T]; `masked_mean` reduces them last, by a global count."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-KL_STEP = 0.2  # most relative error that one adaptation of the KL coefficient answers to
+KL_STEP = 0.2  # largest relative error that one adaptation of the KL coefficient corrects
 
 
 def log_distribution(logits_BTV: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -26,29 +28,60 @@ def entropy(log_distribution_BTV: torch.Tensor) -> torch.Tensor:
     return -distribution_BTV.exp().mul_(distribution_BTV).nansum(dim=-1)  # 0 times -inf is NaN; in place, for V can be large
 
 
-def ppo_clip(
-    logprobs_BT: torch.Tensor,
-    old_logprobs_BT: torch.Tensor,
-    advantages_BT: torch.Tensor,
-    clip: float,
-    dual_clip: float | None = None,
-) -> torch.Tensor:
+class Clip(NamedTuple):
+    """The interval [1 - low, 1 + high] that a ratio of probabilities is clipped to; `low` and `high` > 0."""
+
+    low: float
+    high: float
+
+    def clamp(self, ratio_BT: torch.Tensor) -> torch.Tensor:
+        """The nearest value inside."""
+        return ratio_BT.clamp(1 - self.low, 1 + self.high)
+
+
+def token_ratio(logprobs_BT: torch.Tensor, old_logprobs_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """exp(logprob - old_logprob) of each token, [B, T]; the mask is not needed."""
+    return torch.exp(logprobs_BT - old_logprobs_BT)
+
+
+def sequence_ratio(logprobs_BT: torch.Tensor, old_logprobs_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """exp(mean over an answer's tokens of logprob - old_logprob), the same on each of its tokens, [B, T].
+
+    The length-normalised ratio of whole answers: (pi(y) / pi_old(y))^(1 / |y|). Zheng et al. 2025 (arXiv 2507.18071), eq. 7.
+    """
+    difference_BT = torch.where(mask_BT != 0, logprobs_BT - old_logprobs_BT, 0.0)
+    mean_B1 = difference_BT.sum(dim=1, keepdim=True) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.exp(mean_B1).expand_as(logprobs_BT)
+
+
+def ppo_clip(ratio_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: Clip, dual_clip: float | None = None) -> torch.Tensor:
     """Clipped surrogate loss of each token.
 
-        -min(r A, clamp(r, 1 - clip, 1 + clip) A),   r = exp(logprob - old_logprob)
+        -min(r A, clamp(r, 1 - low, 1 + high) A)
 
-    Its gradient is 0 where the ratio has left the interval in the direction that A asks for. That leaves the loss unbounded
+    Its gradient is 0 where the ratio r has left the interval in the direction that A asks for. That leaves the loss unbounded
     where A < 0 and r is large (a bad token that has become likely): there `dual_clip` c > 1 bounds it by -c A, and the
-    gradient is 0 from r = c on. Inputs and result [B, T]; only `logprobs_BT` carries a gradient; `clip` > 0.
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7; dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 5.
+    gradient is 0 from r = c on. Inputs and result [B, T]; only `ratio_BT` carries a gradient.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7; high > low ("clip higher"): Yu et al. 2025 (arXiv 2503.14476), eq. 10;
+    dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 5.
     """
-    ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
-    gain_BT = torch.minimum(ratio_BT * advantages_BT, ratio_BT.clamp(1 - clip, 1 + clip) * advantages_BT)
+    gain_BT = torch.minimum(ratio_BT * advantages_BT, clip.clamp(ratio_BT) * advantages_BT)
     if dual_clip is None:
         return -gain_BT
     if not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
     return -torch.where(advantages_BT < 0, torch.maximum(gain_BT, dual_clip * advantages_BT), gain_BT)
+
+
+def cispo(ratio_BT: torch.Tensor, logprobs_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: Clip) -> torch.Tensor:
+    """REINFORCE with a clipped importance weight, which carries no gradient.
+
+        -stop_gradient(clamp(r, 1 - low, 1 + high)) A logprob
+
+    Unlike `ppo_clip` no token's gradient is 0 for its ratio alone. [B, T]; only `logprobs_BT` carries a gradient.
+    MiniMax 2025 (arXiv 2506.13585), eqs. 4 and 5.
+    """
+    return -clip.clamp(ratio_BT).detach() * advantages_BT * logprobs_BT
 
 
 def value_loss(values_BT: torch.Tensor, old_values_BT: torch.Tensor, returns_BT: torch.Tensor, clip: float) -> torch.Tensor:

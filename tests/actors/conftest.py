@@ -86,8 +86,14 @@ def learner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("learner")
     make_model(folder / "model")
     ranks = [
-        *start(1, folder, ["update", "gradient", "algorithms", "guarded", "still", "resume", "lora", "refusals"]),
-        *start(2, folder, ["update", "gradient", "algorithms", "guarded", "resume", "late", "lora", "memory", "half"]),
+        *start(
+            1, folder, ["update", "gradient", "algorithms", "several_steps", "guarded", "still", "resume", "lora", "refusals"]
+        ),
+        *start(
+            2,
+            folder,
+            ["update", "gradient", "algorithms", "several_steps", "guarded", "resume", "late", "lora", "memory", "half"],
+        ),
     ]
     try:
         codes = [rank.wait(timeout=600) for rank in ranks]

@@ -23,6 +23,7 @@ from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 VOCABULARY = 32
 TEMPERATURE = 0.7
+MAX_NEW_TOKENS = 8
 BASE = {
     "epochs": 2,
     "minibatches": 2,
@@ -40,6 +41,7 @@ ALGORITHMS: dict[str, dict[str, object]] = {
     "rloo": {"reward_normalisation": True, "kl": {"coefficient": 0.3}},
     "reinforce_pp": {"kl": {"estimator": "k2", "coefficient": 0.3}},
 }
+SEVERAL_STEPS = ("gspo", "cispo", "dr_grpo")  # the others' losses are those of ALGORITHMS in other reductions
 NARROW = 36  # tokens per micro-batch: 3 rows of 12, or 12 of 3
 ADAPTED = BASE | {"lora": 2, "lr": 5e-3, "critic_lr": 5e-3}
 BOTH = ("checkpointing", "offload")
@@ -117,6 +119,7 @@ class Rank:
             world_size=self.world_size,
             init_method=self.address,
             max_length=32,
+            max_new_tokens=MAX_NEW_TOKENS,
             tokens_per_micro_batch=tokens,
         )
 
@@ -185,6 +188,13 @@ def algorithms(place: Rank) -> None:
         learner = place.learner(8192 if place.world_size == 1 else NARROW, algorithm=name, **SLOW | options)
         place.keep(name, learner, train(learner, 2, make_groups))
         save_moments(place, learner, f"moments-{name}")
+
+
+def several_steps(place: Rank) -> None:
+    """One update in four optimizer steps, whose ratios leave 1."""
+    for name in SEVERAL_STEPS:
+        learner = place.learner(8192 if place.world_size == 1 else NARROW, algorithm=name, **BASE | {"kl": {"coefficient": 0.3}})
+        place.keep(name, learner, train(learner, 1, make_groups))
 
 
 def guarded(place: Rank) -> None:
@@ -345,7 +355,8 @@ def refusals(place: Rank) -> None:
 
 
 SCENARIOS = {
-    run.__name__: run for run in (update, gradient, algorithms, guarded, still, resume, late, lora, memory, half, refusals)
+    run.__name__: run
+    for run in (update, gradient, algorithms, several_steps, guarded, still, resume, late, lora, memory, half, refusals)
 }
 
 if __name__ == "__main__":

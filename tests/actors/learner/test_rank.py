@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from learner_runs import TOLERANCE, distance, metrics_of, vector, weights_of
-from learner_scenarios import ALGORITHMS, BASE, NARROW, SLOW, TEMPERATURE, make_groups, make_step
+from learner_scenarios import ALGORITHMS, BASE, NARROW, SEVERAL_STEPS, SLOW, TEMPERATURE, make_groups, make_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,18 +176,26 @@ def test_gradient_of_each_algorithm_equals_a_naive_one_on_one_rank_and_on_two(fo
     assert one.keys() == two.keys()
 
 
-@pytest.mark.parametrize("name", [*ALGORITHMS, "guarded"])
-def test_metrics_do_not_depend_on_the_ranks_and_tell_of_no_critic(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", SEVERAL_STEPS)
+def test_steps_whose_ratios_leave_one_end_in_the_same_place_on_one_rank_and_on_two(folder: Path, name: str) -> None:
+    before, one, two = (weights_of(folder, part) for part in ("model", f"{name}-1", f"{name}-2"))
+    assert distance(two, one) <= TOLERANCE
+    assert distance(two - before, one - before) <= 1e-3
+    assert distance(one, before) >= 1e-3
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, *SEVERAL_STEPS, "guarded"])
+def test_metrics_do_not_depend_on_the_ranks_and_show_no_critic(folder: Path, name: str) -> None:
     for found, expected in zip(metrics_of(folder, f"{name}-2"), metrics_of(folder, f"{name}-1"), strict=True):
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-4)
         assert "value_loss" not in found
 
 
-def test_metrics_of_the_rollout_rest_on_the_policy_s_own_logprobs_where_it_looks_in_the_step(folder: Path) -> None:
+def test_metrics_of_the_rollout_rest_on_the_policy_s_own_logprobs_where_the_step_fills_them_in(folder: Path) -> None:
     first = metrics_of(folder, "reinforce_pp-2")[0]  # the policy is still the reference, and the engine disagrees
     assert first["kl"] == pytest.approx(0.0, abs=1e-4)
     assert first["logprob_mismatch_mean_abs"] > 0.5
-    eager = metrics_of(folder, "grpo-2")[0]  # on the same answers, looked at before the step
+    eager = metrics_of(folder, "grpo-2")[0]  # on the same answers, evaluated before the step
     for name in ("logprob_mismatch_mean_abs", "logprob_mismatch_max_abs", "importance_weight_mean", "importance_weight_ess"):
         assert first[name] == pytest.approx(eager[name], rel=1e-4)
 

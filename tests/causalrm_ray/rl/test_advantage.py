@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalrm_ray.rl.advantage import gae, grpo, moments, reward_to_go, rloo, token_rewards, whiten
+from causalrm_ray.rl.advantage import centred, gae, grpo, moments, reward_to_go, rloo, token_rewards, whiten
 
 # Row 0 acts at 1..3, row 1 at 0..1, row 2 at 2 only.
 MASK = torch.tensor([[0.0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]])
@@ -126,9 +126,10 @@ def test_group_advantages_by_hand() -> None:
     expected = [-pair, 0.0, pair, 2 / (three**0.5 + 1e-4), -2 / (three**0.5 + 1e-4)]
     np.testing.assert_allclose(grpo(rewards, groups).numpy(), expected, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(rloo(rewards, groups).numpy(), [-2.0, 0.0, 2.0, 3.0, -3.0], rtol=1e-12, atol=1e-15)
+    assert centred(rewards, groups).tolist() == [-1.0, 0.0, 1.0, 2.0, -2.0]
 
 
-@pytest.mark.parametrize("estimate", [grpo, rloo])
+@pytest.mark.parametrize("estimate", [centred, grpo, rloo])
 def test_group_advantages_sum_to_zero_within_the_group_and_ignore_its_level(estimate) -> None:
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     groups = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 1])
@@ -138,12 +139,12 @@ def test_group_advantages_sum_to_zero_within_the_group_and_ignore_its_level(esti
     torch.testing.assert_close(estimate(rewards + 10.0 * groups, groups), found, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("estimate", [grpo, rloo])
-def test_a_group_of_equal_rewards_says_nothing(estimate) -> None:
+@pytest.mark.parametrize("estimate", [centred, grpo, rloo])
+def test_a_group_of_equal_rewards_gives_no_direction(estimate) -> None:
     assert float(estimate(torch.full((3,), 0.1), torch.zeros(3).long()).abs().max()) <= 1e-10
 
 
-@pytest.mark.parametrize("estimate", [grpo, rloo])
+@pytest.mark.parametrize("estimate", [centred, grpo, rloo])
 def test_group_advantages_refuse_a_group_of_one_and_what_is_not_finite(estimate) -> None:
     with pytest.raises(ValueError, match="every group must hold at least 2 answers, got 1 in group 1"):
         estimate(torch.zeros(3), torch.tensor([0, 1, 0]))

@@ -6,6 +6,7 @@ import torch
 
 from causalrm_ray import registry
 from causalrm_ray.rl.algorithms import ALGORITHMS, Advantages, Rows
+from causalrm_ray.rl.experience import Experience, Objective
 
 LENGTHS = [3, 1, 4, 2, 2]
 GROUPS = [0, 1, 0, 1, 0]
@@ -25,7 +26,7 @@ def part(whole: Rows, places: list[int]) -> Rows:
 
 
 def ranks(name: str, whole: Rows, shares: list[list[int]]) -> list[Advantages]:
-    """What each of several ranks gets: each is called twice, first to hear what it adds to the sum over all."""
+    """What each of several ranks gets: each is called twice, first to collect what it adds to the sum over all."""
     offered: list[torch.Tensor] = []
     run = ALGORITHMS[name].advantages
 
@@ -84,5 +85,31 @@ def test_a_step_with_nothing_to_train_on_has_no_advantages(name: str) -> None:
 
 def test_every_algorithm_can_be_named_and_only_ppo_has_a_critic() -> None:
     assert set(registry.ALGORITHMS.names()) == set(ALGORITHMS)
-    assert [name for name, algorithm in ALGORITHMS.items() if algorithm.grouped] == ["grpo", "rloo"]
+    assert [name for name, algorithm in ALGORITHMS.items() if not algorithm.grouped] == ["ppo", "reinforce_pp"]
     assert [name for name, algorithm in ALGORITHMS.items() if algorithm.critic] == ["ppo"]
+
+
+# What each does with one answer of 2 tokens, and one of 1, at a size of 2 answers or 3 tokens; at most 4 tokens to an answer.
+# All by hand: ratios 1.5 and 0.5 of a good answer, 4 of a bad one; advantages 1 and -1; logprobs -1, -2 and -3.
+BY_HAND = {
+    "ppo": (-1.2 - 0.5 + 3) / 3,
+    "grpo": ((-1.2 - 0.5) / 2 + 3) / 2,
+    "rloo": (-1.2 - 0.5 + 3) / 3,
+    "reinforce_pp": (-1.2 - 0.5 + 3) / 3,
+    "gspo": (-(0.75**0.5) + 4) / 2,  # the ratio of the first is the root of 1.5 x 0.5
+    "dapo": (-1.28 - 0.5 + 3) / 3,
+    "dr_grpo": ((-1.2 - 0.5) / 4 + 3 / 4) / 2,
+    "cispo": (1.5 * 1 + 0.5 * 2 - 4 * 3) / 3,
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_loss_of_each_algorithm_by_hand(name: str) -> None:
+    algorithm, mask = ALGORITHMS[name], torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    objective = Objective(algorithm, algorithm.clip, "k1", 1.0, 0.0, max_new_tokens=4)
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], dtype=torch.float64)
+    old = logprobs - torch.tensor([[1.5, 0.5], [4.0, 1.0]]).double().log()
+    zero, advantages = torch.zeros_like(mask), torch.tensor([[1.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    rows = Experience(mask, objective.shares(mask), old, zero, torch.ones_like(mask), advantages, zero, zero)
+    loss, _ = objective.loss(logprobs, zero, zero, rows, objective.minibatch_size(answers=2, tokens=3), 0.0)
+    assert float(loss) == pytest.approx(BY_HAND[name], rel=1e-12)

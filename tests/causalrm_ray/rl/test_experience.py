@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from causalrm_ray.config.train import KLConfig, LearnerConfig
-from causalrm_ray.rl.experience import (
-    Answers,
-    Experience,
-    Objective,
-    fills_old_logprobs_in_step,
-    groups_of,
-    kl_estimator,
-    make_experience,
-)
-from causalrm_ray.rl.policy import kl_k1
+from causalrm_ray.rl.algorithms import ALGORITHMS
+from causalrm_ray.rl.experience import Answers, Experience, Objective, groups_of, make_experience
+from causalrm_ray.rl.policy import Clip, kl_k1
 from causalrm_ray.types import Completion, Prompt
 
 LENGTHS = [3, 1, 4]
@@ -29,17 +21,22 @@ def answers() -> Answers:
     return Answers(MASK, *fields, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), torch.arange(3))
 
 
-def make(**options: object) -> Experience:
-    config = LearnerConfig(**options)
-    return make_experience(answers(), torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3).long(), config, 0.1, lambda value: value)
+def objective(name: str, kl: str | None = None, truncation: float | str = 1.0) -> Objective:
+    algorithm = ALGORITHMS[name]
+    return Objective(algorithm, algorithm.clip, kl or algorithm.kl, 0.95, truncation, max_new_tokens=4)
+
+
+def make(name: str, kl: str | None = None, truncation: float | str = 1.0) -> Experience:
+    rewards, groups = torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3).long()
+    return make_experience(answers(), rewards, groups, objective(name, kl, truncation), 0.1, lambda value: value)
 
 
 def test_a_truncated_answer_pays_or_is_compared_with_but_not_whitened_over() -> None:
-    paying = make(algorithm="rloo", truncation=2.0, kl={"estimator": "k3"}).advantages_BR
+    paying = make("rloo", "k3", truncation=2.0).advantages_BR
     np.testing.assert_allclose(paying[:, 0].numpy(), [1.0 - (-2.0 - 1.5) / 2, -2.0 - (1.0 - 1.5) / 2, -1.5 + 0.5], rtol=1e-6)
-    masked = make(algorithm="rloo", truncation="mask", kl={"estimator": "k3"}).advantages_BR
+    masked = make("rloo", "k3", truncation="mask").advantages_BR
     np.testing.assert_allclose(masked[:2, 0].numpy(), [1.0 - (-2.0 + 0.5) / 2, -2.0 - (1.0 + 0.5) / 2], rtol=1e-6)
-    whitened = make(algorithm="reinforce_pp", truncation="mask").advantages_BR
+    whitened = make("reinforce_pp", truncation="mask").advantages_BR
     assert bool((whitened[2] == 0).all())
     assert float(whitened[:2][MASK[:2] != 0].mean()) == pytest.approx(0.0, abs=1e-12)
 
@@ -47,68 +44,143 @@ def test_a_truncated_answer_pays_or_is_compared_with_but_not_whitened_over() -> 
 def test_k1_is_taken_off_the_reward_and_the_others_are_not() -> None:
     given = answers()
     difference = (given.logprobs_BR - given.reference_logprobs_BR).sum(dim=1)
-    in_reward, in_loss = (make(algorithm="rloo", kl={"estimator": name}).advantages_BR[:, 0] for name in ("k1", "k2"))
+    in_reward, in_loss = (make("rloo", name).advantages_BR[:, 0] for name in ("k1", "k2"))
     expected = -0.1 * 1.5 * (difference - difference.mean())
     np.testing.assert_allclose((in_reward - in_loss).numpy(), expected.numpy(), rtol=1e-6)
 
 
-def test_the_estimator_is_the_algorithm_s_own_unless_one_is_named() -> None:
-    own = {name: kl_estimator(LearnerConfig(algorithm=name)) for name in ("ppo", "grpo", "rloo", "reinforce_pp")}
-    assert own == {"ppo": "k1", "grpo": "k3", "rloo": "k1", "reinforce_pp": "k1"}
-    assert kl_estimator(LearnerConfig(algorithm="grpo", kl=KLConfig(estimator="k2"))) == "k2"
-
-
-def test_a_learner_that_looks_in_the_step_trains_on_what_one_trains_on_that_looked_before() -> None:
-    given, config = answers(), LearnerConfig(algorithm="grpo")
-    others = (torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3).long(), config, 0.1, lambda value: value)
+def test_old_logprobs_filled_in_the_step_give_the_same_rows_as_those_computed_before_it() -> None:
+    given = answers()
+    others = (torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3).long(), objective("grpo"), 0.1, lambda value: value)
     before = make_experience(given, *others)
     unseen = make_experience(given._replace(logprobs_BR=given.rollout_logprobs_BR), *others)
     assert torch.equal(unseen.weights_BR, torch.ones(3, 4))
-    seen = unseen.now_seen(given.logprobs_BR + 9 * (1 - MASK))  # the model says something of pads, too
+    seen = unseen.with_old_logprobs(given.logprobs_BR + 9 * (1 - MASK))  # the model gives pads a probability, too
     assert all(torch.equal(found, expected) for found, expected in zip(seen, before, strict=True))
 
 
-ONCE = {"epochs": 1, "minibatches": 1}
-
-
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "steps", "expected"),
     [
-        (ONCE | {"algorithm": "grpo"}, True),
-        (ONCE | {"algorithm": "rloo", "kl": {"estimator": "k2"}}, True),
-        ({"algorithm": "grpo", "epochs": 2, "minibatches": 1}, False),
-        ({"algorithm": "grpo", "epochs": 1, "minibatches": 2}, False),
-        (ONCE | {"algorithm": "grpo", "truncation": "mask"}, False),  # answers that are left out are never seen in the step
-        (ONCE | {"algorithm": "grpo", "kl": {"estimator": "k1"}}, False),  # in the reward: needed before
-        (ONCE | {"algorithm": "ppo", "kl": {"estimator": "k2"}}, False),  # the old values are needed before
+        ({"name": "grpo"}, 1, True),
+        ({"name": "cispo"}, 1, True),
+        ({"name": "rloo", "kl": "k2"}, 1, True),
+        ({"name": "grpo"}, 2, False),
+        ({"name": "grpo", "truncation": "mask"}, 1, False),  # answers that are left out are never seen in the step
+        ({"name": "grpo", "kl": "k1"}, 1, False),  # in the reward: needed before
+        ({"name": "ppo", "kl": "k2"}, 1, False),  # the old values are needed before
     ],
 )
-def test_the_old_policy_is_looked_at_once_only_where_nothing_needs_it_before(options: dict, expected: bool) -> None:
-    assert fills_old_logprobs_in_step(LearnerConfig(**options)) is expected
+def test_old_logprobs_are_filled_in_the_step_only_where_nothing_needs_them_before(
+    options: dict, steps: int, expected: bool
+) -> None:
+    assert objective(**options).fills_old_logprobs_in_step(steps) is expected
 
 
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-def test_loss_is_the_mean_over_tokens_or_for_grpo_over_answers_of_their_means(algorithm: str) -> None:
-    old = make(algorithm=algorithm)
-    new = old.logprobs_BR + 0.05
-    count = sum(LENGTHS) if algorithm == "rloo" else 3
-    objective = Objective(0.2, False, "k3", 0.3)
-    loss, figures = objective.loss(new, torch.ones(3, 4), torch.zeros(3, 4), old, count)
+def naive_token_loss(name: str, ratio: float, logprob: float, advantage: float, clip: Clip) -> float:
+    inside = min(max(ratio, 1 - clip.low), 1 + clip.high)
+    if name == "cispo":
+        return -inside * advantage * logprob
+    loss = -min(ratio * advantage, inside * advantage)
+    return loss if name == "gspo" or advantage >= 0 else min(loss, -3 * advantage)
+
+
+def naive_loss(name: str, logprobs: list[list[float]], values: list[list[float]], old: Experience, clip: Clip) -> float:
+    """The whole minibatch's loss in loops over Python's floats; KL by k3 with coefficient 0.3, values clipped."""
     rows = []
     for row, length in enumerate(LENGTHS):
+        differences = [logprobs[row][t] - float(old.logprobs_BR[row, t]) for t in range(length)]
         tokens = []
-        for t in range(length):
-            d = float(new[row, t] - old.reference_logprobs_BR[row, t])
-            weight = min(math.exp(float(old.logprobs_BR[row, t] - answers().rollout_logprobs_BR[row, t])), 2.0)
-            tokens.append(-weight * math.exp(0.05) * float(old.advantages_BR[row, t]) + 0.3 * (math.exp(-d) - 1 + d))
+        for t, difference in enumerate(differences):
+            ratio = math.exp(sum(differences) / length if name == "gspo" else difference)
+            loss = naive_token_loss(name, ratio, logprobs[row][t], float(old.advantages_BR[row, t]), clip)
+            loss *= float(old.weights_BR[row, t])
+            if name == "ppo":
+                before, target = float(old.values_BR[row, t]), float(old.returns_BR[row, t])
+                near = before + min(max(values[row][t] - before, -clip.low), clip.low)
+                loss += max((values[row][t] - target) ** 2, (near - target) ** 2) / 2
+            d = logprobs[row][t] - float(old.reference_logprobs_BR[row, t])
+            tokens.append(loss + 0.3 * (math.exp(-d) - 1 + d))
         rows.append(tokens)
-    expected = np.mean(np.concatenate(rows)) if algorithm == "rloo" else np.mean([np.mean(row) for row in rows])
-    assert float(loss) == pytest.approx(expected, rel=1e-9)
+    if name in ("grpo", "gspo"):
+        return sum(sum(row) / len(row) for row in rows) / len(rows)
+    if name == "dr_grpo":
+        return sum(sum(row) for row in rows) / 4 / len(rows)
+    return sum(sum(row) for row in rows) / sum(LENGTHS)
+
+
+def changed(old: Experience, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities, values) far from the old ones, so that every clip binds somewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = 2.0 * torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    return old.logprobs_BR + noise[0], old.values_BR + noise[1]
+
+
+def rows_of(old: Experience, rows: list[int]) -> Experience:
+    return Experience(*(field[rows] for field in old))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_equals_a_naive_loop(name: str, seed: int) -> None:
+    old, made = make(name), objective(name, "k3")
+    logprobs, values = changed(old, seed)
+    size = made.minibatch_size(len(LENGTHS), sum(LENGTHS))
+    loss, _ = made.loss(logprobs, MASK, values, old, size, 0.3)
+    assert float(loss) == pytest.approx(naive_loss(name, logprobs.tolist(), values.tolist(), old, made.clip), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "cispo"])  # whose gradient is not its loss's
+def test_gradient_equals_the_differences_of_a_naive_loop(name: str) -> None:
+    old, made = make(name), objective(name, "k3")
+    logprobs, values = (value.requires_grad_() for value in changed(old, 0))
+    size = made.minibatch_size(len(LENGTHS), sum(LENGTHS))
+    made.loss(logprobs, MASK, values, old, size, 0.3)[0].backward()
+    for row, length in enumerate(LENGTHS):
+        for t in range(length):
+            ends = []
+            for change in (1e-6, -1e-6):
+                moved = logprobs.tolist()
+                moved[row][t] += change
+                ends.append(naive_loss(name, moved, values.tolist(), old, made.clip))
+            assert float(logprobs.grad[row, t]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("split", [[[0, 1], [2]], [[2, 0], [1]], [[0], [1], [2]]])
+def test_loss_and_gradient_do_not_depend_on_ranks_and_micro_batches(name: str, split: list[list[int]]) -> None:
+    old, made = make(name), objective(name, "k3")
+    size = made.minibatch_size(len(LENGTHS), sum(LENGTHS))
+    found = []
+    for parts in ([[0, 1, 2]], split):
+        logprobs, values = (value.requires_grad_() for value in changed(old, 1))
+        loss = sum(made.loss(logprobs[rows], MASK[rows], values[rows], rows_of(old, rows), size, 0.3)[0] for rows in parts)
+        loss.backward()
+        found.append((loss.detach(), logprobs.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+
+
+def test_the_bounds_of_the_ratio_and_of_the_value_s_step_bind_where_they_should() -> None:
+    old, made = make("ppo"), objective("ppo")
+    mask, one = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    old = Experience(mask, mask, 0 * one, 0 * one, one, -one, 0 * one, 2 * one)  # a bad token; value 0, return 2
+    loss, figures = made.loss(math.log(10) * one, 0 * one, one, old, 1, 0.0)
+    assert float(loss) == pytest.approx(3.0 + (2 - 0.2) ** 2 / 2, rel=1e-12)  # not 10: DUAL_CLIP; and half the clipped error
+    assert figures[:2].tolist() == pytest.approx([3.0, 1.62], rel=1e-12)
+
+
+def test_figures_are_sums_over_tokens_and_the_largest_ratio() -> None:
+    old = make("rloo")
+    _, figures = objective("rloo").loss(old.logprobs_BR + 0.05, torch.ones(3, 4), torch.zeros(3, 4), old, 8, 0.3)
     _, value, entropy, ratio, clipped, kl, tokens, largest = figures.tolist()
     assert (value, entropy, clipped, tokens) == (0.0, 8.0, 0.0, 8.0)
     assert ratio == pytest.approx(8 * math.exp(0.05), rel=1e-9)
     assert kl == pytest.approx(8 * (math.exp(0.05) - 1 - 0.05), rel=1e-9)
     assert largest == pytest.approx(math.exp(0.05), rel=1e-9)
+    _, figures = objective("dapo").loss(old.logprobs_BR + math.log(1.25), torch.ones(3, 4), torch.zeros(3, 4), old, 8, 0.3)
+    assert float(figures[4]) == 0.0  # inside 1.28
+    _, figures = objective("rloo").loss(old.logprobs_BR + math.log(1.25), torch.ones(3, 4), torch.zeros(3, 4), old, 8, 0.3)
+    assert float(figures[4]) == 8.0
 
 
 def test_k1_as_a_loss_would_steer_nowhere_in_expectation() -> None:

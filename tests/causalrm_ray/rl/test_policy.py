@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causalrm_ray.rl.policy import (
+    Clip,
     adapt_kl_coefficient,
+    cispo,
     entropy,
     importance_weight,
     kl_k1,
@@ -18,9 +20,13 @@ from causalrm_ray.rl.policy import (
     log_distribution,
     masked_mean,
     ppo_clip,
+    sequence_ratio,
     token_logprobs,
+    token_ratio,
     value_loss,
 )
+
+CLIP = Clip(0.2, 0.2)
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -52,30 +58,45 @@ def test_temperature_must_be_positive() -> None:
 
 
 def test_ppo_loss_by_hand() -> None:
-    log = math.log
-    new, old = tensor(log(0.5), log(0.5), log(0.5), log(0.5)), tensor(log(0.25), log(0.25), log(0.75), log(0.75))
-    losses = ppo_clip(new, old, tensor(1.0, -1.0, 1.0, -1.0), 0.2)
+    ratio = tensor(2.0, 2.0, 2 / 3, 2 / 3)
+    losses = ppo_clip(ratio, tensor(1.0, -1.0, 1.0, -1.0), CLIP)
     np.testing.assert_allclose(losses[0].numpy(), [-1.2, 2.0, -2 / 3, 0.8], rtol=1e-12)
 
 
+def test_ratios_of_tokens_and_of_whole_answers_by_hand() -> None:
+    new, old, mask = tensor(-1.0, -2.0, -9.0), tensor(-2.0, -1.5, 0.0), tensor(1.0, 1.0, 0.0)
+    np.testing.assert_allclose(token_ratio(new, old, mask)[0, :2].numpy(), [math.e, math.exp(-0.5)], rtol=1e-12)
+    np.testing.assert_allclose(sequence_ratio(new, old, mask)[0].numpy(), [math.exp(0.25)] * 3, rtol=1e-12)
+    assert sequence_ratio(new, old, 0 * mask).tolist() == [[1.0, 1.0, 1.0]]  # a padding row
+
+
 def test_ppo_gradient_is_zero_where_clipped_and_is_the_policy_gradient_at_ratio_one() -> None:
-    log = math.log
-    new = tensor(log(0.5), log(0.5), log(0.5), log(0.5), log(0.5)).requires_grad_()
-    old = tensor(log(0.25), log(0.25), log(0.75), log(0.75), log(0.5))
-    ppo_clip(new, old, tensor(1.0, -1.0, 1.0, -1.0, 3.0), 0.2).sum().backward()
-    np.testing.assert_allclose(new.grad[0].numpy(), [0.0, 2.0, -2 / 3, 0.0, -3.0], rtol=1e-12)
+    ratio = tensor(2.0, 2.0, 2 / 3, 2 / 3, 1.0).requires_grad_()
+    ppo_clip(ratio, tensor(1.0, -1.0, 1.0, -1.0, 3.0), CLIP).sum().backward()
+    np.testing.assert_allclose(ratio.grad[0].numpy(), [0.0, 1.0, -1.0, 0.0, -3.0], rtol=1e-12)
+
+
+def test_a_higher_clip_lets_good_tokens_grow_further_and_changes_nothing_below_one() -> None:
+    losses = ppo_clip(tensor(1.25, 2.0, 0.5, 0.5), tensor(1.0, 1.0, 1.0, -1.0), Clip(0.2, 0.28))
+    np.testing.assert_allclose(losses[0].numpy(), [-1.25, -1.28, -0.5, 0.8], rtol=1e-12)
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
-    log = math.log
-    new = tensor(log(0.8), log(0.8), log(0.2), log(0.8)).requires_grad_()
-    old = tensor(log(0.1), log(0.4), log(0.4), log(0.1))
-    losses = ppo_clip(new, old, tensor(-1.0, -1.0, -2.0, 1.0), 0.2, 3.0)
+    ratio, advantages = tensor(8.0, 2.0, 0.5, 8.0).requires_grad_(), tensor(-1.0, -1.0, -2.0, 1.0)
+    losses = ppo_clip(ratio, advantages, CLIP, 3.0)
     np.testing.assert_allclose(losses.detach()[0].numpy(), [3.0, 2.0, 1.6, -1.2], rtol=1e-12)
     losses.sum().backward()
-    np.testing.assert_allclose(new.grad[0].numpy(), [0.0, 2.0, 0.0, 0.0], rtol=1e-12)
+    np.testing.assert_allclose(ratio.grad[0].numpy(), [0.0, 1.0, 0.0, 0.0], rtol=1e-12)
     with pytest.raises(ValueError, match=r"dual_clip must be above 1, got 1\.0"):
-        ppo_clip(new, old, new, 0.2, 1.0)
+        ppo_clip(ratio, advantages, CLIP, 1.0)
+
+
+def test_cispo_weighs_the_policy_gradient_by_a_clipped_ratio_and_drops_no_token() -> None:
+    logprobs, advantages = tensor(-1.0, -2.0, -3.0, -1.0).requires_grad_(), tensor(1.0, -2.0, 0.5, -1.0)
+    losses = cispo(tensor(0.1, 1.5, 9.0, 9.0), logprobs, advantages, Clip(1.0, 4.0))
+    np.testing.assert_allclose(losses.detach()[0].numpy(), [0.1, -6.0, 7.5, -5.0], rtol=1e-12)
+    losses.sum().backward()
+    np.testing.assert_allclose(logprobs.grad[0].numpy(), [-0.1, 3.0, -2.5, 5.0], rtol=1e-12)
 
 
 def test_value_loss_by_hand() -> None:
