@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,15 +23,11 @@ import numpy as np
 import torch
 
 from actors.learner.deepspeed_engine import DeepSpeedEngine
+from actors.learner.export import PolicyExport
 from actors.learner.rank_metrics import Step, all_reduce_sum, rollout_metrics, step_metrics
-from actors.weights.broadcast import BucketLayout, Channel, GroupRank, joined, make_layout, send
-from actors.weights.ipc import Known, SharedWeights, share
-from actors.weights.packing import Weights, pack
 from causalrm_ray.checks import check_finite
 from causalrm_ray.config.train import LearnerConfig
-from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
 from causalrm_ray.models.policy import ActorCritic, Reference, load_policy
-from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.models.token_batch import make_batch
 from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET, balance_lengths, of_rank
@@ -44,13 +39,11 @@ from causalrm_ray.rl.experience import (
     answer_metrics,
     check_answer,
     check_groups,
-    fills_old_logprobs_in_step,
     groups_of,
-    kl_estimator,
     make_experience,
     stack_rows,
 )
-from causalrm_ray.rl.policy import adapt_kl_coefficient
+from causalrm_ray.rl.policy import Clip, adapt_kl_coefficient
 from causalrm_ray.rl.reward_scaling import RunningMoments
 from causalrm_ray.types import Completion, Prompt, Scored
 
@@ -67,7 +60,7 @@ class Prepared(NamedTuple):
     values_R: torch.Tensor
 
 
-class LearnerRank:
+class LearnerRank(PolicyExport):
     """Policy, critic (if the algorithm has one) and frozen reference of one rank under DeepSpeed."""
 
     def __init__(
@@ -82,29 +75,28 @@ class LearnerRank:
         world_size: int,
         init_method: str,
         max_length: int,
+        max_new_tokens: int,
         tokens_per_micro_batch: int = TOKEN_BUDGET,
     ) -> None:
         """Load `model` (folder or hub id) and join the other ranks at `init_method` ("tcp://host:port").
 
         `temperature` > 0 is the engine's: log-probabilities are taken at it. `max_length` bounds prompt + answer in
-        tokens; rows of about one length go through the model together, at most `tokens_per_micro_batch` with pads.
+        tokens, `max_new_tokens` the answer; rows of about one length go through the model together, at most
+        `tokens_per_micro_batch` with pads.
         """
         policy = load_policy(model, dtype)
-        self.version = 0
-        self._model, self._config = model, config
-        self._temperature, self._seed, self._max_length = temperature, seed, max_length
-        self._rank, self._world_size = rank, world_size
-        self._budget = tokens_per_micro_batch
-        self._base = policy  # with LoRA, frozen and without the adapter
         self._parameters = policy.num_parameters()
-        self._algorithm = ALGORITHMS.load(config.algorithm)
-        self._fills_old_logprobs_in_step = fills_old_logprobs_in_step(config)
+        self._config = config
+        self._temperature, self._seed, self._max_length = temperature, seed, max_length
+        self._world_size = world_size
+        self._budget = tokens_per_micro_batch
+        self._objective = make_objective(config, max_new_tokens)
+        self._algorithm = self._objective.algorithm
+        self._fills_old_logprobs_in_step = self._objective.fills_old_logprobs_in_step(config.epochs * config.minibatches)
         self._kl_coefficient = config.kl.coefficient
         self._rewards_seen = RunningMoments()
         self._owners: dict[str, int] = {}  # id -> rank that prepared it, of all rows of the step
         self._prepared: dict[str, Prepared] = {}
-        self._channel: Channel | None = None
-        self._shown: Known = {}
         checkpointing = "checkpointing" in config.save_memory
         module = ActorCritic(policy, self._algorithm.critic, config.lora, seed, checkpointing)
         groups = [{"params": module.policy_parameters(), "lr": config.lr}]
@@ -112,8 +104,9 @@ class LearnerRank:
             groups.append({"params": module.critic_parameters(), "lr": config.critic_lr})
         # Under ZeRO-3 all ranks must call each layer alike, and one may have no prompt to share where another has.
         self._shares_prompts = module.shares_prompts and config.zero_stage < 3
-        self._policy, self._trained = module.policy, sum(value.numel() for group in groups for value in group["params"])
-        self._engine = DeepSpeedEngine(module, groups, config, dtype, rank, world_size, init_method)
+        self._trained = sum(value.numel() for group in groups for value in group["params"])
+        engine = DeepSpeedEngine(module, groups, config, dtype, rank, world_size, init_method)
+        super().__init__(model, policy, module.policy, config.lora, engine, rank)
         self._reference = None if config.lora else Reference(load_policy(model, dtype)).to(self._engine.device)
 
     def prepare(self, completions: Sequence[Completion]) -> None:
@@ -155,35 +148,6 @@ class LearnerRank:
         self.version += 1
         return metrics
 
-    def weights(self) -> Weights | None:
-        """The policy's full weights, an adapter merged in, under their Hugging Face names on rank 0, None elsewhere."""
-        return self._packed(weights_of(self._base, self._policy))
-
-    def adapter(self) -> Weights | None:
-        """The adapter's tensors alone, under the names of peft's files, on rank 0, None elsewhere. ValueError without LoRA."""
-        if not self._config.lora:
-            raise ValueError(f"learner.lora must be at least 1 for an adapter, got {self._config.lora}")
-        return self._packed(adapter_of(self._policy))
-
-    def layout(self, bucket_bytes: int) -> BucketLayout:
-        """What `send_weights` will send, in buckets of that size. Not collective."""
-        return make_layout(self.version, self._engine.shapes(weights_of(self._base, self._policy)), bucket_bytes)
-
-    def send_weights(self, layout: BucketLayout, place: GroupRank) -> None:
-        """Broadcast `weights` from rank 0 as a member of a group, bucket by bucket, to whoever receives `layout` meanwhile."""
-        whole = self._engine.whole(weights_of(self._base, self._policy))
-        try:
-            if self._rank == 0:
-                self._channel = joined(self._channel, place, self._engine.device)
-                send(self._channel, layout, whole, self.version)
-        finally:
-            deque(whole, maxlen=0)  # takes part in the gathering, also where a receiver was lost
-
-    def share_weights(self) -> SharedWeights:
-        """Handles on this rank's whole weights, until the next update, for an engine on the same device. Not under ZeRO-3."""
-        named = ((name, weight.value()) for name, weight in weights_of(self._base, self._policy))
-        return share(self.version, named, self._shown)
-
     def save(self, folder: Path) -> None:
         """Write the exact state under `folder`, which all ranks share: DeepSpeed's files of each rank, and JSON."""
         folder = Path(folder)
@@ -223,22 +187,6 @@ class LearnerRank:
         self._owners.clear()
         self._prepared.clear()
 
-    def save_policy(self, folder: Path) -> None:
-        """Write the policy and its tokenizer as a Hugging Face folder that AutoModelForCausalLM loads.
-
-        With LoRA its weights are merged, and `adapter/` in it holds the adapter as peft loads it onto the first model.
-        """
-        named = self._engine.gathered(weights_of(self._base, self._policy))
-        if self._rank == 0:
-            self._base.save_pretrained(folder, state_dict=dict(named))
-            load_tokenizer(self._model).save_pretrained(folder)
-        else:
-            deque(named, maxlen=0)
-        if self._config.lora:
-            factors = dict(self._engine.gathered(adapter_of(self._policy)))
-            if self._rank == 0:
-                save_adapter(Path(folder) / "adapter", self._policy, factors)
-
     def info(self) -> dict[str, str | int]:
         """What the learner runs on; `parameters` counts the policy's, `trained` what the optimizer moves."""
         return {
@@ -250,13 +198,6 @@ class LearnerRank:
             "parameters": self._parameters,
             "trained": self._trained,
         }
-
-    def _packed(self, parts: Iterable[tuple[str, Weight]]) -> Weights | None:
-        named = self._engine.gathered(parts)
-        if self._rank == 0:
-            return pack(self.version, named)
-        deque(named, maxlen=0)  # takes part in the gathering
-        return None
 
     def _check_step(self, scored: Sequence[Scored]) -> None:
         if len(scored) < self._config.minibatches:
@@ -316,8 +257,8 @@ class LearnerRank:
             places_B=torch.tensor(places, dtype=torch.long, device=device),
         )
         groups_N, coefficient = groups_of(completions).to(device), self._kl_coefficient
-        experience = make_experience(answers, rewards_N.to(device), groups_N, self._config, coefficient, all_reduce_sum)
-        return answers, experience.with_blank()
+        experience = make_experience(answers, rewards_N.to(device), groups_N, self._objective, coefficient, all_reduce_sum)
+        return answers, experience.with_padding_row()
 
     def _train(self, scored: Sequence[Scored], experience: Experience) -> dict[str, float]:
         """All optimizer steps on a step's answers, up to where the KL stop ends them; metrics over ranks."""
@@ -325,13 +266,12 @@ class LearnerRank:
         mine = self._mine(range(len(scored)), scored)
         rows = {place: row for row, place in enumerate(mine)}
         completions = [*(scored[place].completion for place in mine), PADDING_ROW]
-        objective = Objective(config.clip, self._algorithm.critic, kl_estimator(config), self._kl_coefficient)
         steps, stopped = [], False
         for places in self._minibatches(scored):
             tokens = sum(len(scored[place].completion.token_ids) for place in places)
-            count = len(places) if self._algorithm.per_answer else tokens
+            size = self._objective.minibatch_size(len(places), tokens)
             micro_batches = self._micro_batches(places, scored, rows)
-            steps.append(self._optimizer_step(micro_batches, completions, experience, objective, count))
+            steps.append(self._optimizer_step(micro_batches, completions, experience, size))
             if config.kl.stop is not None:
                 kl = all_reduce_sum(steps[-1].figures[TRAINING.index("kl_step")].clone()) / tokens
                 stopped = float(kl) > config.kl.stop
@@ -354,10 +294,9 @@ class LearnerRank:
         micro_batches: Sequence[Sequence[int]],
         completions: Sequence[Completion],
         experience: Experience,
-        objective: Objective,
-        count: float,
+        size: float,
     ) -> Step:
-        """One step on a minibatch of `count` tokens or answers over all ranks."""
+        """One step on a minibatch of `size` tokens or answers over all ranks."""
         figures = []
         for number, rows in enumerate(micro_batches, start=1):
             batch = make_batch([completions[row] for row in rows], self._engine.device, self._shares_prompts)
@@ -365,9 +304,9 @@ class LearnerRank:
             width = new.logprobs_BR.shape[1]
             old = experience.select(rows, width)
             if self._fills_old_logprobs_in_step:
-                old = old.now_seen(new.logprobs_BR.detach())
+                old = old.with_old_logprobs(new.logprobs_BR.detach())
                 experience.logprobs_BR[list(rows), :width] = old.logprobs_BR
-            loss, figure = objective.loss(new.logprobs_BR, new.entropy_BR, new.values_BR, old, count)
+            loss, figure = self._objective.loss(new.logprobs_BR, new.entropy_BR, new.values_BR, old, size, self._kl_coefficient)
             self._engine.backward(loss * self._world_size, last=number == len(micro_batches))  # the engine averages over ranks
             figures.append(figure)
         norm = self._engine.step()
@@ -393,6 +332,14 @@ class LearnerRank:
         """A permutation of the answers that depends on (seed, version, epoch) only."""
         entropy = np.random.SeedSequence([self._seed, self.version, epoch])
         return torch.from_numpy(np.random.default_rng(entropy).permutation(answers))
+
+
+def make_objective(config: LearnerConfig, max_new_tokens: int) -> Objective:
+    """The algorithm, and what the configuration chooses for it: its own clip and KL estimator where that names none."""
+    algorithm = ALGORITHMS.load(config.algorithm)
+    clip = Clip(config.clip or algorithm.clip.low, config.clip_high or config.clip or algorithm.clip.high)
+    estimator = config.kl.estimator or algorithm.kl
+    return Objective(algorithm, clip, estimator, config.lam, config.truncation, max_new_tokens)
 
 
 def _length(completion: Completion) -> int:
