@@ -91,7 +91,7 @@ ALGORITHMS = Registry(
         **_table("causalrm_ray.rl.algorithms:ALGORITHMS", "gspo", "dapo", "dr_grpo", "cispo"),
     },
 )
-FORMATS = Registry("feedback format", "causalrm_ray.formats", {})
+FORMATS = Registry("feedback format", "causalrm_ray.formats", {"native": "causalrm_ray.data.formats.native:Native"})
 ENGINES = Registry(  # in words only: engines stand on the floor above
     "engine",
     "causalrm_ray.engines",

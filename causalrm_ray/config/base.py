@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, Registry
+from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, FORMATS, Registry
 
 IN_PROCESS = "in-process"  # the address of no cluster at all
 
@@ -39,6 +39,7 @@ EstimatorName = chosen_from(ESTIMATORS)
 ComparedName = chosen_from(ESTIMATORS, "oracle")
 AlgorithmName = chosen_from(ALGORITHMS)
 EngineName = chosen_from(ENGINES)
+FormatName = chosen_from(FORMATS)
 
 
 class Section(BaseModel):

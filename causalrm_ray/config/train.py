@@ -13,6 +13,7 @@ from causalrm_ray.config.base import (
     ComparedName,
     EngineName,
     EstimatorName,
+    FormatName,
     RunConfig,
     Section,
 )
@@ -60,6 +61,7 @@ class FeedbackConfig(Section):
 
     url: str | None = Field(None, description="SQLAlchemy URL of the log; none keeps an SQLite file in the run's folder")
     source: str | None = Field(None, description="log to import first: JSONL or Parquet file, `datasets` folder or hub id")
+    format: FormatName = Field("native", description="how the rows of `source` are read, by name or import path")
     prompts: str | None = Field(
         None, description="JSONL or Parquet file with a `prompt` column to tune on; none: the embedded prompts"
     )

@@ -28,7 +28,7 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     if config.feedback.source is not None:
         limit = LengthLimit(lambda prompt, response: len(encode_pair(tokenizer, prompt, response)), config.model.max_length)
         quarantine = config.run.path / "quarantine.jsonl"
-        report = asdict(import_log(config.feedback.source, log, quarantine, limit=limit))
+        report = asdict(import_log(config.feedback.source, log, quarantine, format=config.feedback.format, limit=limit))
         if report["quarantined"]:
             Console(stderr=True).print(
                 f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}", style="yellow"

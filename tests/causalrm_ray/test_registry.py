@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, Registry
+from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, FORMATS, Registry
 
 
-@pytest.mark.parametrize("registry", [ALGORITHMS, ENGINES, ESTIMATORS], ids=lambda registry: registry.kind)
+@pytest.mark.parametrize("registry", [ALGORITHMS, ENGINES, ESTIMATORS, FORMATS], ids=lambda registry: registry.kind)
 def test_every_name_of_ours_leads_to_an_object(registry: Registry) -> None:
     assert registry.names()
     for name in registry.names():

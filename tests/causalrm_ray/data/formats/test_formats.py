@@ -1,0 +1,108 @@
+"""A feedback format of another package: named by its import path, it imports a log like ours does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.imports import ImportReport, import_log
+from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.errors import InputError
+from causalrm_ray.world.grammar import train_prompts
+from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
+from jobs.support.feedback import import_feedback
+
+THEIRS = """
+from causalrm_ray.data.formats.base import LoggedImpression
+from causalrm_ray.data.sources import RowError
+
+class Conversations:
+    '''Turns of a user and an assistant one after the other; `thumbs` holds the place and the label of each answer's vote.'''
+
+    columns = frozenset({"turns", "thumbs", "trace"})
+
+    def read(self, fields):
+        turns, thumbs = fields.get("turns", []), dict(fields.get("thumbs", []))
+        if len(turns) % 2:
+            raise RowError(f"turns must come in pairs, got {len(turns)}")
+        for place in range(0, len(turns), 2):
+            name = f"{fields['trace']}/{place // 2}"
+            yield LoggedImpression(turns[place], turns[place + 1], id=name, label=thumbs.get(place // 2))
+
+class NoFormat:
+    pass
+"""
+ROWS = [
+    {"trace": "a", "turns": ["hi", "hello", "why?", "because"], "thumbs": [[0, 1]], "cost": 3},
+    {"trace": "b", "turns": ["hi", "go away"], "thumbs": [[0, 0]]},
+    {"trace": "c", "turns": ["hi"]},
+    {"trace": "d", "turns": []},
+    {"trace": "e", "turns": ["hi", "go away"], "thumbs": [[0, 7]]},
+    {"trace": "a", "turns": ["hi", "hello", "why?", "no idea"]},
+]
+PATH = "their_package:Conversations"
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "their_package.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(tmp_path / "in.jsonl")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[FeedbackLog]:
+    with closing(FeedbackLog(f"sqlite:///{tmp_path}/log.db", {"upvote": 1})) as log:
+        yield log
+
+
+def labels(log: FeedbackLog) -> dict[str, int | None]:
+    return {row["impression_id"]: row["label"] for row in log.snapshot()}
+
+
+def test_a_format_by_import_path_imports_several_answers_of_a_row(source: str, log: FeedbackLog, tmp_path: Path) -> None:
+    report = import_log(source, log, tmp_path / "bad.jsonl", format=PATH)
+    assert report == ImportReport(6, 3, 0, 2, 0, 1, 4, ("cost",))
+    assert labels(log) == {"a/0": 1, "a/1": None, "b/0": 0}
+    refused = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["reason"][:40]) for row in refused] == [
+        (3, "turns must come in pairs, got 1"),
+        (4, "row must hold an answer that was shown, "),
+        (5, "label must be 0 or 1, got 7"),
+        (6, "impressions: id 'a/1' must keep its cont"),  # the whole row, its first answer too
+    ]
+    assert import_log(source, log, tmp_path / "bad.jsonl", format=PATH).duplicate_impressions == 3
+
+
+def test_a_job_imports_in_the_format_of_its_configuration(source: str, tmp_path: Path) -> None:
+    sections = {"run": {"dir": str(tmp_path), "name": "own"}, "feedback": {"source": source, "format": PATH}}
+    config = Config.model_validate({**sections, "world": {"users": "none"}})
+    report = import_feedback(config, train_tokenizer(train_prompts()[:100], PretrainSettings()))
+    assert report is not None
+    assert (report["impressions"], report["events"], report["quarantined"]) == (3, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nativ", "feedback.format: must be one of native, .*did you mean 'native'"),
+        ("no_such_package:Format", "feedback.format: .* cannot be imported"),
+        ("their_package:NoFormat", "feedback.format 'their_package:NoFormat' must have `columns` and `read`"),
+    ],
+)
+def test_what_is_no_format_is_refused_by_name(source: str, log: FeedbackLog, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        import_log(source, log, tmp_path / "bad.jsonl", format=name)
+
+
+def test_a_fault_in_a_format_names_the_row(source: str, log: FeedbackLog, tmp_path: Path) -> None:
+    Path(source).write_text('{"turns": ["hi", "hello"]}\n')
+    with pytest.raises(KeyError) as caught:
+        import_log(source, log, tmp_path / "bad.jsonl", format=PATH)
+    assert caught.value.__notes__ == [f"in {source} row 1, read as Conversations"]
