@@ -8,7 +8,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from causalrm_ray.config.train import Config
 
-LIBRARIES = {  # what must import, the distribution that brings it, and how to install it
+LIBRARIES = {  # what must import, the distributions that bring it, and how to install it
     "torch": (("torch",), "pip install torch"),
     "transformers": (("transformers",), "pip install transformers"),
     "ray": (("ray",), "pip install 'ray[default,train]'"),
@@ -26,6 +27,7 @@ LIBRARIES = {  # what must import, the distribution that brings it, and how to i
     "datasets": (("datasets",), "pip install datasets"),
     "peft": (("peft",), "pip install peft"),
 }
+IMPORTED_WITH = {"peft": ("torch", "transformers")}  # where the one imports, the others do
 BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -38,30 +40,51 @@ def run(config: Config) -> int:
         "machine", f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {shutil.disk_usage('.').free / 2**30:.0f} GiB free disk", ""
     )
     table.add_row("accelerator", ", ".join(_gpus()) or "none: CPU engines", "")
-    faults = {name: fault for name in LIBRARIES if (fault := _check_library(name, table))}
+    with ThreadPoolExecutor(1) as beside:
+        failing = beside.submit(import_errors)
+        resources = _cluster_resources(config) if _installed("ray") else {}
+    reasons = failing.result()
+    faults = {}
+    for name, (distributions, remedy) in LIBRARIES.items():
+        found = next((f"{item} {version(item)}" for item in distributions if _installed(item)), "missing")
+        table.add_row(name, found, remedy if name in reasons else "")
+        if name in reasons:
+            faults[name] = f"{name} cannot be imported ({reasons[name]}); {remedy}"
     table.add_row("rollout.engine", ", ".join(rollout_engines(faults)) or "none", "")
     if config.rollout.engine != "vllm":
         faults.pop("vllm", None)  # this configuration can do without
     faults |= _check_conflicts(table)
-    if _installed("ray"):
-        _check_cluster(config, table)
+    if resources:
+        table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(resources.items())), "")
     Console().print(table)
     for fault in faults.values():
-        Console(stderr=True).print(f"[red]{fault}[/]")
+        Console(stderr=True).print(fault, style="red", markup=False)
     return 1 if faults else 0
 
 
-def _check_library(name: str, table: Table) -> str | None:
-    distributions, remedy = LIBRARIES[name]
-    found = next((f"{item} {version(item)}" for item in distributions if _installed(item)), None)
-    # In a process of its own: importing vLLM's CPU build alters torch for the process that does it.
-    probe = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=300, check=False)
-    if found and probe.returncode == 0:
-        table.add_row(name, found, "")
-        return None
-    reason = probe.stderr.strip().splitlines()[-1] if probe.stderr.strip() else "not installed"
-    table.add_row(name, found or "missing", remedy)
-    return f"{name} cannot be imported ({reason}); {remedy}"
+def import_errors() -> dict[str, str]:
+    """The libraries that cannot be imported, each with the reason. Each is tried in a process of its own, side by side.
+
+    In processes: importing vLLM's CPU build changes torch for the process that does it. A library that another one imports is
+    tried by itself only where that one fails.
+    """
+    reasons: dict[str, str] = {}
+    inner = {name for names in IMPORTED_WITH.values() for name in names}
+    with ThreadPoolExecutor() as pool:
+        reasons |= _tried(pool, LIBRARIES.keys() - inner)
+        reasons |= _tried(pool, {name for outer in reasons for name in IMPORTED_WITH.get(outer, ())})
+    return reasons
+
+
+def _tried(pool: ThreadPoolExecutor, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    return ((name, reason) for name, reason in zip(names, pool.map(_import_error, names), strict=True) if reason)
+
+
+def _import_error(name: str) -> str:
+    """Why a library cannot be imported; empty if it can."""
+    command = [sys.executable, "-P", "-c", f"import {name}"]
+    probe = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return "" if probe.returncode == 0 else next(iter(probe.stderr.strip().splitlines()[-1:]), f"exit status {probe.returncode}")
 
 
 def rollout_engines(faults: Collection[str]) -> list[str]:
@@ -77,11 +100,11 @@ def _gpus() -> list[str]:
     return [line.split(" (UUID")[0] for line in listed.splitlines() if line.startswith("GPU")]
 
 
-def _check_cluster(config: Config, table: Table) -> None:
-    from actors.cluster.placement import ray_cluster, ray_resources  # without Ray, everything above must still be said
+def _cluster_resources(config: Config) -> dict[str, float]:
+    from actors.cluster.placement import ray_cluster, ray_resources  # without Ray, all the rest must still be said
 
     with ray_cluster(config.cluster, config.run.cache):
-        table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(ray_resources().items())), "")
+        return ray_resources()
 
 
 def _check_conflicts(table: Table) -> dict[str, str]:

@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.cluster.in_process import Handle
 from actors.cluster.in_process import stream as stream_here
+from actors.cluster.search_path import own_packages_first
 from actors.cluster.telemetry import event, record
 from actors.errors import EngineDeadError, RoleDiedError, RoleTimeoutError, StrandedError, WrongWeightsError
 from causalrm_ray.config.base import IN_PROCESS, ClusterConfig
@@ -68,9 +69,10 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
             log_to_driver=False,  # what roles print stays in Ray's session folder; what they raise comes here
             object_store_memory=object_store_bytes(get_system_memory(), _shared_memory_bytes()),
             _node_ip_address="127.0.0.1",
+            **own_packages_first(),
         )
     else:
-        ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False, **own_packages_first())
     try:
         yield
     finally:

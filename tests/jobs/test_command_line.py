@@ -17,7 +17,6 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt
 from jobs.__main__ import main
 from jobs.catalog import JOBS
-from jobs.doctor import rollout_engines
 from jobs.support.errors import forgetting_refused_log
 from jobs.support.lock import lock_of
 from jobs.support.prompts import Task, find_models
@@ -231,12 +230,6 @@ def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest
     )
     assert "prompt 2" in told
     assert "at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in told
-
-
-def test_the_doctor_names_the_engines_that_work() -> None:
-    assert rollout_engines([]) == ["vllm", "hf"]
-    assert rollout_engines(["vllm", "deepspeed"]) == ["hf"]
-    assert rollout_engines(["transformers"]) == []
 
 
 @pytest.fixture(scope="module")
