@@ -1,7 +1,7 @@
-"""Graded data sets: rows (prompt, response, level), of which a higher level is the better answer, told apart by their columns.
+"""Graded data sets: rows (prompt, response, level), a higher level for a better answer, in the schema that their columns show.
 
-source --splits--> read_rows --Format.parse--> GradedRow, one or two a row
-                                  +-- bad row --> Quarantine
+source --splits--> read_rows --Schema--> GradedRow, one or two a row
+                                 +-- bad row --> Quarantine
 
 A split of a data set's own is kept; where it has none, rows go to the test split by a hash of their prompt.
 """
@@ -13,7 +13,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,21 +22,10 @@ import numpy as np
 from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetNotFoundError
 
-from causalrm_ray.data.sources import (
-    Quarantine,
-    RawRow,
-    RowError,
-    SourceError,
-    data_files,
-    prompt_text,
-    read_rows,
-    row_fields,
-    turn_text,
-)
+from causalrm_ray.data.sources import Quarantine, RowError, SourceError, data_files, read_rows, row_fields, turn_text
 
 Split = Literal["train", "test"]
-Answer = tuple[str, str, float]  # prompt, response, level
-FORMAT_ROWS = 100  # rows whose columns tell the format
+SCHEMA_ROWS = 100  # rows whose columns show the schema
 TEST_ONE_IN = 5
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train_prefs", "train"), "test": ("test_prefs", "test", "validation")}
 _LARGEST = float(np.finfo(np.float32).max)  # levels are float32 where they are read
@@ -56,19 +45,46 @@ class GradedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """A data set's schema: the columns that tell it, and what becomes of a row. `parse` raises RowError."""
+class Schema:
+    """A `prompt`, and the columns of each answer and of its score, in [low, high]; of `harm` the level is high - score."""
 
-    columns: frozenset[str]
-    parse: Callable[[RawRow], list[Answer]]
+    answers: tuple[tuple[str, str], ...]
+    low: float
+    high: float
+    harm: bool = False
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that a data set of this schema has."""
+        return {"prompt", *itertools.chain.from_iterable(self.answers)}
+
+    def read(self, fields: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+        """(prompt, response, level) of the answers of a row. Raises RowError."""
+        prompt = turn_text(fields, "prompt", "user")
+        found = []
+        for answer, score in self.answers:
+            response, number = turn_text(fields, answer, "assistant"), _number(fields, score, self.low, self.high)
+            found.append((prompt, response, self.high - number if self.harm else number))
+        return found
+
+
+SCHEMAS = {  # those with the most specific columns first
+    # UltraFeedback (arXiv 2310.01377), binarized. Scores are not rounded: that would make equal what the judge did not.
+    "ultrafeedback": Schema((("chosen", "score_chosen"), ("rejected", "score_rejected")), 1, 10),
+    # PKU-SafeRLHF (arXiv 2406.15513): severity levels of harm
+    "pku_safe_rlhf": Schema(tuple((f"response_{n}", f"response_{n}_severity_level") for n in (0, 1)), 0, 3, harm=True),
+    "helpsteer": Schema((("response", "helpfulness"),), 0, 4),  # HelpSteer (arXiv 2311.09528)
+    "generic": Schema((("response", "score"),), -_LARGEST, _LARGEST),
+}
 
 
 def read_graded(source: str, quarantine: Quarantine, *, format: str = "auto", test: str | None = None) -> Iterator[GradedRow]:
     """The answers of `source` (see `sources.read_rows`), as they are read: training rows first where splits are the source's own.
 
-    `test` is a source of its own for the test split; none takes the data set's (`SPLITS`; other splits are left alone), or, where
-    it has none, one prompt in TEST_ONE_IN by a hash of the prompt. A row that breaks a rule goes to `quarantine`, whole.
-    Raises SourceError where a source is unreadable, its format unknown, or no row good.
+    `format` is a key of SCHEMAS, or "auto": the first whose columns are there. `test` is a source of its own for the test split;
+    None takes the data set's (`SPLITS`; other splits are ignored), or, where it has none, one prompt in TEST_ONE_IN by a hash of
+    the prompt. A row that breaks a rule goes to `quarantine`, whole.
+    Raises SourceError where a source is unreadable, its schema unknown, or no row good.
     """
     found = splits(source)
     own = {name: _first(found, SPLITS[name]) for name in SPLITS}
@@ -77,13 +93,13 @@ def read_graded(source: str, quarantine: Quarantine, *, format: str = "auto", te
     if test is not None:
         named = splits(test)
         own["test"] = _first(named, SPLITS["test"]) or _first(named, SPLITS["train"])
-    schema = FORMATS[find_format(source, own["train"]) if format == "auto" else format]
+    schema = SCHEMAS[_find_schema(source, own["train"]) if format == "auto" else format]
     rows = good = 0
     for split, parts in own.items():
         for row in itertools.chain.from_iterable(itertools.starmap(read_rows, parts)):
             rows += 1
             try:
-                answers = [_checked(answer) for answer in schema.parse(row)]
+                answers = schema.read(row_fields(row))
             except RowError as error:
                 quarantine.refuse(row.where, row.number, str(error), row.text)
                 continue
@@ -92,8 +108,8 @@ def read_graded(source: str, quarantine: Quarantine, *, format: str = "auto", te
                 side = split if own["test"] else split_of(prompt)
                 yield GradedRow(side, prompt, response, level, row.where, row.number)
     if not good:
-        told = f"; the first: {quarantine.first_fault}" if rows else ""
-        raise SourceError(f"{source} must hold at least one good row, got {rows} rows, all bad{told}")
+        first = f"; the first: {quarantine.first_fault}" if rows else ""
+        raise SourceError(f"{source} must hold at least one good row, got {rows} rows, all bad{first}")
 
 
 def split_of(prompt: str) -> Split:
@@ -102,7 +118,7 @@ def split_of(prompt: str) -> Split:
 
 
 def splits(source: str) -> dict[str, list[tuple[str, str]]]:
-    """What `read_rows` is to be given for each split, by name. A single file, or file names that tell nothing, are "train"."""
+    """What `read_rows` is to be given for each split, by name. A single file, or files named after no split, are "train"."""
     path = Path(source)
     if path.is_file() or (path / "state.json").is_file():
         return {"train": [(source, "train")]}
@@ -114,8 +130,8 @@ def splits(source: str) -> dict[str, list[tuple[str, str]]]:
             raise SourceError(f"{path / 'dataset_dict.json'} must be JSON that lists `splits`: {error!r}") from error
     found: dict[str, list[tuple[str, str]]] = {}
     for file in data_files(path):
-        told = _SPLIT_NAME.search(file.name.lower())
-        found.setdefault(told[0] if told else "train", []).append((str(file), "train"))
+        name = _SPLIT_NAME.search(file.name.lower())
+        found.setdefault(name[0] if name else "train", []).append((str(file), "train"))
     if found:
         return found
     try:
@@ -127,58 +143,15 @@ def splits(source: str) -> dict[str, list[tuple[str, str]]]:
         ) from error
 
 
-def find_format(source: str, parts: Sequence[tuple[str, str]]) -> str:
-    """The key of FORMATS whose columns the first rows have. Raises SourceError."""
-    rows = itertools.islice(itertools.chain.from_iterable(itertools.starmap(read_rows, parts)), FORMAT_ROWS)
+def _find_schema(source: str, parts: Sequence[tuple[str, str]]) -> str:
+    """The key of SCHEMAS whose columns the first rows have. Raises SourceError."""
+    rows = itertools.islice(itertools.chain.from_iterable(itertools.starmap(read_rows, parts)), SCHEMA_ROWS)
     columns = {name for row in rows for name in row.fields or ()}
-    for name, schema in FORMATS.items():
+    for name, schema in SCHEMAS.items():
         if schema.columns <= columns:
             return name
-    known = "; ".join(f"{name}: {', '.join(sorted(schema.columns))}" for name, schema in FORMATS.items())
+    known = "; ".join(f"{name}: {', '.join(sorted(schema.columns))}" for name, schema in SCHEMAS.items())
     raise SourceError(f"{source} must have the columns of a known format ({known}), got {sorted(columns)}")
-
-
-def _helpsteer(row: RawRow) -> list[Answer]:
-    """HelpSteer (arXiv 2311.09528): `helpfulness` 0..4."""
-    fields = row_fields(row)
-    return [(prompt_text(row), turn_text(fields, "response", "assistant"), _number(fields, "helpfulness", 0, 4))]
-
-
-def _ultrafeedback(row: RawRow) -> list[Answer]:
-    """UltraFeedback (arXiv 2310.01377), binarized: `chosen` and `rejected`, chat messages, with scores of 1..10.
-
-    The score is the level as it is: rounding would make equal what the judge told apart, and simulations rescale by themselves.
-    """
-    fields = row_fields(row)
-    prompt = prompt_text(row)
-    pairs = (("chosen", "score_chosen"), ("rejected", "score_rejected"))
-    return [(prompt, turn_text(fields, answer, "assistant"), _number(fields, score, 1, 10)) for answer, score in pairs]
-
-
-def _safe_rlhf(row: RawRow) -> list[Answer]:
-    """PKU-SafeRLHF (arXiv 2406.15513): two answers with severity levels of harm 0..3; the level is 3 - severity."""
-    fields = row_fields(row)
-    prompt = prompt_text(row)
-    return [
-        (prompt, turn_text(fields, f"response_{side}", "assistant"), 3 - _number(fields, f"response_{side}_severity_level", 0, 3))
-        for side in (0, 1)
-    ]
-
-
-def _generic(row: RawRow) -> list[Answer]:
-    """Any finite `score`."""
-    fields = row_fields(row)
-    return [(prompt_text(row), turn_text(fields, "response", "assistant"), _number(fields, "score", -_LARGEST, _LARGEST))]
-
-
-FORMATS = {  # those with the most telling columns first
-    "ultrafeedback": Format(frozenset({"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}), _ultrafeedback),
-    "pku_safe_rlhf": Format(
-        frozenset({"prompt", *(f"response_{side}{rest}" for side in (0, 1) for rest in ("", "_severity_level"))}), _safe_rlhf
-    ),
-    "helpsteer": Format(frozenset({"prompt", "response", "helpfulness"}), _helpsteer),
-    "generic": Format(frozenset({"prompt", "response", "score"}), _generic),
-}
 
 
 def _first(found: Mapping[str, list[tuple[str, str]]], names: Sequence[str]) -> list[tuple[str, str]]:
@@ -192,13 +165,3 @@ def _number(fields: Mapping[str, Any], column: str, low: float, high: float) -> 
     if not low <= value <= high:
         raise RowError(f"{column} must be in [{low:g}, {high:g}], got {value!r:.80}")
     return float(value)
-
-
-def _checked(answer: Answer) -> Answer:
-    """What can be written to Parquet: no half of a surrogate pair, which JSON lets through."""
-    for name, text in zip(("prompt", "response"), answer[:2], strict=True):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(f"{name} must be valid Unicode, got {text!r:.80}") from error
-    return answer

@@ -51,14 +51,14 @@ class Quarantine:
         self._file = file
 
     def refuse(self, where: str, number: int, reason: str, raw: str) -> None:
-        """Write down one row; `number` counts from 1 within `where`."""
+        """Write one row; `number` counts from 1 within `where`."""
         self.count += 1
         self.first_fault = self.first_fault or f"{where} row {number}: {reason}"
         self._file.write(json.dumps({"source": where, "row": number, "reason": reason, "raw": raw}) + "\n")
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
-    """Every row of `source`; blank lines of JSONL are none.
+    """Every row of `source`; blank lines of JSONL are skipped.
 
     A folder is one that `Dataset.save_to_disk` wrote, or holds JSONL and Parquet files (read in the order of their names), or
     else goes to `datasets.load_dataset`, as does a name that is no path: a hub id. `split` matters for `datasets` only.
@@ -77,7 +77,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The JSONL and Parquet files below `folder`, by name; none where it is no folder."""
+    """The JSONL and Parquet files below `folder`, by name; none if it is no folder."""
     return sorted(file for file in folder.rglob("*") if file.suffix in (*JSONL_SUFFIXES, ".parquet"))
 
 
@@ -86,7 +86,7 @@ def read_prompts(source: str) -> list[str]:
     prompts, faults = [], []
     for row in read_rows(source):
         try:
-            prompts.append(prompt_text(row))
+            prompts.append(turn_text(row_fields(row), "prompt", "user"))
         except RowError as error:
             faults.append(f"{row.where} row {row.number}: {error}")
     if faults:
@@ -96,16 +96,11 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def prompt_text(row: RawRow) -> str:
-    """The prompt of a row: a text, or the last user turn of a list of chat messages. Raises RowError.
-
-    Only the last user turn is kept because a prompt is one user turn throughout (models/text.py formats it as such).
-    """
-    return turn_text(row_fields(row), "prompt", "user")
-
-
 def turn_text(fields: Mapping[str, Any], column: str, role: Literal["user", "assistant"]) -> str:
-    """A text, or the last turn of `role` in a list of chat messages. Raises RowError."""
+    """A text, or the last turn of `role` in a list of chat messages, in valid Unicode. Raises RowError.
+
+    Of a prompt only the last user turn is kept: a prompt is one user turn throughout (models/text.py formats it as such).
+    """
     text = fields.get(column)
     if isinstance(text, list):
         turns = [turn for turn in text if isinstance(turn, Mapping) and turn.get("role") == role]
@@ -114,6 +109,10 @@ def turn_text(fields: Mapping[str, Any], column: str, role: Literal["user", "ass
         text = turns[-1].get("content")
     if not isinstance(text, str) or not text.strip():
         raise RowError(f"{column} must be a text that is not empty, got {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON lets through
+        raise RowError(f"{column} must be valid Unicode, got {text!r:.80}") from error
     return text
 
 

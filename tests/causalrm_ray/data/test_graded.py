@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from causalrm_ray.data.graded import FORMATS, read_graded, split_of
+from causalrm_ray.data.graded import SCHEMAS, read_graded, split_of
 from causalrm_ray.data.sources import Quarantine, SourceError
 
 
@@ -71,7 +71,7 @@ def read(source: str, **options: Any) -> tuple[list[tuple[str, str, str, float]]
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet, saved])
-@pytest.mark.parametrize("schema", FORMATS)
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_each_schema_is_told_by_its_columns_and_gives_levels(schema: str, write, tmp_path: Path) -> None:
     row, expected = EXPECTED[schema]
     source = write(tmp_path / f"data.{'parquet' if write is parquet else 'jsonl'}", row, {**row, "prompt": "q"})
