@@ -104,7 +104,7 @@ class RecordError(ValueError):
 def check_signals(signals: Mapping[str, int]) -> dict[str, int]:
     """The mapping of signals to labels, joined with LABEL_SIGNALS. Raises InputError on a label other than 0 and 1."""
     for signal, label in signals.items():
-        _check_id("signal", signal)
+        _identifier("signal", signal)
         if signal == RETRACT:
             raise InputError(f"signals must not map {RETRACT!r}: it withdraws an event and has no label")
         if label not in (0, 1):
@@ -115,69 +115,61 @@ def check_signals(signals: Mapping[str, int]) -> dict[str, int]:
 
 
 def impression_row(impression: Impression) -> dict[str, Any]:
-    """The columns of one impression, without `seq`; raises RecordError."""
-    _check_id("impression id", impression.id)
+    """The columns of one impression, without `seq` and `digest`; raises RecordError."""
     thing = f"impression {impression.id!r}"
-    _check_text(f"{thing}: prompt", impression.prompt)
-    _check_text(f"{thing}: response", impression.response)
-    if impression.user is not None:
-        _check_text(f"{thing}: user", impression.user)
     return {
-        "id": impression.id,
-        "prompt": impression.prompt,
-        "response": impression.response,
+        "id": _identifier("impression id", impression.id),
+        "prompt": _text(f"{thing}: prompt", impression.prompt),
+        "response": _text(f"{thing}: response", impression.response),
         "policy_version": _version(f"{thing}: policy_version", impression.policy_version),
         "time": _time(f"{thing}: time", impression.time),
-        "user": impression.user,
+        "user": None if impression.user is None else _text(f"{thing}: user", impression.user),
         "context": _context(f"{thing}: context", impression.context),
     }
 
 
 def event_row(event: FeedbackEvent, signals: Mapping[str, int]) -> dict[str, Any]:
-    """The columns of one event, without `seq`; raises RecordError. `signals` are those that are known."""
-    _check_id("event id", event.id)
+    """The columns of one event, without `seq` and `digest`; raises RecordError. `signals` are those that are known."""
     thing = f"event {event.id!r}"
-    _check_id(f"{thing}: impression_id", event.impression_id)
-    if event.retracts is None:
-        if event.signal not in signals:
-            raise RecordError(f"{thing}: signal must be one of {sorted(signals)}, got {event.signal!r}")
-    else:
-        _check_id(f"{thing}: retracts", event.retracts)
-        if event.signal != RETRACT:
-            raise RecordError(f"{thing}: signal must be {RETRACT!r} where retracts is given, got {event.signal!r}")
-        if event.retracts == event.id:
-            raise RecordError(f"{thing}: retracts must name another event, got its own id")
-    return {
-        "id": event.id,
-        "impression_id": event.impression_id,
+    row = {
+        "id": _identifier("event id", event.id),
+        "impression_id": _identifier(f"{thing}: impression_id", event.impression_id),
         "signal": event.signal,
         "value": _finite(f"{thing}: value", event.value),
         "time": _time(f"{thing}: time", event.time),
-        "retracts": event.retracts,
+        "retracts": None if event.retracts is None else _identifier(f"{thing}: retracts", event.retracts),
     }
+    if event.retracts is None and event.signal not in signals:
+        raise RecordError(f"{thing}: signal must be one of {sorted(signals)}, got {event.signal!r}")
+    if event.retracts is not None and event.signal != RETRACT:
+        raise RecordError(f"{thing}: signal must be {RETRACT!r} where retracts is given, got {event.signal!r}")
+    if event.retracts == event.id:
+        raise RecordError(f"{thing}: retracts must name another event, got its own id")
+    return row
 
 
-def _check_text(thing: str, value: object) -> None:
+def _text(thing: str, value: Any) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{thing} must be text, got {value!r:.80}")
     if not value or value.isspace():
         raise RecordError(f"{thing} must not be empty, got {value!r:.80}")
-    _check_storable(thing, value)
+    return _storable(thing, value)
 
 
-def _check_storable(thing: str, value: str) -> None:
+def _storable(thing: str, value: str) -> str:
     if "\x00" in value:
         raise RecordError(f"{thing} must not hold a NUL character, got {value!r:.80}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise RecordError(f"{thing} must be valid Unicode, got {value!r:.80}") from error
+    return value
 
 
-def _check_id(thing: str, value: str) -> None:
-    _check_text(thing, value)
-    if len(value) > MAX_ID_CHARS:
+def _identifier(thing: str, value: Any) -> str:
+    if len(_text(thing, value)) > MAX_ID_CHARS:
         raise RecordError(f"{thing} must have at most {MAX_ID_CHARS} characters, got {len(value)}")
+    return value
 
 
 def _finite(thing: str, value: Any) -> float:
@@ -206,6 +198,4 @@ def _version(thing: str, value: Any) -> int:
 def _context(thing: str, value: Any) -> str:
     if not isinstance(value, Mapping) or not all(isinstance(part, str) for item in value.items() for part in item):
         raise RecordError(f"{thing} must map text to text, got {value!r:.80}")
-    text = json.dumps(dict(value), sort_keys=True, ensure_ascii=False)
-    _check_storable(thing, text)
-    return text
+    return _storable(thing, json.dumps(dict(value), sort_keys=True, ensure_ascii=False))

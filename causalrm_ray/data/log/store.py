@@ -14,21 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Integer,
-    Select,
-    Table,
-    and_,
-    case,
-    cast,
-    exists,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Integer, Select, Table, and_, case, cast, exists, func, insert, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from causalrm_ray.data.log.database import open_database, verify
