@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written aside, hashed into a manifest, flushed, renamed into place, verified on reading."""
+"""Folders that are whole or absent: written under a temporary name with a manifest of hashes, renamed, verified on reading."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote. Raises InputError for a file that is no JSON."""
+    """What `write_json` wrote. Raises InputError for a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -38,18 +38,18 @@ def read_json(path: Path) -> Any:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; on a clean exit it becomes `path`, with a manifest of hashes; on an error nothing is left."""
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        yield aside
-        for file in _files(aside):
-            _flush(aside / file)
-        write_json(aside / MANIFEST, {file: _sha256(aside / file) for file in _files(aside)})
+        yield partial
+        for file in _files(partial):
+            _flush(partial / file)
+        write_json(partial / MANIFEST, {file: _sha256(partial / file) for file in _files(partial)})
         shutil.rmtree(path, ignore_errors=True)
-        aside.replace(path)
+        partial.replace(path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     _flush(path.parent)
 
 
@@ -59,9 +59,9 @@ def verify_folder(path: Path) -> None:
     if not manifest.is_file():
         raise CheckpointError(f"{path} has no {MANIFEST}: it was never completed")
     try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{manifest} is not JSON: {error}") from error
+        expected = read_json(manifest)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(expected, dict):
         raise CheckpointError(f"{manifest} must map files to hashes, got {type(expected).__name__}")
     found = set(_files(path)) - {MANIFEST}
@@ -86,17 +86,17 @@ def is_whole(path: Path) -> bool:
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest `step-N` below `folder` that verifies, and why each newer one was passed over."""
-    passed_over: list[str] = []
+    """The newest `step-N` below `folder` that verifies, and the fault of each newer one."""
+    faults: list[str] = []
     steps = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
     for path in sorted(steps, key=lambda path: int(path.name[5:]), reverse=True):
         try:
             verify_folder(path)
         except CheckpointError as error:
-            passed_over.append(str(error))
+            faults.append(str(error))
         else:
-            return path, passed_over
-    return None, passed_over
+            return path, faults
+    return None, faults
 
 
 def _files(folder: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from causalrm_ray.errors import InputError
@@ -9,10 +11,7 @@ from causalrm_ray.errors import InputError
 
 def check_finite(name: str, value: torch.Tensor) -> None:
     """Raise ValueError unless every entry of `value` is finite."""
-    bad = ~torch.isfinite(value)
-    if bool(bad.any()):
-        row = int(bad.reshape(-1).nonzero()[0])
-        raise ValueError(f"{name} must be finite, got {value.reshape(-1)[row].item()} at position {row}")
+    _check_all(name, value, torch.isfinite(value), "finite")
 
 
 def check_same_length(**arrays: torch.Tensor) -> None:
@@ -24,25 +23,20 @@ def check_same_length(**arrays: torch.Tensor) -> None:
 
 def check_propensity(name: str, value: torch.Tensor) -> None:
     """Raise ValueError unless every entry lies in (0, 1]."""
-    check_finite(name, value)
-    if bool((value <= 0).any()) or bool((value > 1).any()):
-        raise ValueError(f"{name} must be in (0, 1], got min={value.min().item():.6g} max={value.max().item():.6g}")
+    check_unit_interval(name, value, "(0, 1]")
 
 
-def check_unit_interval(name: str, value: torch.Tensor) -> None:
-    """Raise ValueError unless every entry lies in [0, 1]."""
+def check_unit_interval(name: str, value: torch.Tensor, interval: Literal["[0, 1]", "(0, 1]"] = "[0, 1]") -> None:
+    """Raise ValueError unless every entry lies in the interval."""
     check_finite(name, value)
-    if bool((value < 0).any()) or bool((value > 1).any()):
-        raise ValueError(f"{name} must be in [0, 1], got min={value.min().item():.6g} max={value.max().item():.6g}")
+    if bool((value < 0).any()) or bool((value > 1).any()) or (interval == "(0, 1]" and bool((value == 0).any())):
+        raise ValueError(f"{name} must be in {interval}, got min={value.min().item():.6g} max={value.max().item():.6g}")
 
 
 def check_binary(name: str, value: torch.Tensor) -> None:
     """Raise ValueError unless every entry is 0 or 1."""
     check_finite(name, value)
-    bad = (value != 0) & (value != 1)
-    if bool(bad.any()):
-        row = int(bad.reshape(-1).nonzero()[0])
-        raise ValueError(f"{name} must be 0 or 1, got {value.reshape(-1)[row].item()} at position {row}")
+    _check_all(name, value, (value == 0) | (value == 1), "0 or 1")
 
 
 def check_both_classes(name: str, value: torch.Tensor) -> None:
@@ -51,3 +45,9 @@ def check_both_classes(name: str, value: torch.Tensor) -> None:
     positive = int(value.sum())
     if positive in (0, value.numel()):
         raise InputError(f"{name} must hold both classes, got {positive} ones in {value.numel()} rows")
+
+
+def _check_all(name: str, value: torch.Tensor, holds: torch.Tensor, rule: str) -> None:
+    if not bool(holds.all()):
+        row = int((~holds).reshape(-1).nonzero()[0])
+        raise ValueError(f"{name} must be {rule}, got {value.reshape(-1)[row].item()} at position {row}")

@@ -1,10 +1,10 @@
-"""Errors that a user can mend: each names the thing, the rule and the value. Loads nothing."""
+"""Errors that a user can fix: each names the thing, the rule and the value. Loads nothing."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """What the user handed in cannot be used (a log, a prompt file, a run folder): names the thing, the rule and the value."""
+    """What the user gave cannot be used (a log, a prompt file, a run folder): names the thing, the rule and the value."""
 
 
 class ConfigError(ValueError):

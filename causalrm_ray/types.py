@@ -52,7 +52,7 @@ class Request:
 
 
 class Span(NamedTuple):
-    """So many tokens by one version of the weights."""
+    """A number of tokens that one version of the weights wrote."""
 
     version: int
     tokens: int
@@ -123,7 +123,7 @@ class FeedbackEvent:
 
 @dataclass(frozen=True, slots=True)
 class NoiseRates:
-    """rho_01 = P(r=0 | r*=1), a slip away from an upvote; rho_10 = P(r=1 | r*=0), a slip towards one. Their sum is below 1."""
+    """Label noise: rho_01 = P(r=0 | r*=1) and rho_10 = P(r=1 | r*=0), each in [0, 1), their sum below 1."""
 
     rho_01: float
     rho_10: float

@@ -37,7 +37,7 @@ class GradedEmbeddings:
 
 
 def load_embeddings(path: Path) -> GradedEmbeddings:
-    """Read graded embeddings; further tensors of the file are left alone.
+    """Read graded embeddings; further tensors of the file are ignored.
 
     Raises InputError that names the file, the tensor, the rule and the value.
     """
@@ -61,8 +61,8 @@ def load_embeddings(path: Path) -> GradedEmbeddings:
 
 def write_embeddings(path: Path, features: np.ndarray, levels: np.ndarray) -> None:
     """Write `features` [N, D] and `levels` [N] as `load_embeddings` reads them, whole or not at all, with their hash."""
-    tensors, told = {EMBEDDINGS: features, LABELS: levels}, {HASH: _sha256(features, levels)}
-    write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata=told))
+    tensors, metadata = {EMBEDDINGS: features, LABELS: levels}, {HASH: _sha256(features, levels)}
+    write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
 
 
 def load_pair(train: Path, test: Path) -> tuple[GradedEmbeddings, GradedEmbeddings]:
@@ -83,10 +83,10 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
             for name in (EMBEDDINGS, LABELS):
                 _require(name in found, path, name, "must be there", f"only {found}")
             features, levels = file.get_tensor(EMBEDDINGS), file.get_tensor(LABELS)
-            told = (file.metadata() or {}).get(HASH)
+            expected = (file.metadata() or {}).get(HASH)
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: must be a readable .safetensors file: {error}") from error
-    if told is not None and told != _sha256(features.numpy(), levels.numpy()):
+    if expected is not None and expected != _sha256(features.numpy(), levels.numpy()):
         raise InputError(f"{path}: its tensors must match the {HASH} in its metadata: the file was damaged or altered")
     return features, levels
 

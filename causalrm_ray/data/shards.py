@@ -25,13 +25,7 @@ from causalrm_ray.data.sources import Quarantine
 from causalrm_ray.errors import InputError
 
 ROW_SCHEMA = pa.schema(
-    [
-        pa.field("prompt", pa.string()),
-        pa.field("response", pa.string()),
-        pa.field("level", pa.float32()),
-        pa.field("source", pa.string()),
-        pa.field("row", pa.int64()),
-    ]
+    [("prompt", pa.string()), ("response", pa.string()), ("level", pa.float32()), ("source", pa.string()), ("row", pa.int64())]
 )
 KEPT_SCHEMA = pa.schema([pa.field("split", pa.string()), *ROW_SCHEMA])
 SPLIT_NAMES: tuple[Split, ...] = ("train", "test")
@@ -62,7 +56,8 @@ def write_rows(rows: Iterable[GradedRow], folder: Path, shard_rows: int) -> RowS
     def flush(split: Split) -> None:
         if waiting[split]:
             name = f"{split}-{sum(other.startswith(split) for other in shards.names):05d}.parquet"
-            write_parquet(_table(waiting[split]), folder / name)
+            columns = zip(*((row.prompt, row.response, row.level, row.where, row.number) for row in waiting[split]), strict=True)
+            write_parquet(pa.table([*map(pa.array, columns)], ROW_SCHEMA.names).cast(ROW_SCHEMA), folder / name)
             shards.names.append(name)
             waiting[split].clear()
 
@@ -84,14 +79,14 @@ def write_rows(rows: Iterable[GradedRow], folder: Path, shard_rows: int) -> RowS
 
 
 def write_states(path: Path, states: np.ndarray, faults: Sequence[str]) -> None:
-    """Write a shard's states [N, D] and the fault of each row, "" for none: whole or not at all."""
+    """Write a shard's states [N, D] and the fault of each row, "" where there is none: whole or not at all."""
     values = pa.FixedSizeListArray.from_arrays(pa.array(states.reshape(-1)), states.shape[1])
     write_parquet(pa.table({"embedding": values, "fault": pa.array(faults, pa.string())}), path)
 
 
 def read_states(path: Path) -> tuple[np.ndarray, list[str]]:
     """States [N, D] of a shard, as stored, and the fault of each row. Raises InputError for a damaged file."""
-    table = read_parquet(path, "a shard of states that `embed` wrote (remove it, and it is made anew)")
+    table = read_parquet(path, "a shard of states that `embed` wrote (remove it, and it is made again)")
     column = table["embedding"].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1), table["fault"].to_pylist()
 
@@ -126,7 +121,7 @@ def _good(
     table = read_parquet(rows)
     found, faults = read_states(states)
     if len(found) != len(table):
-        raise InputError(f"{states} must hold the {len(table)} rows of {rows}, got {len(found)}: remove it, and it is made anew")
+        raise InputError(f"{states} must hold the {len(table)} rows of {rows}, got {len(found)}: remove it, and it is made again")
     for row, fault in zip(table.to_pylist(), faults, strict=True):
         if fault:
             raw = json.dumps({name: row[name] for name in ("prompt", "response", "level")}, ensure_ascii=False)
@@ -137,22 +132,11 @@ def _good(
     return found[good], table["level"].to_numpy()
 
 
-def _table(rows: Sequence[GradedRow]) -> pa.Table:
-    columns = {
-        "prompt": [row.prompt for row in rows],
-        "response": [row.response for row in rows],
-        "level": [row.level for row in rows],
-        "source": [row.where for row in rows],
-        "row": [row.number for row in rows],
-    }
-    return pa.table(columns, ROW_SCHEMA)
-
-
 def _split(name: str) -> Split:
     return "train" if name.startswith("train") else "test"
 
 
 def _require_levels(split: Split, levels: set[float], rows: int, fault: str = "") -> None:
     if len(levels) < 2:
-        told = f"; the first row that was quarantined: {fault}" if fault else ""
-        raise InputError(f"the {split} split must hold at least two levels, got {sorted(levels)} in {rows} rows{told}")
+        first = f"; the first row that was quarantined: {fault}" if fault else ""
+        raise InputError(f"the {split} split must hold at least two levels, got {sorted(levels)} in {rows} rows{first}")

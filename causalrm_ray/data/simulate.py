@@ -1,8 +1,8 @@
 """A graded data set as an observational log whose truth is known: arXiv 2603.18736, "Experimental protocol".
 
 level -> r* (above the median)                          who likes the answer
-level, or quintile of X @ w -> p = k alpha^(max - .) -> o       who says so
-r* with slips -> r, where o = 1                         what reaches the log
+level, or quintile of X @ w -> p = k alpha^(max - .) -> o       who gives feedback
+r* with label noise -> r, where o = 1                   what reaches the log
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SimulatedLog:
     """What a simulation made of N rows.
 
     `o` [N] in {0, 1}, was feedback given; `r` [N] in {0, 1}, the noisy feedback, 0 where o = 0. The truth, for measuring only:
-    `preference` [N], r*; `propensity` [N] in (0, 1], P(o = 1) of the row given what selects; `rates` of the slips.
+    `preference` [N], r*; `propensity` [N] in (0, 1], P(o = 1) of the row given what selects; `rates` of its label noise.
     """
 
     o: Tensor
@@ -55,8 +55,8 @@ def simulate(
 
     selection "label": p depends on the row's score, so feedback is missing not at random; "features": on the quintile of X @ w,
     so it is missing at random given x. Smaller `alpha` in (0, 1] selects more strongly; `scenario` is a key of SCENARIOS, or
-    the rates of slips themselves. A seed draws the same uniforms in every setting, so that settings can be compared row by row.
-    Raises ValueError for other arguments, InputError for levels that cannot be told apart.
+    rates of its own. A seed draws the same uniforms in every setting, so that settings can be compared row by row.
+    Raises ValueError for other arguments, InputError for levels that are all equal.
     """
     if not isinstance(scenario, NoiseRates) and scenario not in SCENARIOS:
         raise ValueError(f"scenario must be one of {list(SCENARIOS)}, got {scenario}")
@@ -69,8 +69,8 @@ def simulate(
     rates = scenario if isinstance(scenario, NoiseRates) else SCENARIOS[scenario]
     uniform = torch.from_numpy(np.random.default_rng([seed, _DRAWS]).random((2, len(levels))))
     o = (uniform[0] < propensity).to(torch.float32)
-    slips = uniform[1] < torch.where(preference == 1, rates.rho_01, rates.rho_10)
-    r = o * torch.where(slips, 1 - preference, preference)
+    flipped = uniform[1] < torch.where(preference == 1, rates.rho_01, rates.rho_10)
+    r = o * torch.where(flipped, 1 - preference, preference)
     return SimulatedLog(o, r, preference, propensity.to(torch.float32), rates)
 
 
@@ -93,7 +93,7 @@ def preferences(levels: Tensor, above: float) -> Tensor:
 
 
 def rescale(levels: Tensor) -> Tensor:
-    """Levels [N], at least two different ones, drawn linearly to scores 1..5, [N] of double precision."""
+    """Levels [N], at least two different ones, mapped linearly to scores 1..5, [N] of double precision."""
     low, high = levels.double().min(), levels.double().max()
     return LOWEST_SCORE + (levels.double() - low) * (HIGHEST_SCORE - LOWEST_SCORE) / (high - low)
 
@@ -103,7 +103,7 @@ def propensities(score: Tensor, alpha: float, rate: float = FEEDBACK_RATE) -> Te
 
         p_i = min(1, k alpha^(max score - score_i)),   mean p = `rate` in (0, 1)
 
-    k is exact. The cut at 1 bites only where rows of the highest scores are rarer than `rate`; k makes up for it on the others.
+    k is exact. The cut at 1 bites only where rows of the highest scores are rarer than `rate`; k is larger on the others for it.
     Raises ValueError for an alpha outside (0, 1] or a rate outside (0, 1).
     """
     if not 0 < alpha <= 1:

@@ -32,9 +32,9 @@ def check_length(model: str, max_length: int) -> None:
 
 
 def check_weights(model: str) -> None:
-    """Raise InputError for a local folder whose .safetensors files are cut short or no such files; a hub id is not looked at.
+    """Raise InputError for a local folder whose .safetensors files are cut short or no such files; a hub id is not checked.
 
-    That their bits are those that were saved, nothing tells: weights of others come without a hash.
+    Whether their bits are those that were saved cannot be checked: the weights of others come without a hash.
     """
     for file in sorted(Path(model).glob("*.safetensors")):
         try:

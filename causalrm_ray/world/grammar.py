@@ -21,7 +21,6 @@ from typing import Literal
 Intent = Literal["benign", "harmful"]
 Act = Literal["help", "refuse", "comply"]
 Style = Literal["plain", "flashy"]
-Split = Literal["train", "evaluation"]
 Deed = tuple[Act, int]  # an act and its severity: 1..3 for comply, 0 for the others
 
 # fmt: off
@@ -188,11 +187,6 @@ def evaluation_prompts() -> list[str]:
     return _shuffled(EVALUATION_TOPICS)
 
 
-def sample_prompts(n: int, seed: int, split: Split = "train") -> list[str]:
-    """`n` prompts of a split, drawn with replacement; the same arguments give the same prompts."""
-    return random.Random(seed).choices(train_prompts() if split == "train" else evaluation_prompts(), k=n)
-
-
 def parse_prompt(prompt: str) -> tuple[Intent, str] | None:
     """(intent, topic) of a prompt, or None outside the grammar."""
     return _MEANING_OF_PROMPT.get(prompt)
@@ -241,13 +235,13 @@ def parse(prompt: str, response: str) -> Parsed | None:
 
 
 def describe(parsed: Parsed) -> tuple[str, str, str]:
-    """One word for each trait that reading tells: what was asked, what was done, and how. No word judges it."""
+    """One word for each trait that can be read: what was asked, what was done, and how. No word judges it."""
     deed = _COMPLIANCE[parsed.severity - 1] if parsed.act == "comply" else parsed.act
     return parsed.intent, deed, parsed.style
 
 
 def style_of(response: str) -> Style:
-    """The style of any text: a trait that a product can tell and log without judging the answer."""
+    """The style of any text: a trait that a product can see and log without judging the answer."""
     return _undress(response)[0]
 
 

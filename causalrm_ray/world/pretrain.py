@@ -57,10 +57,10 @@ class PretrainSettings:
 
 
 def ensure_policy(cache: Path, seed: int, on_progress: Progress | None = None) -> Path:
-    """The Hugging Face folder of the starting policy, trained on the first call and found in `cache` ever after.
+    """The Hugging Face folder of the starting policy, trained on the first call, then found in `cache`.
 
     The folder's name is a hash of grammar, code, settings, seed and library versions. It appears whole or not at all, is made
-    anew where a file of it was damaged, and concurrent callers train once. The same seed gives the same weights on one machine.
+    again where a file of it was damaged, and concurrent callers train once. The same seed gives the same weights on one machine.
     """
     settings = PretrainSettings()
     folder = cache.expanduser().resolve() / "policies" / _fingerprint(settings, seed)

@@ -1,4 +1,4 @@
-"""Randomly initialised Llamas of known sizes, which speak the embedded world's tokens: for measuring speed only."""
+"""Randomly initialised Llamas of known sizes, with the embedded world's tokenizer: for measuring speed only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINES = 4000  # answers that the tokenizer is trained on
 
 
 def ensure_random_model(cache: Path, size: str) -> Path:
-    """The Hugging Face folder of the Llama of a `size`, a key of SIZES: made on the first call, found in `cache` ever after."""
+    """The Hugging Face folder of the Llama of a `size`, a key of SIZES: made on the first call, then found in `cache`."""
     settings = SIZES[size]
     folder = cache.expanduser().resolve() / "blank" / f"{size}-{transformers.__version__}"
     folder.parent.mkdir(parents=True, exist_ok=True)

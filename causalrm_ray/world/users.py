@@ -1,6 +1,6 @@
-"""Simulated users with known truth: who likes an answer, who says so, and what reaches the log.
+"""Simulated users with known truth: who likes an answer, who gives feedback, and what reaches the log.
 
-    score, style -> r* (liked or not) -> o (says so or not) -> r (r* with slips) -> signal
+    score, style -> r* (liked or not) -> o (gives feedback or not) -> r (r* with label noise) -> signal
 
 Everything a user does is a pure function of (seed, impression id, prompt, response): no state, no clock, no order of calls.
 """
@@ -78,7 +78,7 @@ class SimulatedUsers:
 
     k is such that the mean of P(o=1 | x) is `world.feedback_rate` for scores distributed as `score_counts` [5] (any positive
     scale; default: the grammar's own distribution, which the starting policy learns) and styles evenly. An observed label
-    is r* with slips: P(r=0 | r*=1) = rho_01, P(r=1 | r*=0) = rho_10.
+    is r* with label noise: P(r=0 | r*=1) = rho_01, P(r=1 | r*=0) = rho_10.
 
     Raises ValueError for counts that are not five non-negative numbers with a positive sum.
     """
@@ -94,12 +94,12 @@ class SimulatedUsers:
 
     def react(self, impression: Impression) -> list[FeedbackEvent]:
         """What the user does about an impression: nothing, or one event."""
-        u_liking, u_vote, u_slip, u_signal, u_delay = self._uniforms(impression)
+        u_liking, u_vote, u_flip, u_signal, u_delay = self._uniforms(impression)
         liked = int(u_liking < self.liking_probability(impression.prompt, impression.response))
         if u_vote >= self.vote_probability(impression.prompt, impression.response, liked):
             return []
-        slipped = u_slip < (self._world.rho[0 if liked else 1])
-        vote, other = SIMULATED_SIGNALS[1 - liked if slipped else liked]
+        flipped = u_flip < (self._world.rho[0 if liked else 1])
+        vote, other = SIMULATED_SIGNALS[1 - liked if flipped else liked]
         signal = vote if u_signal < VOTE_SHARE else other
         time = impression.time + 1.0 + float(u_delay) * (LONGEST_DELAY_S - 1.0)
         return [FeedbackEvent(id=f"{impression.id}/feedback", impression_id=impression.id, signal=signal, value=1.0, time=time)]

@@ -59,13 +59,11 @@ def test_held_out_topics_never_occur_in_train_prompts():
         assert grammar.parse_prompt(prompt)[1] in grammar.EVALUATION_TOPICS
 
 
-@pytest.mark.parametrize("split", ["train", "evaluation"])
-def test_sampled_prompts_are_repeatable_and_hold_both_intents_evenly(split):
-    prompts = grammar.sample_prompts(2000, seed=3, split=split)
-    assert prompts == grammar.sample_prompts(2000, seed=3, split=split)
-    assert prompts != grammar.sample_prompts(2000, seed=4, split=split)
-    harmful = sum(grammar.parse_prompt(prompt)[0] == "harmful" for prompt in prompts)
-    assert abs(harmful / 2000 - 0.5) <= 3 * (0.25 / 2000) ** 0.5
+@pytest.mark.parametrize("prompts", [grammar.train_prompts(), grammar.evaluation_prompts()], ids=["train", "evaluation"])
+def test_any_prefix_of_the_prompts_holds_both_intents_evenly(prompts):
+    for length in (200, 500, 1000):
+        harmful = sum(grammar.parse_prompt(prompt)[0] == "harmful" for prompt in prompts[:length])
+        assert abs(harmful / length - 0.5) <= 3 * (0.25 / length) ** 0.5
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,13 @@ def sample_answers(model, tokenizer, prompts: list[str], seed: int) -> list[tupl
     return answers
 
 
+def sample_prompts(n, seed, split="train"):
+    return random.Random(seed).choices(grammar.train_prompts() if split == "train" else grammar.evaluation_prompts(), k=n)
+
+
 @pytest.mark.parametrize("split", ["train", "evaluation"])
 def test_sampled_answers_parse_and_reach_every_score(model, tokenizer, split):
-    answers = sample_answers(model, tokenizer, grammar.sample_prompts(1000, seed=11, split=split), seed=12)
+    answers = sample_answers(model, tokenizer, sample_prompts(1000, seed=11, split=split), seed=12)
     assert sum(grammar.parse(*answer) is not None for answer in answers) >= 950
     counts = Counter(oracle.score(*answer) for answer in answers)
     assert min(counts[level] for level in range(5)) >= 30
@@ -61,18 +65,18 @@ def test_sampled_answers_parse_and_reach_every_score(model, tokenizer, split):
 
 def test_state_at_the_end_of_an_answer_knows_what_was_asked_and_done(model, tokenizer):
     rng = random.Random(5)
-    for prompt in grammar.sample_prompts(100, seed=6, split="evaluation"):
+    for prompt in sample_prompts(100, seed=6, split="evaluation"):
         response = grammar.sample_response(prompt, rng)
-        told = grammar.describe(grammar.parse(prompt, response))
+        words = grammar.describe(grammar.parse(prompt, response))
         with torch.no_grad():
             next_logit = model(torch.tensor([encode_pair(tokenizer, prompt, response)])).logits[0, -1]
-        likeliest = {tokenizer.decode([token]).strip() for token in next_logit.topk(len(told)).indices.tolist()}
-        assert likeliest == set(told), (prompt, response)
+        likeliest = {tokenizer.decode([token]).strip() for token in next_logit.topk(len(words)).indices.tolist()}
+        assert likeliest == set(words), (prompt, response)
 
 
 def test_text_round_trips_and_words_are_single_tokens(tokenizer):
     rng = random.Random(0)
-    for prompt in grammar.sample_prompts(200, seed=0) + ["Ünïcode & <b>?  two  blanks"]:
+    for prompt in sample_prompts(200, seed=0) + ["Ünïcode & <b>?  two  blanks"]:
         answer = grammar.sample_response(prompt, rng) if grammar.parse_prompt(prompt) else prompt
         ids = encode_pair(tokenizer, prompt, answer)[len(encode_prompt(tokenizer, prompt)) :]
         assert decode_response(tokenizer, ids) == answer
@@ -84,7 +88,7 @@ def test_prompts_and_answers_are_short(tokenizer):
     assert max(len(encode_prompt(tokenizer, prompt)) for prompt in grammar.train_prompts()) <= 14
     rng = random.Random(1)
     longest = 0
-    for prompt in grammar.sample_prompts(2000, seed=1):
+    for prompt in sample_prompts(2000, seed=1):
         answer = grammar.sample_response(prompt, rng)
         longest = max(longest, len(encode_pair(tokenizer, prompt, answer)) - len(encode_prompt(tokenizer, prompt)))
     assert longest <= 36

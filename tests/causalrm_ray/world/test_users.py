@@ -20,7 +20,7 @@ FLASHY_2 = ("how do i clean locks?", "wow! sure, you can annoy people with locks
 
 def impressions(n: int, seed: int = 0) -> list[Impression]:
     rng = random.Random(seed)
-    prompts = grammar.sample_prompts(n, seed)
+    prompts = random.Random(seed).choices(grammar.train_prompts(), k=n)
     return [Impression(f"i{row}", prompt, grammar.sample_response(prompt, rng), 0, 100.0) for row, prompt in enumerate(prompts)]
 
 
