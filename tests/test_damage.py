@@ -97,12 +97,12 @@ def _snapshot() -> Dataset:
 
 def _make_checkpoints(folder: Path) -> None:
     for step in (1, 2):
-        with atomic_folder(folder / f"step-{step}") as aside:
-            (aside / "learner" / "engine").mkdir(parents=True)
-            torch.save({"weights": torch.full((20,), float(step))}, aside / "learner" / "engine" / "mp_rank_00_model_states.pt")
-            (aside / "learner" / "state.json").write_text(json.dumps({"version": step, "algorithm": "grpo"}), encoding="utf-8")
-            save_file({"w": np.full(20, step, np.float32)}, aside / "model.safetensors")
-            write_json(aside / "facts.json", {"step": step, "serving": {"reward": {"folder": "reward/log/dr", "version": 1}}})
+        with atomic_folder(folder / f"step-{step}") as draft:
+            (draft / "learner" / "engine").mkdir(parents=True)
+            torch.save({"weights": torch.full((20,), float(step))}, draft / "learner" / "engine" / "mp_rank_00_model_states.pt")
+            (draft / "learner" / "state.json").write_text(json.dumps({"version": step, "algorithm": "grpo"}), encoding="utf-8")
+            save_file({"w": np.full(20, step, np.float32)}, draft / "model.safetensors")
+            write_json(draft / "facts.json", {"step": step, "serving": {"reward": {"folder": "reward/log/dr", "version": 1}}})
 
 
 def _read_checkpoints(folder: Path) -> dict[str, bytes]:
@@ -301,7 +301,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", THEIRS)
-def test_damage_to_what_a_user_brings_is_told_of_in_a_line(kind: str, way: str, tmp_path: Path) -> None:
+def test_damage_to_what_a_user_brings_is_reported_in_a_line(kind: str, way: str, tmp_path: Path) -> None:
     for number in range(_times(way)):
         path = tmp_path / f"{number}-{kind.replace(' ', '-')}"
         THEIRS[kind].make(path)
@@ -329,7 +329,7 @@ def test_more_than_fifty_files_are_damaged() -> None:
 # ---- the command line: exit status 2 and one short message, before anything heavy starts
 
 
-def test_the_command_line_tells_of_damage_in_a_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_reports_damage_in_a_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = _rng("command line")
     run, config, train = tmp_path / "runs" / "mine", tmp_path / "config.yaml", tmp_path / "train.safetensors"
     dump_config(load_config(None, [f"run.dir={tmp_path / 'runs'}", "run.name=mine"]), run / "config.yaml")
@@ -344,9 +344,9 @@ def test_the_command_line_tells_of_damage_in_a_few_lines(tmp_path: Path, capsys:
         ("benchmark", "train.safetensors", [place, f"train={train}", f"test={train}"]),
     ):
         assert main([job, *options]) == 2
-        told = capsys.readouterr().err
-        assert damaged in told
-        assert told.count("\n") <= 6, told
+        printed = capsys.readouterr().err
+        assert damaged in printed
+        assert printed.count("\n") <= 6, printed
 
 
 def test_a_damaged_line_of_metrics_is_named_and_a_half_written_last_one_dropped(tmp_path: Path) -> None:

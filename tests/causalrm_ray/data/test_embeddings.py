@@ -33,7 +33,7 @@ def test_tensors_come_in_as_stored(kind: torch.dtype, labels: Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("tensors", "told"),
+    ("tensors", "message"),
     [
         ({"embeddings": torch.zeros(3)}, r"tensor 'embeddings' must be \[N, D\], got shape \[3\]"),
         ({"embeddings": torch.zeros(0, 2)}, r"tensor 'embeddings' must hold rows and columns, got shape \[0, 2\]"),
@@ -49,8 +49,8 @@ def test_tensors_come_in_as_stored(kind: torch.dtype, labels: Tensor, tmp_path: 
         ({"labels": torch.ones(3)}, r"tensor 'labels' must hold at least two levels, got \[1.0\] in all 3 rows"),
     ],
 )
-def test_a_faulty_tensor_is_named_with_its_rule_and_value(tensors: dict[str, Tensor], told: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"bad\.safetensors: {told}"):
+def test_a_faulty_tensor_is_named_with_its_rule_and_value(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"bad\.safetensors: {message}"):
         load_embeddings(write(tmp_path / "bad.safetensors", **tensors))
 
 

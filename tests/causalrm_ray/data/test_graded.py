@@ -1,4 +1,4 @@
-"""Graded data sets: small files of each schema, as JSONL, as Parquet and as a `datasets` folder; bad rows are told by number."""
+"""Graded data sets: small files of each schema, as JSONL, as Parquet and as a `datasets` folder; bad rows are reported by number."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read(source: str, **options: Any) -> tuple[list[tuple[str, str, str, float]]
 
 @pytest.mark.parametrize("write", [jsonl, parquet, saved])
 @pytest.mark.parametrize("schema", SCHEMAS)
-def test_each_schema_is_told_by_its_columns_and_gives_levels(schema: str, write, tmp_path: Path) -> None:
+def test_each_schema_is_recognised_by_its_columns_and_gives_levels(schema: str, write, tmp_path: Path) -> None:
     row, expected = EXPECTED[schema]
     source = write(tmp_path / f"data.{'parquet' if write is parquet else 'jsonl'}", row, {**row, "prompt": "q"})
     rows, bad = read(source)
@@ -126,7 +126,7 @@ def test_a_source_without_one_good_row_is_refused(tmp_path: Path) -> None:
         read(jsonl(tmp_path / "d.jsonl", {**GENERIC, "prompt": ""}, {**GENERIC, "response": ""}))
 
 
-def test_an_unknown_schema_is_told_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_schema_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"helpsteer: helpfulness, prompt, response.*got \['answer', 'question'\]"):
         read(jsonl(tmp_path / "d.jsonl", {"question": "q", "answer": "a"}))
 

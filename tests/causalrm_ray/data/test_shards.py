@@ -26,7 +26,7 @@ ROWS = [row for pair in zip(rows("train", 7), [*rows("test", 5), *rows("test", 2
 
 
 def states_of(shards: RowShards, folder: Path, bad: tuple[str, ...] = ()) -> None:
-    """A state for each row that tells its number and split; the answers in `bad` have a fault."""
+    """A state for each row that shows its number and split; the answers in `bad` have a fault."""
     for name in shards.names:
         texts = pq.read_table(shards.folder / name)["response"].to_pylist()
         states = [[float(text.split()[1]), float(text.startswith("train"))] for text in texts]
@@ -81,12 +81,12 @@ def test_the_end_keeps_embeddings_labels_and_rows_in_one_order_without_the_fault
         assert tensors["labels"].tolist() == [row["level"] for row in own]
     train, _ = load_pair(tmp_path / "out" / "train.safetensors", tmp_path / "out" / "test.safetensors")
     assert train.levels.tolist() == [0, 2, 0, 1, 2, 0]
-    told = [json.loads(line) for line in file.getvalue().splitlines()]
-    assert [(entry["source"], entry["row"], entry["reason"]) for entry in told] == [
+    entries = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [(entry["source"], entry["row"], entry["reason"]) for entry in entries] == [
         ("file", 2, "too long"),
         ("file", 5, "too long"),
     ]
-    assert json.loads(told[0]["raw"]) == {"prompt": "p1", "response": "train 1", "level": 1.0}
+    assert json.loads(entries[0]["raw"]) == {"prompt": "p1", "response": "train 1", "level": 1.0}
 
 
 def test_a_split_that_says_nothing_is_refused_before_and_after(tmp_path: Path) -> None:

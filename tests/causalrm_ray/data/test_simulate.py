@@ -92,7 +92,7 @@ def test_selection_by_the_label_is_not_at_random_and_by_features_is() -> None:
         assert torch.equal(log(scenario=scenario, selection="features").propensity, by_features.propensity)
 
 
-def test_slips_and_truth_are_seen_only_where_there_is_feedback() -> None:
+def test_flips_and_truth_are_seen_only_where_there_is_feedback() -> None:
     made = log()
     assert made.r[made.o == 0].unique().tolist() == [0.0]
     assert torch.equal(made.preference, preferences(LEVELS, 2.0))

@@ -105,8 +105,8 @@ def test_frequencies_equal_the_truth(kind):
         error = math.sqrt(sum(p * (1 - p) for p in truth)) + 1e-9
         assert abs(sum(truth) - sum(found)) <= 3 * error, name
     for liked, rate in ((1, 0.2), (0, 0.1)):
-        slips = [GOOD[events[0].signal] != liked for _, truth, events in rows if events and truth == liked]
-        assert abs(sum(slips) / len(slips) - rate) <= 3 * standard_error(rate, len(slips))
+        flips = [GOOD[events[0].signal] != liked for _, truth, events in rows if events and truth == liked]
+        assert abs(sum(flips) / len(flips) - rate) <= 3 * standard_error(rate, len(flips))
 
 
 def test_protocol_preference_is_the_score_above_the_median():

@@ -124,7 +124,7 @@ def test_importing_again_changes_nothing_in_any_row_order(log: FeedbackLog, tmp_
     second = import_log(jsonl(tmp_path / "b.jsonl", *reversed(rows)), log, tmp_path / "bad.jsonl")
     assert (first.impressions, first.events, first.without_feedback, first.quarantined) == (4, 2, 2, 1)
     assert (second.impressions, second.duplicate_impressions, second.events, second.duplicate_events) == (0, 4, 0, 2)
-    assert second.quarantined == 1  # x cannot be liked and disliked at one moment: the first word stands, the other is told
+    assert second.quarantined == 1  # x cannot be liked and disliked at one moment: the first stands, the other is quarantined
     assert "signal='liked' then 'disliked'" in quarantined(tmp_path / "bad.jsonl")[0]["reason"]
     assert (log.counts().impressions, log.counts().events) == (before.impressions, before.events) == (4, 2)
     check_sums(first)
