@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,6 @@ class SnapshotError(InputError):
     """A snapshot that cannot be used: names the column, the rule and the value."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogSummary:
-    """What a snapshot holds: `rows` impressions, `observed` of them with feedback, `positive` of those liked."""
-
-    rows: int
-    observed: int
-    positive: int
-
-
 def write_snapshot(dataset: Dataset, path: str | Path) -> None:
     """Write a snapshot as Parquet: readers see the old file or the whole new one. Raises SnapshotError as read_snapshot does."""
     write_parquet(_checked(_arrow(dataset), "the snapshot"), Path(path))
@@ -61,7 +51,7 @@ def read_snapshot(path: str | Path) -> Dataset:
     return Dataset(_checked(table, f"snapshot {path}"))
 
 
-def check_log(dataset: Dataset) -> LogSummary:
+def check_log(dataset: Dataset) -> None:
     """Raise SnapshotError unless a reward model can be fitted on this snapshot: some rows, some with feedback and some
     without, both labels.
     """
@@ -83,7 +73,6 @@ def check_log(dataset: Dataset) -> LogSummary:
             f"feedback must hold both labels, got {positive} of label 1 and {observed - positive} of label 0"
             f" in {observed} observed of {rows} rows"
         )
-    return LogSummary(rows, observed, positive)
 
 
 def _arrow(dataset: Any) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Graded data sets: small files of each schema, as JSONL, as Parquet and as a `datasets` folder; bad rows are reported by number."""
+"""Graded data sets: small files of each schema, as JSONL, Parquet and a `datasets` folder; bad rows are reported by number."""
 
 from __future__ import annotations
 
