@@ -101,7 +101,8 @@ def _gpus() -> list[str]:
 
 
 def _cluster_resources(config: Config) -> dict[str, float]:
-    from actors.cluster.placement import ray_cluster, ray_resources  # without Ray, all the rest must still be said
+    from actors.cluster.resources import ray_resources  # without Ray, all the rest must still be said
+    from actors.cluster.runtime import ray_cluster
 
     with ray_cluster(config.cluster, config.run.cache):
         return ray_resources()

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from actors.cluster.placement import ray_cluster
+from actors.cluster.runtime import ray_cluster
 from actors.features.embed import Backbone, Shard, embed_shards
 from causalrm_ray.checkpoint import write_json
 from causalrm_ray.config.base import ClusterConfig

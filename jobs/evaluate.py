@@ -8,8 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster.placement import ray_cluster
-from actors.system import Roles
+from actors.cluster.runtime import ray_cluster
+from actors.system import start_roles
 from causalrm_ray.config.train import EMBEDDED, Config
 from causalrm_ray.errors import ConfigError
 from jobs.support.oracle import Oracle
@@ -30,7 +30,7 @@ def run(config: Config) -> int:
         models = find_models(config, progress.pretraining)
         task, truth = Task(config, models), Oracle(config)
         progress.phase("starting roles")
-        roles = Roles(config, models.policy, models.reward, parts=("generators", "reward") if judged else ("generators",))
+        roles = start_roles(config, models.policy, models.reward, parts=("generators", "reward") if judged else ("generators",))
         progress.phase("answering held-out prompts")
         answers = roles.sample(task.evaluation_requests())
         scores = truth.scores(answers)

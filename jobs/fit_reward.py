@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from actors.cluster.placement import ray_cluster
-from actors.system import Roles
+from actors.cluster.runtime import ray_cluster
+from actors.system import start_roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.text import load_tokenizer
@@ -27,11 +27,11 @@ def run(config: Config) -> int:
         progress.phase("importing the log")
         imported = import_feedback(config, load_tokenizer(backbone))
         with ray_cluster(config.cluster, config.run.cache):
-            roles = Roles(config, policy=backbone, reward=backbone, parts=("log", "reward"))
+            roles = start_roles(config, policy=backbone, reward=backbone, parts=("log", "reward"))
             progress.phase("fitting propensity and reward")
             methods = [name for name in dict.fromkeys((config.reward.method, *config.reward.compare)) if name != "oracle"]
-            fit = roles.refit("log", None, methods)
-            roles.end_fits()
+            fit = roles.refitter.refit("log", None, methods)
+            roles.refitter.end_fits()
     summary = {"import": imported, **fit_summary(fit)}
     run.summarise(summary)
     write_report(run.path, [], summary)

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster.placement import ray_cluster
-from actors.system import Roles
+from actors.cluster.runtime import ray_cluster
+from actors.system import Roles, start_roles
 from causalrm_ray.checkpoint import CheckpointError, verify_folder
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.rollouts import kept_steps, read_rollout, rollout_path
@@ -33,9 +33,9 @@ def run(config: Config) -> int:
     table, same = Table("step", "figure", "then", "now", box=None), True
     with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
         models = find_models(config)
-        roles = Roles(config, models.policy, models.reward, parts=("learner",), announce=progress.plan)
-        roles.load_learner(checkpoint)
-        for step, metrics in replay(roles, folder, steps):
+        roles = start_roles(config, models.policy, models.reward, parts=("learner",), on_plan=progress.plan)
+        roles.learner.load(checkpoint)
+        for step, metrics in replay(roles, folder, steps, config.rollout.micro_batch):
             for name in FIGURES:
                 if name in metrics and step in found:
                     agrees = abs(metrics[name] - found[step][name]) <= TOLERANCE * max(1.0, abs(found[step][name]))
@@ -46,12 +46,12 @@ def run(config: Config) -> int:
     return 0 if same else 1
 
 
-def replay(roles: Roles, folder: Path, steps: Sequence[int]) -> Iterator[tuple[int, Mapping[str, float]]]:
+def replay(roles: Roles, folder: Path, steps: Sequence[int], micro_batch: int) -> Iterator[tuple[int, Mapping[str, float]]]:
     """(step, metrics) of the learner's update on each kept rollout."""
     for step in steps:
         scored = read_rollout(rollout_path(folder, step))
-        roles.prepare(scored)
-        yield step, roles.update(scored)
+        roles.learner.prepare_step(scored, micro_batch)
+        yield step, roles.learner.update(scored)
 
 
 def find_rollouts(folder: Path) -> tuple[Path, list[int]]:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from actors.cluster.placement import ray_cluster
-from actors.system import Roles
+from actors.cluster.runtime import ray_cluster
+from actors.system import start_roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.snapshot import write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
@@ -27,7 +27,7 @@ def run(config: Config) -> int:
         models = find_models(config, progress.pretraining)
         task = Task(config, models)
         progress.phase("starting roles")
-        roles = Roles(config, models.policy, models.reward, parts=("log", "users", "generators"))
+        roles = start_roles(config, models.policy, models.reward, parts=("log", "users", "generators"))
         progress.phase("filling the feedback log")
         simulate_feedback(config, task, roles)
     log = FeedbackLog(config.log_url, config.feedback.signals)

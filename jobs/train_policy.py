@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from actors.cluster.placement import ray_cluster
-from actors.system import Roles
+from actors.cluster.runtime import ray_cluster
+from actors.system import Roles, start_roles
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import FeedbackLog
@@ -50,9 +50,9 @@ def run(config: Config, again: bool = False) -> int:
             FeedbackLog(config.feedback.url, config.feedback.signals).close()
         with ray_cluster(config.cluster, config.run.cache):
             progress.phase("starting roles")
-            roles = Roles(config, models.policy, models.reward, announce=progress.plan, tell=progress.phase)
+            roles = start_roles(config, models.policy, models.reward, on_plan=progress.plan, on_replacement=progress.phase)
             summary = train(config, run, task, roles, progress)
-            roles.end_fits()
+            roles.refitter.end_fits()
     if summary is None:
         return STOPPED
     summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
@@ -77,9 +77,9 @@ def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress
         ahead = config.learner.staleness > 0 and step + 1 < config.loop.steps
         keep = partial(write_rollout, path=rollout_path(run.path, step))
         metrics = policy_step(task, truth, roles, step, ahead=ahead, keep=keep)
-        if due(step, config.reward.refit_every) and step + 1 < config.loop.steps and roles.log_has_grown():
+        if due(step, config.reward.refit_every) and step + 1 < config.loop.steps and roles.refitter.log_has_grown():
             progress.phase("refitting propensity and reward")
-            refit = roles.refit(f"step-{step + 1}", task.as_of(step + 1), [config.reward.method])
+            refit = roles.refitter.refit(f"step-{step + 1}", task.as_of(step + 1), [config.reward.method])
             metrics |= promotion_metrics(refit)
         run.log(step, metrics)
         progress.step(step, metrics)
@@ -106,9 +106,9 @@ def prepare(config: Config, task: Task, truth: Oracle, roles: Roles, progress: P
     methods = list(dict.fromkeys((config.reward.method, *config.reward.compare)))
     if not truth.known and "oracle" in methods:
         methods.remove("oracle")
-    fit = roles.refit("log", task.as_of(0), methods, truth.preferences if "oracle" in methods else None)
+    fit = roles.refitter.refit("log", task.as_of(0), methods, truth.preferences if "oracle" in methods else None)
     if not config.reward.refit_every:
-        roles.end_fits()
+        roles.refitter.end_fits()
     progress.phase("measuring the start")
     return judge_start(config, roles, task, truth, fit, shown)
 
@@ -129,11 +129,11 @@ def policy_step(
     """
     began = time.perf_counter()
     show = (lambda done: task.impressions(done, task.clock(step))) if shown else (lambda done: [])
-    scored = roles.rollout(task.step_requests(step), show)
+    scored = roles.stream.rollout(task.step_requests(step), show)
     keep(scored)
     if ahead:
-        roles.begin_rollout(task.step_requests(step + 1))
-    metrics = {**truth.rollout_metrics(scored), **roles.update(scored), **roles.publish()}
+        roles.stream.begin(task.step_requests(step + 1))
+    metrics = {**truth.rollout_metrics(scored), **roles.learner.update(scored), **roles.publish()}
     return {**metrics, "seconds": time.perf_counter() - began}
 
 

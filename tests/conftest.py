@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.cluster import placement
+from actors.cluster import runtime
 from causalrm_ray.config.base import ClusterConfig
 
 torch.set_num_threads(1)  # a process per core: with two threads each they spin, and one test took 40 times as long
@@ -30,5 +30,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ray on this machine, with a token of its own, for as long as the session lasts."""
-    with placement.ray_cluster(ClusterConfig(), tmp_path_factory.mktemp("ray")):
+    with runtime.ray_cluster(ClusterConfig(), tmp_path_factory.mktemp("ray")):
         yield

@@ -38,7 +38,7 @@ ROOMS = (
     "actors.cluster",
     "actors.weights",
     "actors.rollout actors.learner actors.reward actors.features actors.feedback actors.users",
-    "actors.plan",
+    "actors.plan actors.streaming actors.refitting",
     "actors.system",
     "actors.lab",
     "jobs.support",

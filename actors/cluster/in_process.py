@@ -5,8 +5,27 @@ handle.verb.remote(...)  -->  role.verb(...)        where Ray gives a promise, h
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
+
+_in_process: ContextVar[bool] = ContextVar("in_process", default=False)
+
+
+def in_process() -> bool:
+    """Whether roles live in this process, without Ray."""
+    return _in_process.get()
+
+
+@contextlib.contextmanager
+def enter_in_process() -> Iterator[None]:
+    """Let roles that are placed in this block live in this process."""
+    previous = _in_process.set(True)
+    try:
+        yield
+    finally:
+        _in_process.reset(previous)
 
 
 class Verb:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from actors.cluster.placement import OBJECT_STORE_BYTES, own_token
+from actors.cluster.runtime import OBJECT_STORE_BYTES, own_token
 
 LOOPBACK = "127.0.0.2"  # for 127.0.0.1 Ray's drivers take the machine's outer address
 TITLES = {  # how Ray names the process of a role

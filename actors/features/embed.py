@@ -20,7 +20,7 @@ import ray.data
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from actors.cluster.placement import ray_resources
+from actors.cluster.resources import ray_resources
 from actors.errors import RoleDiedError, RoleTimeoutError
 from causalrm_ray.data.shards import write_states
 from causalrm_ray.models.reward_model import SequenceScorer, row_states

@@ -22,7 +22,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.cluster.placement import resolve
+from actors.cluster.wait import resolve
 from actors.learner.deepspeed_engine import MAX_GRAD_NORM
 from actors.learner.rank import make_objective
 from actors.rollout.engine import EngineSettings

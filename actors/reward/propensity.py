@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from actors.cluster.placement import restarted
+from actors.cluster.place import restarted
 from actors.reward.snapshot_rows import load_rows
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.data.collate import TokenRows

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.cluster.placement import restarted
+from actors.cluster.place import restarted
 from actors.reward.fit_spec import REPORT, FitSpec
 from actors.reward.trainer import RewardTrainer
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json

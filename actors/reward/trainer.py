@@ -17,7 +17,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # ho
 from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # ray.train names a union of both versions
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from actors.cluster.placement import end, place
+from actors.cluster.place import Placement, end, place
 from actors.reward.fit_spec import FitQueue, FitSpec
 from causalrm_ray.errors import InputError
 
@@ -76,7 +76,7 @@ class RewardTrainer:
         if self._running is not None and self._running.done():  # they died while there was nothing to do
             self._leave()
         if self._running is None:
-            self._orders = place(FitQueue, concurrency=CALLERS, beside_driver=True)
+            self._orders = place(FitQueue, Placement(concurrency=CALLERS, beside_driver=True))
             self._running = self._start()
         fitted = self._orders.fitted.remote(order, folder.resolve())
         while not ray.wait([fitted], timeout=POLL_S)[0]:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.cluster.placement import end, resolve, resolve_all, stream
+from actors.cluster.place import end
 from actors.cluster.telemetry import record
+from actors.cluster.wait import resolve, resolve_all, stream
 from actors.errors import RoleDiedError
 from actors.weights.packing import SyncReport
 from actors.weights.publish import Publisher
@@ -29,15 +30,17 @@ class Call(NamedTuple):
 class Generators:
     """Handles on the generators by name, generator-0 and on.
 
-    `start` starts the one of a name; `tell` hears of each replacement, of which there may be loop.max_failures: then the
-    RoleDiedError of the next one passes.
+    `start` starts another one of a name in the place of one that died; `on_replacement` gets a message for each. After
+    loop.max_failures of them the next RoleDiedError passes.
     """
 
-    def __init__(self, config: Config, start: Callable[[str], Any], tell: Callable[[str], None]) -> None:
-        self._config, self._start, self._tell = config, start, tell
+    def __init__(
+        self, config: Config, handles: dict[str, Any], start: Callable[[str], Any], on_replacement: Callable[[str], None]
+    ) -> None:
+        self._config, self._start, self._on_replacement = config, start, on_replacement
         self._timeout_s = config.cluster.timeout_s
         self._failures = 0
-        self.handles = {f"generator-{number}": start(f"generator-{number}") for number in range(config.rollout.generators)}
+        self.handles = handles
 
     def info(self) -> list[dict[str, Any]]:
         """What each runs on, once all have started."""
@@ -109,7 +112,7 @@ class Generators:
         self._failures += 1
         also = f"; {', '.join(lost[1:])} failed with it" if lost[1:] else ""
         number = f"({self._failures} of loop.max_failures)"
-        self._tell(f"{lost[0]} died; another one takes its place {number}{also}")
+        self._on_replacement(f"{lost[0]} died; another one takes its place {number}{also}")
         return lost
 
     def _replace(self, names: Sequence[str]) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from actors.cluster.placement import rendezvous, resolve_all
+from actors.cluster.place import rendezvous
+from actors.cluster.wait import resolve_all
 from actors.weights.broadcast import GroupRank, rank_offsets
 from actors.weights.buckets import BUCKET_BYTES
 from actors.weights.packing import SyncReport

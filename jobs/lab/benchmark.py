@@ -19,7 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster.placement import ray_cluster, run_tasks
+from actors.cluster.runtime import ray_cluster
+from actors.cluster.wait import run_tasks
 from actors.lab.benchmark_tasks import METRICS, BiasSpec, Cell, CellSpec, Row, Setting, run_bias, run_cell
 from causalrm_ray.checkpoint import read_json, write_json
 from causalrm_ray.checks import check_both_classes

@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster.placement import ray_cluster
-from actors.system import Roles
+from actors.cluster.runtime import ray_cluster
+from actors.system import start_roles
 from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.train import Config
@@ -83,10 +83,10 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
     run = Run(config)
     task, truth = Task(config, models), Oracle(config)
     with ray_cluster(config.cluster, config.run.cache):
-        roles = Roles(config, models.policy, models.reward)
+        roles = start_roles(config, models.policy, models.reward)
         simulate_feedback(config, task, roles)
-        fit = roles.refit("log", task.as_of(0), METHODS, truth.preferences)
-        roles.end_fits()
+        fit = roles.refitter.refit("log", task.as_of(0), METHODS, truth.preferences)
+        roles.refitter.end_fits()
         start = run.path / "start"
         with atomic_folder(start) as folder:
             serving = roles.save(folder)

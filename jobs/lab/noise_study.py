@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster.placement import ray_cluster, run_tasks
+from actors.cluster.runtime import ray_cluster
+from actors.cluster.wait import run_tasks
 from actors.lab.benchmark_tasks import NoiseSpec, Row, run_noise
 from causalrm_ray.config.benchmark import NoiseStudyConfig
 from causalrm_ray.config.options import dump_config

@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cluster.environment import THREADS
-from actors.cluster.placement import place, ray_cluster, resolve
+from actors.cluster.place import Placement, place
+from actors.cluster.runtime import ray_cluster
+from actors.cluster.wait import resolve
 from actors.lab.perf_baselines import (
     PlainLearner,
     RawVllm,
@@ -40,7 +42,7 @@ from actors.lab.perf_baselines import (
 from actors.lab.perf_trl import TrlTrainer, check_trl
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import engine_env
-from actors.system import Roles
+from actors.system import Roles, start_roles
 from actors.weights.packing import unpack
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config.options import dump_config, validate
@@ -108,7 +110,7 @@ class Bench:
 
     def start(self, config: Config) -> Roles:
         """All roles of the loop under `config`, with a reward model that nobody fitted."""
-        roles = Roles(config, self.model, self.model)
+        roles = start_roles(config, self.model, self.model)
         folder = self.config.run.path / "reward" / "blank"
         scorer = SequenceScorer.from_pretrained(self.model)
         torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
@@ -172,8 +174,8 @@ def measure_rollout(bench: Bench) -> Figure:
     """Our generator actor streaming to the driver, against raw vLLM in a process of its own, on the same requests."""
     rollout, settings = bench.config.rollout, _engine_settings(bench)
     config = validate(_changed(bench.config, rollout={"engine": "vllm", "generators": 1}))
-    roles = Roles(config, bench.model, bench.model, parts=("generators",))
-    raw = place(RawVllm, settings, rollout.sampling(), env=engine_env("vllm", bench.model, config.run.cache))
+    roles = start_roles(config, bench.model, bench.model, parts=("generators",))
+    raw = place(RawVllm, Placement(env=engine_env("vllm", bench.model, config.run.cache)), settings, rollout.sampling())
     requests = bench.task.step_requests(0)
     tokens: dict[str, list[tuple[int, ...]]] = {}
 
@@ -208,9 +210,9 @@ def measure_sync(bench: Bench) -> Figure:
 def measure_learner(bench: Bench) -> Figure:
     """One rank under DeepSpeed, called by the driver, against a plain torch loop, both on one thread and the same answers."""
     config = validate(_changed(bench.config, learner={"ranks": 1}))
-    roles = Roles(config, bench.model, bench.model, parts=("learner",))
+    roles = start_roles(config, bench.model, bench.model, parts=("learner",))
     arguments = (bench.model, config.learner, config.rollout.temperature, max(1, TOKEN_BUDGET // config.model.max_length))
-    plain = place(PlainLearner, *arguments, env=THREADS)
+    plain = place(PlainLearner, Placement(env=THREADS), *arguments)
     scored = _random_answers(bench)
     steps = iter(range(10**6))
 
@@ -220,15 +222,17 @@ def measure_learner(bench: Bench) -> Figure:
         began = time.perf_counter()
         for first in range(0, len(now), config.rollout.micro_batch):
             chunk = [answer.completion for answer in now[first : first + config.rollout.micro_batch]]
-            resolve([rank.prepare.remote(chunk) for rank in roles.learners], "prepare", bench.timeout_s)
-        roles.update(now)
+            resolve([rank.prepare.remote(chunk) for rank in roles.learner.ranks], "prepare", bench.timeout_s)
+        roles.learner.update(now)
         return time.perf_counter() - began
 
     def other() -> float:
         return resolve(plain.step.remote(scored), "plain step", bench.timeout_s)
 
-    pairs = bench.interleave(ours, other, roles=(roles.learners, [plain]))
-    weights, theirs = resolve([roles.learners[0].weights.remote(), plain.weights.remote()], "compare weights", bench.timeout_s)
+    pairs = bench.interleave(ours, other, roles=(roles.learner.ranks, [plain]))
+    weights, theirs = resolve(
+        [roles.learner.ranks[0].weights.remote(), plain.weights.remote()], "compare weights", bench.timeout_s
+    )
     apart = [float((tensor - theirs[name]).norm() / theirs[name].norm()) for name, tensor in unpack(weights)]
     return speed("learner", bench.name, pairs, 0.9, weights_differ=max(apart))
 
@@ -272,13 +276,13 @@ def measure_driver(bench: Bench) -> Figure:
 def measure_trl(bench: Bench) -> Figure:
     """A whole step, generation, reward, update and sync, against TRL's; the same trivial reward for both, users see nothing."""
     roles, truth = bench.loop, Oracle(bench.config)
-    rewards, roles.reward = roles.reward, place(TokenReward)
+    rewards, roles.stream.reward = roles.reward, place(TokenReward, Placement())
     others = [roles.log, roles.users, roles.propensity, rewards]
-    handles = [*others, roles.reward, *roles.learners, *roles.generators.handles.values()]
+    handles = [*others, roles.stream.reward, *roles.learner.ranks, *roles.generators.handles.values()]
     options = {"answers": bench.answers, "samples": SAMPLES, "tokens": bench.tokens, "threads": bench.told.trl_threads}
     threads = {**THREADS, "OMP_NUM_THREADS": str(bench.told.trl_threads), "HF_HUB_OFFLINE": "1"}
     folder = bench.config.run.path / "trl"
-    trl = place(TrlTrainer, bench.model, train_prompts()[:64], str(folder), env=threads, **options)
+    trl = place(TrlTrainer, Placement(env=threads), bench.model, train_prompts()[:64], str(folder), **options)
     steps = iter(range(10**6, 2 * 10**6))
 
     def ours() -> float:
@@ -291,7 +295,7 @@ def measure_trl(bench: Bench) -> Figure:
         pairs = bench.interleave(ours, other, roles=(handles, [trl]))
         return speed("trl", bench.name, pairs, 1.0 if bench.case == SMALLEST else 2.0)
     finally:
-        roles.reward = rewards
+        roles.stream.reward = rewards
 
 
 def measure_memory(bench: Bench) -> Figure:

@@ -48,4 +48,4 @@ def simulate_feedback(config: Config, task: Task, roles: Roles) -> int:
     log.close()
     if foreign:
         raise InputError(f"{config.log_url} must hold no impressions of others where users are simulated, got {len(foreign)}")
-    return roles.fill_log(task.log_requests(), lambda done: task.impressions(done, task.log_time))
+    return roles.stream.fill_log(task.log_requests(), lambda done: task.impressions(done, task.log_time))

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import ray
 import torch
 
-from actors.cluster.placement import place, resolve
+from actors.cluster.place import Placement, place
+from actors.cluster.wait import resolve
 from actors.errors import RoleDiedError
 from actors.lab.perf_baselines import processes_of
+from actors.learner.group import LearnerGroup
 from actors.reward.role import RewardActor
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator, engine_env
 from actors.rollout.generators import Generators
-from actors.system import Roles
+from actors.streaming import RolloutStream
 from causalrm_ray.checkpoint import atomic_folder
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
@@ -55,11 +57,11 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
 
     def start(name: str) -> Any:
         settings = EngineSettings(backbone, 32, "float32", tmp_path, TIMEOUT_S, rollout.buffer)
-        return place(
-            Generator, "hf", settings, rollout.sampling(), env=engine_env("hf", backbone, tmp_path), concurrency=2, label=name
-        )
+        placement = Placement(name, env=engine_env("hf", backbone, tmp_path), concurrency=2)
+        return place(Generator, placement, "hf", settings, rollout.sampling())
 
-    generators = Generators(config, start, told.append)
+    handles = {name: start(name) for name in ("generator-0", "generator-1")}
+    generators = Generators(config, handles, start, told.append)
     undisturbed = [answer for chunk in generators.micro_batches(generators.generate(REQUESTS), None) for answer in chunk]
     assert [answer.prompt.id for answer in in_order(undisturbed)] == [request.prompt.id for request in REQUESTS]
 
@@ -129,21 +131,20 @@ def test_a_rollout_ends_before_the_learner_is_prepared_and_the_update_hears_of_i
     config: Config, tmp_path: Path, dies: bool
 ) -> None:
     os.mkfifo(gate := tmp_path / "gate")
-    roles = Roles.__new__(Roles)  # what a rollout needs of it
-    roles._config, roles._timeout_s, roles._begun, roles._preparing = config, TIMEOUT_S, None, []
-    roles.generators, roles._by_object = Writes(), None
-    roles.reward, roles.learners = place(Scores), [place(Learns, gate, label="learner-0")]
-    (rank,) = processes_of(roles.learners, TIMEOUT_S)
-    scored = roles.rollout(REQUESTS[:2], lambda done: [])  # nobody has opened the gate
+    learner = LearnerGroup([place(Learns, Placement("learner-0"), gate)], TIMEOUT_S)
+    reward = place(Scores, Placement())
+    stream = RolloutStream(config.rollout, cast(Generators, Writes()), learner, reward=reward, timeout_s=TIMEOUT_S)
+    (rank,) = processes_of(learner.ranks, TIMEOUT_S)
+    scored = stream.rollout(REQUESTS[:2], lambda done: [])  # nobody has opened the gate
     assert [answer.completion.prompt.id for answer in scored] == ["prompt-0", "prompt-1"]
     if dies:
         rank.kill()
         with pytest.raises(RoleDiedError, match="prepare answers: the process of learner-0 died"):
-            roles.update(scored)
+            learner.update(scored)
     else:
         gate.write_text("")
         with pytest.raises(ValueError, match="cannot prepare prompt-0"):
-            roles.update(scored)
+            learner.update(scored)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -153,7 +154,7 @@ def test_a_killed_reward_role_comes_back_with_the_version_that_it_served(backbon
     with atomic_folder(tmp_path / "candidate") as aside:
         scorer.save_pretrained(aside / "auto", load_tokenizer(backbone))
     options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S}
-    role = place(RewardActor, backbone, RewardConfig(), restarts=1, label="reward", **options)
+    role = place(RewardActor, Placement("reward", restarts=1), backbone, RewardConfig(), **options)
     resolve(role.load.remote(tmp_path / "candidate" / "auto", 7), "load", TIMEOUT_S)
     rows = [[3, 4, 5], [6, 7]]
     before, _ = resolve(role.score.remote(rows), "score", TIMEOUT_S)

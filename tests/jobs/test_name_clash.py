@@ -13,12 +13,14 @@ ROOT = Path(__file__).parents[2]
 ROLE = """
 import jobs
 from pathlib import Path
-from actors.cluster.placement import place, ray_cluster, resolve
+from actors.cluster.place import Placement, place
+from actors.cluster.runtime import ray_cluster
+from actors.cluster.wait import resolve
 from actors.feedback import FeedbackRole
 from causalrm_ray.config.base import ClusterConfig
 
 with ray_cluster(ClusterConfig(), Path("cache")):
-    log = place(FeedbackRole, "sqlite:///log.db", {"upvote": 1})
+    log = place(FeedbackRole, Placement(), "sqlite:///log.db", {"upvote": 1})
     print(resolve([log.counts.remote()], "count", 60.0))
 """
 

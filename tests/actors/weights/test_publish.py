@@ -15,7 +15,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from actors.system import Roles
+from actors.system import Roles, start_roles
 from actors.weights.publish import ByObject
 from causalrm_ray.config.options import load_config
 from causalrm_ray.config.train import Config
@@ -52,18 +52,18 @@ def told() -> list[str]:
 
 @pytest.fixture(scope="module")
 def roles(ray_cluster: None, config: Config, model: str, told: list[str]) -> Iterator[Roles]:
-    roles = Roles(config, model, model, ("generators", "learner"), tell=told.append, transport="broadcast")
+    roles = start_roles(config, model, model, ("generators", "learner"), on_replacement=told.append, transport="broadcast")
     roles.publisher.bucket_bytes = BUCKET_BYTES
     yield roles
-    for role in (*roles.learners, *roles.generators.handles.values()):
+    for role in (*roles.learner.ranks, *roles.generators.handles.values()):
         ray.kill(role)
 
 
 def learn(roles: Roles, answers: list[Completion]) -> None:
     """One step, large enough to change answers."""
     scored = [Scored(done, float(number % 3), 0) for number, done in enumerate(answers)]
-    roles.prepare(scored)
-    roles.update(scored)
+    roles.learner.prepare_step(scored, 8)
+    roles.learner.update(scored)
 
 
 def texts(answers: list[Completion]) -> list[tuple[int, ...]]:
@@ -79,13 +79,13 @@ def test_answers_after_a_broadcast_are_those_after_an_object(roles: Roles, model
         assert texts(answers) != texts(previous)
         assert {done.policy_version for done in answers} == {version}
         assert (roles.plan.transport, figures["sync_checksum_ok"]) == ("broadcast", 1.0)
-    layout = ray.get(roles.learners[0].layout.remote(BUCKET_BYTES))
+    layout = ray.get(roles.learner.ranks[0].layout.remote(BUCKET_BYTES))
     assert len(layout.buckets) > 4
     whole = AutoModelForCausalLM.from_pretrained(model)
     assert figures["sync_bytes"] == layout.num_bytes == 4 * sum(parameter.numel() for parameter in whole.parameters())
     assert figures["sync_gb_per_s"] == pytest.approx(figures["sync_bytes"] / figures["sync_seconds"] / 1e9)
 
-    reports = ByObject(roles.learners, adapter=False, timeout_s=TIMEOUT_S).publish(roles.generators.handles)
+    reports = ByObject(roles.learner.ranks, adapter=False, timeout_s=TIMEOUT_S).publish(roles.generators.handles)
     assert [report.transport for report in reports.values()] == ["object", "object"]
     assert roles.sample(REQUESTS) == answers
 
@@ -103,7 +103,7 @@ def test_requests_in_flight_go_on_with_broadcast_weights(roles: Roles) -> None:
 def test_what_cannot_receive_a_broadcast_is_refused_before_anything_starts(config: Config, model: str) -> None:
     hf = load_config(None, ["rollout.engine=hf", "learner.lora=2", f"run.dir={config.run.dir}"])
     with pytest.raises(ValueError, match=r"transport=broadcast needs rollout\.engine=vllm and learner\.lora=0"):
-        Roles(hf, model, model, parts=("generators", "learner"), transport="broadcast")
+        start_roles(hf, model, model, parts=("generators", "learner"), transport="broadcast")
 
 
 def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it(roles: Roles, told: list[str]) -> None:
@@ -122,7 +122,7 @@ def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it
 
     begun = roles.generators.generate(REQUESTS)  # under the old weights, as an asynchronous run has it
     victim = ray.get(roles.generators.handles["generator-1"].__ray_call__.remote(lambda generator: os.getpid()))
-    ray.get(roles.learners[0].__ray_call__.remote(kill_at_bucket, victim))
+    ray.get(roles.learner.ranks[0].__ray_call__.remote(kill_at_bucket, victim))
     figures = roles.publish()
     assert figures["sync_checksum_ok"] == 1.0
     assert told == ["generator-1 died; another one takes its place (1 of loop.max_failures); generator-0 failed with it"]
@@ -131,7 +131,7 @@ def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it
     assert len(told) == 1  # what was begun knows of the replacement
 
     answers = roles.sample(REQUESTS)
-    ByObject(roles.learners, adapter=False, timeout_s=TIMEOUT_S).publish(roles.generators.handles)
+    ByObject(roles.learner.ranks, adapter=False, timeout_s=TIMEOUT_S).publish(roles.generators.handles)
     assert roles.sample(REQUESTS) == answers
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from actors.cluster import placement
+from actors.cluster import wait
 from actors.lab.benchmark_tasks import BiasSpec, Cell, CellSpec, Setting, run_bias, run_cell
 from causalrm_ray.config.benchmark import BenchmarkConfig, HeadConfig
 from causalrm_ray.config.options import load_tree, options
@@ -145,9 +145,9 @@ def test_a_benchmark_runs_and_goes_on_with_what_is_missing(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_task_raises_comes_back_by_its_own_name() -> None:
-    assert dict(placement.run_tasks(_divide, {"a": 1, "b": 2}, 10, "halves", 60)) == {"a": 10.0, "b": 5.0}
+    assert dict(wait.run_tasks(_divide, {"a": 1, "b": 2}, 10, "halves", 60)) == {"a": 10.0, "b": 5.0}
     with pytest.raises(InputError, match="nothing divides by 0"):
-        dict(placement.run_tasks(_divide, {"a": 0}, 10, "halves", 60))
+        dict(wait.run_tasks(_divide, {"a": 0}, 10, "halves", 60))
 
 
 def _divide(by: int, value: int) -> float:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.cluster.placement import place, resolve
+from actors.cluster.place import Placement, place
+from actors.cluster.wait import resolve
 from actors.lab import perf_trl
 from actors.lab.perf_baselines import TokenReward, processes_of, standstill
 from jobs.__main__ import main
@@ -71,7 +72,7 @@ def test_what_cannot_be_measured_is_refused(override: str, part: str, tmp_path: 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_standstill_ends_with_an_error_too() -> None:
-    role = place(TokenReward)
+    role = place(TokenReward, Placement())
     (process,) = processes_of([role], 60.0)
     with suppress(KeyError), standstill([process]):
         answer = role.score.remote([[7, 8]])

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import ray
 
-from actors.cluster.placement import object_store_bytes, place, resolve, resolve_all, stream
+from actors.cluster.place import Placement, place
+from actors.cluster.runtime import object_store_bytes
+from actors.cluster.wait import resolve, resolve_all, stream
 from actors.errors import EngineDeadError, RoleDiedError, RoleTimeoutError, StrandedError
 
 
@@ -41,7 +43,7 @@ class Worker:
 @pytest.fixture
 def workers(ray_cluster: None) -> Iterator[dict[str, Any]]:
     """Three roles, started."""
-    found = {name: place(Worker, label=name) for name in ("generator-0", "generator-1", "reward")}
+    found = {name: place(Worker, Placement(name)) for name in ("generator-0", "generator-1", "reward")}
     resolve([worker.answer.remote() for worker in found.values()], "start", 60.0)
     yield found
     for worker in found.values():
@@ -102,7 +104,9 @@ ON_THREE_NODES = """
 import pathlib, sys
 import ray
 from actors.cluster.local_cluster import local_cluster
-from actors.cluster.placement import place, ray_cluster, resolve
+from actors.cluster.place import Placement, place
+from actors.cluster.runtime import ray_cluster
+from actors.cluster.wait import resolve
 from causalrm_ray.config.base import ClusterConfig
 
 class Where:
@@ -111,8 +115,8 @@ class Where:
 
 cache = pathlib.Path(sys.argv[1])
 with local_cluster(3, cache) as cluster, ray_cluster(ClusterConfig(address=cluster.address), cache):
-    anywhere = resolve([place(Where).node.remote() for number in range(3)], "ask", 60.0)
-    beside = resolve([place(Where, beside_driver=True).node.remote() for number in range(2)], "ask", 60.0)
+    anywhere = resolve([place(Where, Placement()).node.remote() for number in range(3)], "ask", 60.0)
+    beside = resolve([place(Where, Placement(beside_driver=True)).node.remote() for number in range(2)], "ask", 60.0)
     print(len(set(anywhere)), set(beside) == {ray.get_runtime_context().get_node_id()})
 """
 

@@ -1,0 +1,87 @@
+"""A refit: snapshot of the log -> propensities -> reward models -> the gate, and what serves since."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.cluster.telemetry import event, record
+from actors.cluster.wait import resolve
+from actors.reward.propensity import read_propensities
+
+
+class Refitter:
+    """Fits over handles on the log, propensity and reward roles; `folder` is the run's, which may move between attempts."""
+
+    def __init__(self, log: Any, propensity: Any, reward: Any, folder: Path, timeout_s: float) -> None:
+        self._log, self._propensity, self._reward = log, propensity, reward
+        self._folder, self._timeout_s = folder, timeout_s
+        self._propensity_folder: Path | None = None
+        self._fitted_position = 0  # of the log, when it was last fitted
+
+    def refit(
+        self,
+        name: str,
+        as_of: float | None,
+        methods: Sequence[str],
+        clean_labels: Callable[[Path], np.ndarray] | None = None,
+    ) -> dict[str, Any]:
+        """Fit propensity, noise rates and reward models on the log as of a time; promote the configured method's behind its gate.
+
+        `name` names the snapshot and the candidate; `clean_labels` gives r* [N] of a snapshot to the method "oracle". A refit
+        starts from models that serve where these hand on no label (see the roles). Returns the reports of both fits and of the
+        gate, as JSON; folders are relative to the run's.
+        """
+        position = self._wait(self._log.position.remote(), "snapshot the log")
+        snapshot = self._folder / "snapshots" / f"{name}.parquet"
+        self._wait(self._log.write_snapshot.remote(snapshot, as_of), "snapshot the log")
+        folder = self._folder / "propensity" / name
+        began = time.perf_counter()
+        propensity = self._wait(self._propensity.fit.remote(snapshot, folder), "fit propensity")
+        record("fit_seconds", "propensity", time.perf_counter() - began)
+        record("version", "propensity", propensity["version"])
+        labels = clean_labels(snapshot) if clean_labels else None
+        self._propensity_folder, self._fitted_position = folder, position
+        weights = read_propensities(folder).numpy()
+        options = {"candidate": name, "start": folder / "fold-0", "clean_labels": labels}
+        report = self._wait(self._reward.fit.remote(snapshot, weights, list(methods), **options), "fit reward")
+        promotion = self._wait(self._reward.promote.remote(name), "promote reward")
+        record("fit_seconds", "reward", report.seconds)
+        record("version", "reward", promotion.version)
+        event("refit", "reward", candidate=name, seconds=report.seconds, log_position=position)
+        event("gate", "reward", candidate=name, **asdict(promotion))
+        folders = {method: str((report.folder / method).relative_to(self._folder)) for method in methods}
+        reward = {**report.figures, "folders": folders, "seconds": report.seconds, "train_seconds": report.train_seconds}
+        return {"propensity": propensity, "reward": reward, "promotion": asdict(promotion)}
+
+    def end_fits(self) -> None:
+        """End the processes that wait for the reward model's next fit; a later fit starts new ones."""
+        self._wait(self._reward.end_fits.remote(), "end the workers of fits")
+
+    def log_has_grown(self) -> bool:
+        """Whether the log has grown since it was last fitted."""
+        return self._wait(self._log.position.remote(), "read the log") > self._fitted_position
+
+    def state(self) -> dict[str, Any]:
+        """Which reward and propensity models serve, as JSON; folders are relative to the run's, which may move."""
+        reward = self._wait(self._reward.state.remote(), "save")
+        return {
+            "reward": {**reward, "folder": str(Path(reward["folder"]).relative_to(self._folder))},
+            "propensity": str(self._propensity_folder.relative_to(self._folder)) if self._propensity_folder else None,
+            "log_position": self._fitted_position,
+        }
+
+    def load(self, serving: Mapping[str, Any]) -> None:
+        """Serve what `state` returned."""
+        self._propensity_folder, self._fitted_position = self._folder / serving["propensity"], serving["log_position"]
+        reward = {**serving["reward"], "folder": self._folder / serving["reward"]["folder"]}
+        loading = [self._reward.load.remote(**reward), self._propensity.load.remote(self._propensity_folder)]
+        self._wait(loading, "load reward and propensity")
+
+    def _wait(self, refs: Any, phase: str) -> Any:
+        return resolve(refs, phase, self._timeout_s)
