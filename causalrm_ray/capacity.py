@@ -52,18 +52,18 @@ class Work:
     samples: int
     prompt_tokens: int
     answer_tokens: int
-    generators: int
-    tensor_parallel: int
-    ranks: int
-    critic: bool
-    lora: int
-    zero_stage: int
-    checkpointing: bool
-    epochs: int
-    staleness: int
     sequences: int
     budget: int
     shared: bool
+    generators: int = 1
+    tensor_parallel: int = 1
+    ranks: int = 1
+    critic: bool = False
+    lora: int = 0
+    zero_stage: int = 0
+    checkpointing: bool = False
+    epochs: int = 1
+    staleness: int = 0
 
     @property
     def answers(self) -> int:
@@ -222,7 +222,7 @@ def calibrated(rates: Rates, measured: Mapping[str, tuple[Work, float]]) -> Rate
     return replace(rates, factors=factors)
 
 
-CURES = {
+ADVICE = {
     "generation": "add generators, lower answer_tokens, or set staleness=1 so that the learner works meanwhile",
     "scoring": "take a smaller reward model",
     "preparing": "add learner ranks, or take a smaller policy",
@@ -238,7 +238,7 @@ CURES = {
 def bottleneck(run: Mapping[str, float]) -> tuple[str, float, str]:
     """(phase, its share of all seconds, what to change) of the longest phase."""
     name = max(run, key=run.__getitem__)
-    return name, run[name] / sum(run.values()), CURES[name]
+    return name, run[name] / sum(run.values()), ADVICE[name]
 
 
 def llama_size(parameters: float, layers: int, hidden: int, vocabulary: int, kv_width: int, tied: bool) -> ModelSize:

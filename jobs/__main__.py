@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 from causalrm_ray.config.base import RunFolder, Section
 from causalrm_ray.config.options import find_run, load_tree
 from causalrm_ray.errors import ConfigError, InputError
-from jobs.catalog import JOBS, MAIN, Job
+from jobs.catalog import GROUPS, JOBS, MAIN, Job
 from jobs.support.errors import forgetting_refused_log, naming_full_disks, refuse
 from jobs.support.lock import run_lock
 from jobs.support.option_tables import option_tables
@@ -120,8 +120,9 @@ def _job(
     raise typer.Exit(start(str(context.command.name), config, overrides or []))
 
 
-for _name, _entry in JOBS.items():
-    app.command(_name, cls=JobCommand, help=_entry.meaning, rich_help_panel=_entry.group, context_settings=HELP)(_job)
+for _group, _jobs in GROUPS.items():
+    for _name, _entry in _jobs.items():
+        app.command(_name, cls=JobCommand, help=_entry.meaning, rich_help_panel=_group, context_settings=HELP)(_job)
 
 
 if __name__ == "__main__":

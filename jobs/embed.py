@@ -1,7 +1,7 @@
 """A graded data set through a frozen backbone: embeddings and levels of its answers, for the benchmark.
 
 source -> rows (shards) --actors--> states (shards, cached under what they depend on) -> train, test.safetensors, rows.parquet
-A run that was killed goes on where it stopped when it is asked again: finished shards are not made anew.
+A run that was killed continues when the command is given again: finished shards are not computed twice.
 """
 
 from __future__ import annotations

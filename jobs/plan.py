@@ -31,13 +31,12 @@ from causalrm_ray.rl.batching import TOKEN_BUDGET
 
 ROLES = frozenset(("generators", "learner", "reward"))
 PERF_PROMPT_TOKENS = 12  # of the embedded world's prompts, which `perf` uses, on average
-PERF_VOCABULARY = 1024
 
 
 def run(config: PlanConfig) -> int:
     """Run the job."""
     folder = config.run.path
-    policy, reward = sizes(config)
+    policy, reward = size(config.model, config.shape), size(config.reward, config.reward_shape)
     gpu, rates = hardware(config)
     roles = make_plan(main_tree(config), policy, reward, ROLES, config.hardware.gpus)
     measured = read_measured(config.measured) if config.measured else {}
@@ -51,15 +50,15 @@ def run(config: PlanConfig) -> int:
     run_s = {name: seconds * config.steps for name, seconds in found.wall.items()}
     run_s |= {name: seconds * (1 + config.refits) for name, seconds in fitted._asdict().items()}
     dollars = sum(run_s.values()) / 3600 * config.hardware.gpus * gpu.price
-    phase, share, cure = bottleneck(run_s)
+    phase, share, change = bottleneck(run_s)
     plan = {
-        "bytes": {name: seat.bytes for name, seat in roles.allocations.items()},
+        "bytes": {name: role.bytes for name, role in roles.allocations.items()},
         "fits": check_fit(roles, config, gpu),
         "step": {"busy_s": found.busy, "wall_s": found.wall, "seconds": found.seconds},
         "fit_s": fitted._asdict(),
         "run_s": run_s,
         "dollars": dollars,
-        "bottleneck": {"phase": phase, "share": share, "change": cure},
+        "bottleneck": {"phase": phase, "share": share, "change": change},
         "checked": checked(measured, rates),
     }
     dump_config(config, folder / "config.yaml")
@@ -69,12 +68,8 @@ def run(config: PlanConfig) -> int:
     return 0
 
 
-def sizes(config: PlanConfig) -> tuple[ModelSize, ModelSize]:
-    """Of the policy and of the reward model's backbone."""
-    return _size(config.model, config.shape), _size(config.reward, config.reward_shape)
-
-
-def _size(model: str | None, shape: ShapeConfig) -> ModelSize:
+def size(model: str | None, shape: ShapeConfig) -> ModelSize:
+    """The size of a model that exists, or of one by its numbers. Raises InputError."""
     try:
         return llama_size(**shape.model_dump()) if model is None else model_size(model)
     except (OSError, ValueError) as error:
@@ -84,39 +79,35 @@ def _size(model: str | None, shape: ShapeConfig) -> ModelSize:
 
 def hardware(config: PlanConfig) -> tuple[Gpu, Rates]:
     """The GPU's figures, and what is assumed to be reached of them."""
-    told, share = config.hardware, config.efficiency
-    kind = GPUS[told.kind]
-    scales = {"memory": (told.memory_gb, 1e9), "flops": (told.tflops, 1e12), "bandwidth": (told.hbm_gb_s, 1e9)}
-    scales |= {"link": (told.link_gb_s, 1e9), "price": (told.price, 1.0)}
+    given, share = config.hardware, config.efficiency
+    kind = GPUS[given.kind]
+    scales = {"memory": (given.memory_gb, 1e9), "flops": (given.tflops, 1e12), "bandwidth": (given.hbm_gb_s, 1e9)}
+    scales |= {"link": (given.link_gb_s, 1e9), "price": (given.price, 1.0)}
     gpu = kind._replace(**{name: value * scale for name, (value, scale) in scales.items() if value is not None})
     rates = Rates(
         training=gpu.flops * share.training,
         forward=gpu.flops * share.forward,
         decoding=gpu.bandwidth * share.decoding,
         link=gpu.link,
-        sync=told.sync_gb_s * 1e9,
+        sync=given.sync_gb_s * 1e9,
         factors={},
     )
     return gpu, rates
 
 
 def main_tree(config: PlanConfig) -> Config:
-    """What the main job would be told, for the arithmetic of memory that it does itself."""
+    """The options of the main job, for the arithmetic of memory that it does itself."""
     return validate(
         {
             "model": {"dtype": config.dtype, "max_length": config.prompt_tokens + config.answer_tokens + 1},
             "rollout": {
-                "generators": config.generators,
-                "tensor_parallel": config.tensor_parallel,
+                **config.model_dump(include={"generators", "tensor_parallel"}),
                 "prompts_per_step": config.prompts,
                 "samples_per_prompt": config.samples,
                 "max_new_tokens": config.answer_tokens,
             },
             "learner": {
-                "algorithm": config.algorithm,
-                "ranks": config.ranks,
-                "zero_stage": config.zero_stage,
-                "lora": config.lora,
+                **config.model_dump(include={"algorithm", "ranks", "zero_stage", "lora"}),
                 "save_memory": ["checkpointing"] if config.checkpointing else [],
             },
             "reward": {"workers": config.workers},
@@ -126,8 +117,8 @@ def main_tree(config: PlanConfig) -> Config:
 
 def planned_work(config: PlanConfig, policy: ModelSize, reward: ModelSize, roles: Plan) -> Work:
     """The step that the options describe."""
-    names = ("prompts", "samples", "prompt_tokens", "answer_tokens", "generators", "tensor_parallel", "ranks", "lora")
-    names += ("zero_stage", "checkpointing", "epochs", "staleness")
+    names = {"prompts", "samples", "prompt_tokens", "answer_tokens", "generators", "tensor_parallel", "ranks", "lora"}
+    names |= {"zero_stage", "checkpointing", "epochs", "staleness"}
     return Work(
         policy=policy,
         reward=reward,
@@ -135,8 +126,8 @@ def planned_work(config: PlanConfig, policy: ModelSize, reward: ModelSize, roles
         critic=ALGORITHMS.load(config.algorithm).critic,
         sequences=MAX_SEQUENCES,
         budget=TOKEN_BUDGET,
-        shared=any(0 < seat.gpus < 1 for name, seat in roles.allocations.items() if name.startswith(("generator", "learner"))),
-        **{name: getattr(config, name) for name in names},
+        shared=any(0 < role.gpus < 1 for name, role in roles.allocations.items() if name.startswith(("generator", "learner"))),
+        **config.model_dump(include=names),
     )
 
 
@@ -152,9 +143,7 @@ def check_fit(roles: Plan, config: PlanConfig, gpu: Gpu) -> str:
 def read_measured(path: Path) -> dict[str, list[tuple[Work, Mapping[str, float]]]]:
     """The figures of a perf.json by name: the work of each case and its details. Raises InputError for another file."""
     try:
-        figures = [
-            (told["name"], told["case"], {"value": told["value"], **told["details"]}) for told in read_json(path)["figures"]
-        ]
+        figures = [(row["name"], row["case"], {"value": row["value"], **row["details"]}) for row in read_json(path)["figures"]]
         found: dict[str, list[tuple[Work, Mapping[str, float]]]] = {}
         for name, case, details in figures:
             if any(not isinstance(value, int | float) for value in details.values()):
@@ -174,26 +163,17 @@ def perf_work(case: str, details: Mapping[str, float]) -> Work:
         raise ValueError(f"case must be like '26M 32x64', got {case!r}")
     shape, answers, tokens = SIZES[parts[1]], int(parts[2]), int(parts[3])
     parameters = shape.vocab * shape.hidden + shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
-    size = llama_size(parameters, shape.layers, shape.hidden, shape.vocab, 2 * shape.hidden, True)
+    model = llama_size(parameters, shape.layers, shape.hidden, shape.vocab, 2 * shape.hidden, True)
     written = round(details["tokens"] / answers) if "tokens" in details else tokens
     samples = min(8, answers)
     return Work(
-        policy=size,
-        reward=size,
+        policy=model,
+        reward=model,
         width=4,
         prompts=answers // samples,
         samples=samples,
         prompt_tokens=PERF_PROMPT_TOKENS,
         answer_tokens=max(1, written),
-        generators=1,
-        tensor_parallel=1,
-        ranks=1,
-        critic=False,
-        lora=0,
-        zero_stage=0,
-        checkpointing=False,
-        epochs=1,
-        staleness=0,
         sequences=MAX_SEQUENCES,
         budget=TOKEN_BUDGET,
         shared=True,
@@ -235,8 +215,8 @@ def show(plan: Mapping[str, Any], roles: Plan, config: PlanConfig) -> None:
     """The table, printed."""
     console = Console(highlight=False)
     memory = Table("role", "GPUs", "GB", box=None)
-    for name, seat in roles.allocations.items():
-        memory.add_row(name, f"{seat.gpus:.3g}" if seat.gpus else "host", f"{seat.bytes / 1e9:.1f}")
+    for name, role in roles.allocations.items():
+        memory.add_row(name, f"{role.gpus:.3g}" if role.gpus else "host", f"{role.bytes / 1e9:.1f}")
     times = Table("phase", "busy s", "of a step's wall time, s", box=None)
     for name in {**plan["step"]["busy_s"], **plan["step"]["wall_s"]}:
         busy, wall = (plan["step"][key].get(name) for key in ("busy_s", "wall_s"))

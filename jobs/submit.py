@@ -21,7 +21,7 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class Submission:
+class SubmissionRequest:
     """What to hand over and how, the command line of the job in the cluster, and what to keep with it."""
 
     options: SubmitSection
@@ -31,7 +31,7 @@ class Submission:
 
 def submit(file: Path | None, words: Sequence[str]) -> int:
     """Submit the job that `words` name. Returns its exit status, or 0 if it is not followed."""
-    asked = read_submission(file, words)
+    asked = read_request(file, words)
     missing = [name for name in asked.options.env if name not in os.environ]
     if missing:
         raise InputError(f"submit.env: not set here: {', '.join(missing)}")
@@ -45,7 +45,7 @@ def submit(file: Path | None, words: Sequence[str]) -> int:
     return 0
 
 
-def read_submission(file: Path | None, words: Sequence[str]) -> Submission:
+def read_request(file: Path | None, words: Sequence[str]) -> SubmissionRequest:
     """What `words` and the job's `file` ask a cluster to do: the job, its options and those of `submit`, all checked here.
 
     The job joins the cluster that it runs in, unless its options name another. Raises ConfigError.
@@ -62,6 +62,10 @@ def read_submission(file: Path | None, words: Sequence[str]) -> Submission:
         raise ConfigError(
             f"run.dir must be an absolute folder on storage that all nodes share, got {run.dir}: a submitted job's own is lost"
         )
+    if (clash := config.submit.working_dir / "jobs.py").is_file() and not clash.with_suffix("").is_dir():
+        raise ConfigError(
+            f"submit.working_dir: {clash} has the name of a package of causalrm-ray and would take its place: rename it"
+        )
     command = ["python", "-m", "jobs", name, *overrides]
     if file:
         command += ["--config", _inside(config.submit.working_dir, file)]
@@ -70,7 +74,7 @@ def read_submission(file: Path | None, words: Sequence[str]) -> Submission:
     else:
         joins = load_tree(tree, file, overrides, defaults).model_dump()["cluster"]["address"] is None
     facts = {"job": name} | ({"run": str(run.dir / run.name)} if job.uses_run != "none" else {})
-    return Submission(config.submit, [*command, "cluster.address=auto"] if joins else command, facts)
+    return SubmissionRequest(config.submit, [*command, "cluster.address=auto"] if joins else command, facts)
 
 
 def _inside(folder: Path, file: Path) -> str:

@@ -49,7 +49,7 @@ class Section(BaseModel):
 
 
 class RunFolder(Section):
-    """Where a run keeps its things."""
+    """The run's folder."""
 
     name: str = Field(
         "run",
@@ -59,16 +59,16 @@ class RunFolder(Section):
     )
     dir: Path = Field(Path("runs"), description="folder that holds all runs")
     resume: bool = Field(False, description="continue from the newest complete checkpoint of the run")
-    cache: Path = Field(Path("~/.cache/causalrm_ray"), description="folder of things made once: embedded models, engine caches")
+    cache: Path = Field(Path("~/.cache/causalrm_ray"), description="folder of what runs share: embedded models, engine caches")
 
     @property
     def path(self) -> Path:
-        """The run's own folder, absolute: every process of the run must read it alike."""
+        """The run's own folder, absolute: the same in every process of the run."""
         return (self.dir / self.name).expanduser().resolve()
 
 
 class RunConfig(RunFolder):
-    """Where a run keeps its things, and its seed."""
+    """The run's folder and seed."""
 
     seed: int = Field(0, ge=0, description="seed of everything random in the run")
 
@@ -78,7 +78,7 @@ class ClusterConfig(Section):
 
     address: str | None = Field(
         None,
-        description="address of a running Ray cluster ('auto' finds it); none starts one on this machine; 'in-process': no Ray, "
+        description="address of a running Ray cluster ('auto' finds it); null starts one on this machine; 'in-process': no Ray, "
         "all roles in this process, for a debugger",
     )
     timeout_s: float = Field(

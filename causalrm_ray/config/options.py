@@ -87,9 +87,9 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), defaults
 
 
 def load_tree(kind: type[Tree], file: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Tree:
-    """Lay a YAML file over `key=value` defaults, and overrides over both, and validate as a `kind`.
+    """Merge `key=value` defaults, a YAML file and overrides, later ones winning, and validate the result as a `kind`.
 
-    A key may leave out its section where only one option bears the name: `resume=true` is `run.resume=true`.
+    A key may leave out its section where only one option has the name: `resume=true` is `run.resume=true`.
     Raises ConfigError that names the key (and the nearest right one), the rule and the value.
     """
     return validate_tree(kind, _merge(kind, file, overrides, defaults))
@@ -98,10 +98,10 @@ def load_tree(kind: type[Tree], file: str | Path | None, overrides: Sequence[str
 def find_run(
     kind: type[Section], file: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
 ) -> RunFolder:
-    """The folder of a run, from the same sources; whatever else they hold is not looked at. Raises ConfigError."""
+    """The folder of a run, from the same sources; the other options are not checked. Raises ConfigError."""
     run = _merge(kind, file, overrides, defaults).get("run", {})
-    told = {name: run[name] for name in RunFolder.model_fields if name in run} if isinstance(run, dict) else run
-    return validate_tree(_Where, {"run": told}).run
+    given = {name: run[name] for name in RunFolder.model_fields if name in run} if isinstance(run, dict) else run
+    return validate_tree(_Where, {"run": given}).run
 
 
 class _Where(Section):
@@ -129,8 +129,8 @@ def _read(file: Path) -> str:
     first, _, rest = text.partition("\n")
     if first.startswith(HASH_LINE) and first.removeprefix(HASH_LINE) != hashlib.sha256(rest.encode()).hexdigest():
         raise ConfigError(
-            f"{file} must match the hash in its first line: it was damaged or edited; give changes as key=value, or take the line"
-            " off to have it read as it is"
+            f"{file} must match the hash in its first line: it was damaged or edited; give changes as key=value, or remove the"
+            " line to have the file read as it is"
         )
     return text
 
@@ -143,7 +143,7 @@ def _expand(override: str, kind: type[Section]) -> str:
         return override
     owners = [name for name, *_ in options(kind) if name.rsplit(".", 1)[-1] == key]
     if len(owners) > 1:
-        raise ConfigError(f"{key}: several options bear this name: {', '.join(owners)}")
+        raise ConfigError(f"{key}: several options have this name: {', '.join(owners)}")
     return f"{owners[0]}={value}" if owners else override
 
 

@@ -1,4 +1,4 @@
-"""What the capacity planner can be told: a tree of its own, read like the main one. Every default lives only here."""
+"""Options of the capacity planner."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ShapeConfig(Section):
 
 
 class HardwareConfig(Section):
-    """The GPUs; none of a figure takes that of the kind."""
+    """The GPUs; a figure that is null is that of the kind."""
 
     kind: Gpu = Field("H100", description="figures to begin with: A100 (80 GB), H100 and H200 (SXM), L4")
     gpus: int = Field(8, ge=1, description="GPUs in all")
@@ -49,8 +49,8 @@ class EfficiencyConfig(Section):
 class PlanConfig(Section):
     """How much memory, time and money a training run will take."""
 
-    model: str | None = Field(None, description="policy: folder or hub id; none: the numbers of `shape`")
-    reward: str | None = Field(None, description="backbone of reward and propensity: folder or hub id; none: `reward_shape`")
+    model: str | None = Field(None, description="policy: folder or hub id; null: the numbers of `shape`")
+    reward: str | None = Field(None, description="backbone of reward and propensity: folder or hub id; null: `reward_shape`")
     shape: ShapeConfig = ShapeConfig()
     reward_shape: ShapeConfig = ShapeConfig(parameters=1.24e9, layers=16, hidden=2048, kv_width=1024, tied=True)
     hardware: HardwareConfig = HardwareConfig()
@@ -72,8 +72,8 @@ class PlanConfig(Section):
     epochs: int = Field(1, ge=1, description="passes over a step's answers")
     staleness: Literal[0, 1] = Field(0, description="1: the next answers are written while the learner trains")
     log_events: int = Field(1_000_000, ge=1, le=10**12, description="impressions in the log")
-    observed: float = Field(0.2, gt=0, le=1, description="share of the log that bears feedback")
-    log_rows: int | None = Field(None, ge=1, description="impressions that a fit reads; none: all")
+    observed: float = Field(0.2, gt=0, le=1, description="share of the log with feedback")
+    log_rows: int | None = Field(None, ge=1, description="impressions that a fit reads; null: all")
     reward_epochs: int = Field(4, ge=1, description="passes of the reward fit over the rows with feedback")
     workers: int = Field(1, ge=1, description="GPUs that fit the propensity and the reward model")
     refits: int = Field(0, ge=0, description="fits on the grown log during the run, besides the first")

@@ -1,4 +1,4 @@
-"""What submitting to a cluster, and asking after what was, can be told: trees of their own. Every default lives only here."""
+"""Options of submitting to a cluster, and of looking at what was submitted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from causalrm_ray.config.base import Section
 ADDRESS = Field(
     None,
     pattern=r"^https?://\S+$",
-    description="http://host:port of the cluster's dashboard; none: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265",
+    description="http://host:port of the cluster's dashboard; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265",
 )
 
 
 class SubmitSection(Section):
-    """How a job is handed over; all else on the command line is the job's own."""
+    """How a job is submitted; everything else on the command line is the job's own."""
 
     address: str | None = ADDRESS
     working_dir: Path = Field(
@@ -24,10 +24,10 @@ class SubmitSection(Section):
         description="folder that is sent for the job to run in, without runs/, .git, .venv, caches and what .gitignore names",
     )
     env: tuple[str, ...] = Field(
-        (), description="environment variables that the job gets as they are here: [HF_TOKEN]; who may ask the cluster sees them"
+        (), description="environment variables to pass on, such as [HF_TOKEN]; everyone with access to the cluster can read them"
     )
-    id: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$", description="name of the submission; none: one that is new")
-    follow: bool = Field(True, description="print the job's log until it ends, and end as it did; false: return at once")
+    id: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$", description="name of the submission; null: a new one")
+    follow: bool = Field(True, description="print the job's log until it ends, and exit with its status; false: return at once")
 
 
 class SubmitConfig(Section):
@@ -37,11 +37,11 @@ class SubmitConfig(Section):
 
 
 class SubmittedConfig(Section):
-    """What to do about jobs that were submitted."""
+    """Jobs that were submitted."""
 
     address: str | None = ADDRESS
-    id: str | None = Field(None, description="submission to show, with what it left; none: all of them")
-    follow: bool = Field(False, description="print its log until it ends, and end as it did")
+    id: str | None = Field(None, description="submission to show, with its files; null: all of them")
+    follow: bool = Field(False, description="print its log until it ends, and exit with its status")
     stop: bool = Field(False, description="end it")
 
     @model_validator(mode="after")

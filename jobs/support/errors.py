@@ -1,4 +1,4 @@
-"""How a job ends that cannot go on for a reason that we know: with one line that names it, in place of a traceback."""
+"""How a job ends for a known reason: with one line that names it in place of a traceback, and without a half-made run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.console import Console
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.errors import ConfigError, InputError
 
-REFUSED = 2  # exit status: what was told or handed in cannot be used; trying again would not help
+REFUSED = 2  # exit status: options or input that cannot be used; trying again would not help
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WORDS = (  # of libraries that have words of their own for it: SQLite, torch's writer of archives
+WORDS = (  # with which libraries report it: the system's own, SQLite, torch's writer of archives
     *map(os.strerror, FULL),
     "database or disk is full",
     "PytorchStreamWriter failed writing",
@@ -29,19 +29,19 @@ def refuse(job: str, why: object) -> int:
 
 
 def no_room(error: BaseException, run: RunFolder) -> str | None:
-    """What to say where a full disk, or a quota, is behind an error, whoever met it and in whatever process; else none."""
+    """The message for an error that a full disk, or a quota, caused in any process; None for other errors."""
     for cause in _causes(error):
         if getattr(cause, "errno", None) in FULL or any(word in str(cause) for word in WORDS):
             return (
-                f"no room to write, most likely under {run.path}: {cause}\nNothing half-written will be read. Make room, and go "
-                "on with resume=true, or begin again if there is no checkpoint yet"
+                f"no room to write, most likely under {run.path}: {cause}\nNothing half-written will be read. Make room, then "
+                "continue with resume=true, or start again if there is no checkpoint yet"
             )
     return None
 
 
 @contextlib.contextmanager
 def naming_full_disks(run: RunFolder) -> Iterator[None]:
-    """Raise InputError with the words of `no_room` where they apply; every other error passes."""
+    """Raise InputError with the message of `no_room` where it applies; every other error passes."""
     try:
         yield
     except Exception as error:  # each library has a class of its own for it: OSError, torch's, safetensors', SQLAlchemy's, Ray's
@@ -74,7 +74,7 @@ def forgetting_refused_log(run: RunFolder) -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """What lies behind an error, the innermost first; what a role raised comes with Ray's own error around it, as its `cause`."""
+    """An error and its causes, the innermost first; Ray keeps what a role raised as the `cause` of an error of its own."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)

@@ -21,7 +21,7 @@ from jobs.support.prompts import Task
 def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     """Import `feedback.source` into the log, and refuse a log that no fit could use, before anything heavy starts.
 
-    Returns the import's report; none where nothing is imported.
+    Returns the import's report; None where nothing is imported.
     """
     log = FeedbackLog(config.log_url, config.feedback.signals)
     report = None

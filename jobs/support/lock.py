@@ -21,7 +21,7 @@ def run_lock(run: RunFolder) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"run.name: another process works in {run.path}: wait for its end, or choose another name") from None
+        raise InputError(f"run.name: another process works in {run.path}: wait until it ends, or choose another name") from None
     try:
         yield
     finally:

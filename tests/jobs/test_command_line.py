@@ -118,8 +118,8 @@ def test_a_job_says_what_it_lacks(
 def test_a_log_that_a_stopped_run_left_is_never_mixed_with_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "feedback.db").touch()
-    told = refusal(capsys, "simulate-feedback", f"run.dir={tmp_path}", "run.name=mine")
-    assert "holds a run already: remove it, or choose another run.name" in told
+    shown = refusal(capsys, "simulate-feedback", f"run.dir={tmp_path}", "run.name=mine")
+    assert "holds a run already: remove it, or choose another run.name" in shown
 
 
 def test_two_processes_never_write_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,14 +135,14 @@ def test_two_processes_never_write_one_run(tmp_path: Path, capsys: pytest.Captur
 def test_a_log_that_cannot_be_opened_is_named_without_its_password(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refusal(capsys, "fit-reward", f"feedback.url={url}", f"run.dir={tmp_path}")
-    assert "feedback.url" in told
-    assert "secret" not in told
+    shown = refusal(capsys, "fit-reward", f"feedback.url={url}", f"run.dir={tmp_path}")
+    assert "feedback.url" in shown
+    assert "secret" not in shown
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = refusal(capsys, "train-policy", "loop.max_failures=0", f"model.policy={tmp_path / 'nowhere'}", f"run.dir={tmp_path}")
-    assert "nowhere must be a Hugging Face folder or hub id with a tokenizer" in told
+    shown = refusal(capsys, "train-policy", "loop.max_failures=0", f"model.policy={tmp_path / 'nowhere'}", f"run.dir={tmp_path}")
+    assert "nowhere must be a Hugging Face folder or hub id with a tokenizer" in shown
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +220,7 @@ def test_a_refusal_after_the_first_checkpoint_leaves_the_run(tmp_path: Path) -> 
 def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "ok"}) + "\n" + json.dumps({"prompt": "word " * 200}) + "\n", encoding="utf-8")
-    told = refusal(
+    shown = refusal(
         capsys,
         "train-policy",
         "loop.max_failures=0",
@@ -228,8 +228,8 @@ def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest
         "world.users=none",
         f"run.dir={tmp_path / 'runs'}",
     )
-    assert "prompt 2" in told
-    assert "at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in told
+    assert "prompt 2" in shown
+    assert "at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in shown
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ POSITIONS = 64
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with its tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer([*WORDS, "tell me about"], PretrainSettings(vocab=300))
+    tokenizer = train_tokenizer([*WORDS, "talk about"], PretrainSettings(vocab=300))
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     ends = {"eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": POSITIONS, "initializer_range": 0.2}
@@ -51,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """HelpSteer's schema: 40 answers on 20 prompts, one of which is too long, and a row without a score."""
     path = tmp_path_factory.mktemp("source") / "toy.jsonl"
     rows = [
-        {"prompt": f"tell me about {WORDS[n % 6]} {n // 2}", "response": " ".join(WORDS[: 1 + n % 5]), "helpfulness": n % 5}
+        {"prompt": f"talk about {WORDS[n % 6]} {n // 2}", "response": " ".join(WORDS[: 1 + n % 5]), "helpfulness": n % 5}
         for n in range(40)
     ]
     rows[7]["response"] = "stone " * POSITIONS
@@ -98,8 +98,8 @@ def test_a_killed_run_goes_on_and_its_answers_become_embeddings(
     names = {"config.yaml", "quarantine.jsonl", "rows.parquet", "summary.json", "test.safetensors", "train.safetensors"}
     assert {path.name for path in folder.iterdir()} == names
     _check_against_the_model(model, folder)
-    told = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(row["row"], row["reason"].rpartition(",")[0]) for row in told] == [
+    rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["row"], row["reason"].rpartition(",")[0]) for row in rows] == [
         (4, "helpfulness must be a finite number"),
         (9, "prompt and response must have at most 64 tokens"),
     ]
@@ -126,7 +126,7 @@ def _check_against_the_model(model: str, folder: Path) -> None:
             tokens = torch.tensor([encode_pair(tokenizer, row["prompt"], row["response"])])
             with torch.inference_mode():
                 alone = stock(tokens, output_hidden_states=True).hidden_states[-1][0, -1]
-            # states are of order 1; padded batches sum in another order, which float32 tells at 1e-6
+            # states are of order 1; padded batches sum in another order, which float32 shows at 1e-6
             torch.testing.assert_close(state, alone, atol=1e-5, rtol=0)
             assert level == row["level"]
     train, test = load_pair(folder / "train.safetensors", folder / "test.safetensors")

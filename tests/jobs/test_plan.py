@@ -60,7 +60,7 @@ def test_measured_rates_replace_what_is_assumed_and_are_checked_on_the_measured_
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "part"),
     [
         (["measured=nowhere.json"], "nowhere.json must be"),
         (["hardware.gpus=2"], "learner.ranks"),
@@ -71,7 +71,7 @@ def test_measured_rates_replace_what_is_assumed_and_are_checked_on_the_measured_
     ],
 )
 def test_what_cannot_be_planned_is_refused(
-    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", f"run.dir={tmp_path}", f"run.cache={tmp_path / 'cache'}", *options]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert part in " ".join(capsys.readouterr().err.split())

@@ -69,7 +69,7 @@ def test_one_gpu_group_per_generator_is_vllms_only() -> None:
         load_config(None, ["rollout.engine=hf", "rollout.tensor_parallel=2"])
 
 
-def test_evaluations_sample_as_training_does_unless_told_otherwise() -> None:
+def test_evaluations_sample_as_training_does_unless_they_have_options_of_their_own() -> None:
     same = load_config(None, ["rollout.temperature=0.8", "rollout.stop=[' END',7]"]).rollout
     assert same.sampling() == same.sampling(evaluation=True) == Sampling(40, 0.8, stop=(" END", 7))
     own = load_config(None, ["rollout.temperature=0.8", "rollout.evaluation.top_p=0.9", "rollout.stop=[7]"]).rollout

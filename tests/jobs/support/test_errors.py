@@ -1,4 +1,4 @@
-"""A disk that takes no more: each library that we write files with meets it in its own words, and all are understood."""
+"""A disk that takes no more: each library that we write files with meets it in its own words, and all are recognised."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def json(path: Path) -> None:
 
 @pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("write", [tensors, archive, table, json])
-def test_a_full_disk_is_told_as_such_and_leaves_nothing_half_written(write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_as_such_and_leaves_nothing_half_written(write: Callable[[Path], None], tmp_path: Path) -> None:
     run = RunFolder(dir=tmp_path, name="run")
     with pytest.raises(Exception) as met, atomic_folder(run.path / "step-2") as folder:  # noqa: PT011 - each has a type of its own
         write(folder / "file")
