@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from causalrm_ray.config.base import RunFolder, Section
+from causalrm_ray.config.base import Section
 from causalrm_ray.config.options import find_run, load_tree
+from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
-from jobs.catalog import GROUPS, JOBS, MAIN, Job
-from jobs.support.errors import forgetting_refused_log, naming_full_disks, refuse
+from jobs.catalog import GROUPS, JOBS, Job
+from jobs.support.errors import discarding_refused_import, naming_full_disks, refuse
 from jobs.support.lock import run_lock
 from jobs.support.option_tables import option_tables
 
@@ -42,7 +43,7 @@ def start(name: str, file: Path | None, overrides: Sequence[str]) -> int:
 
             return submit(file, overrides)
         config = read_options(name, job, file, overrides)
-        with _run_folder(job, getattr(config, "run", None)):
+        with _run_folder(job, config):
             return job.run(config)
     except (ConfigError, InputError) as error:
         return refuse(name, error)
@@ -61,18 +62,20 @@ def read_options(name: str, job: Job, file: Path | None, overrides: Sequence[str
 
 
 @contextlib.contextmanager
-def _run_folder(job: Job, run: RunFolder | None) -> Iterator[None]:
+def _run_folder(job: Job, config: Section) -> Iterator[None]:
     """While the block lasts, the run's folder is this process's, if the job writes it."""
+    run = getattr(config, "run", None)
     with contextlib.ExitStack() as held:
         if run is not None and job.uses_run == "writes":
             held.enter_context(run_lock(run))
-            if job.tree == MAIN:
+            if isinstance(config, Config):
                 from jobs.support.log import RunLog  # only now: it loads Ray
 
                 held.enter_context(RunLog(run))
-                held.enter_context(forgetting_refused_log(run))
         if run is not None:
             held.enter_context(naming_full_disks(run))
+        if isinstance(config, Config) and job.uses_run == "writes":
+            held.enter_context(discarding_refused_import(config))
         yield
 
 

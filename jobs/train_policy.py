@@ -20,7 +20,7 @@ from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import Scored
-from jobs.support.errors import forgetting_refused_log
+from jobs.support.errors import discarding_refused_import
 from jobs.support.feedback import import_feedback, simulate_feedback
 from jobs.support.lock import run_lock
 from jobs.support.log import RunLog
@@ -37,7 +37,7 @@ def run(config: Config, again: bool = False) -> int:
     with (
         run_lock(config.run),
         RunLog(config.run),
-        forgetting_refused_log(config.run),
+        discarding_refused_import(config),
         MemoryMonitor() as memory,
         Progress() as progress,
     ):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from causalrm_ray.config.base import RunFolder
+from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
 
 REFUSED = 2  # exit status: options or input that cannot be used; trying again would not help
@@ -51,25 +52,23 @@ def naming_full_disks(run: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forgetting_refused_log(run: RunFolder) -> Iterator[None]:
-    """Where the block ends in a refusal before the run has a checkpoint or summary, delete the feedback log that it began.
+def discarding_refused_import(config: Config) -> Iterator[None]:
+    """Delete the run's own log, if this block began it, where the block ends in a refusal before a checkpoint or summary.
 
-    The corrected command then finds no run under the name. A log that was there before, or is elsewhere, is left alone. The
-    run must be locked.
+    The corrected command then finds no run under the name, and imports `feedback.source` again. What simulated users wrote is
+    kept, and so is any log that was there before or is elsewhere. The run must be locked.
     """
-    made = [
-        path
-        for name in ("feedback.db", "feedback.db-wal", "feedback.db-shm", "config.yaml")
-        if not (path := run.path / name).exists()
-    ]
+    run = config.run.path
+    names = ("feedback.db", "feedback.db-wal", "feedback.db-shm", "config.yaml") if config.feedback.source else ()
+    began = [run / name for name in names if not (run / name).exists()]
     try:
         yield
     except (ConfigError, InputError):
-        if not any((run.path / mark).exists() for mark in ("checkpoints", "summary.json")):
-            for path in made:
+        if not any((run / mark).exists() for mark in ("checkpoints", "summary.json")):
+            for path in began:
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # quarantine.jsonl, or what a user put there, stays
-                run.path.rmdir()
+                run.rmdir()
         raise
 
 

@@ -13,11 +13,12 @@ import pytest
 
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.config.options import load_config, options
+from causalrm_ray.config.train import Config
 from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt
 from jobs.__main__ import main
 from jobs.catalog import JOBS
-from jobs.support.errors import forgetting_refused_log
+from jobs.support.errors import discarding_refused_import
 from jobs.support.lock import lock_of
 from jobs.support.prompts import Task, find_models
 from jobs.support.run_folder import Run
@@ -195,26 +196,23 @@ def test_a_refused_import_leaves_no_run_behind(
     assert not (left / "feedback.db").exists(), "refused by what came after the import, before the work"
 
 
-def test_a_refusal_leaves_the_log_of_a_run_that_was_there(tmp_path: Path) -> None:
-    run = RunFolder(name="mine", dir=tmp_path)
-    run.path.mkdir()
-    (run.path / "feedback.db").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError), forgetting_refused_log(run):
-        raise InputError("no")
-    assert (run.path / "feedback.db").read_text(encoding="utf-8") == "mine"
+def refused(config: Config) -> None:
+    (config.run.path / "feedback.db").write_text("mine", encoding="utf-8")
+    raise InputError("no")
 
 
-def test_a_refusal_after_the_first_checkpoint_leaves_the_run(tmp_path: Path) -> None:
-    run = RunFolder(name="mine", dir=tmp_path)
-
-    def work() -> None:
-        (run.path / "checkpoints").mkdir(parents=True)
-        (run.path / "feedback.db").touch()
-        raise InputError("no")
-
-    with pytest.raises(InputError), forgetting_refused_log(run):
-        work()
-    assert (run.path / "feedback.db").exists()
+@pytest.mark.parametrize("case", ["a log that was there", "a checkpoint", "a log of simulated users"])
+def test_a_refusal_deletes_nothing_but_an_import_that_it_ends(case: str, tmp_path: Path) -> None:
+    source = [] if case == "a log of simulated users" else ["feedback.source=log.jsonl"]
+    config = load_config(None, [f"run.dir={tmp_path}", *source])
+    config.run.path.mkdir()
+    if case == "a log that was there":
+        (config.run.path / "feedback.db").touch()
+    elif case == "a checkpoint":
+        (config.run.path / "checkpoints").mkdir()
+    with pytest.raises(InputError), discarding_refused_import(config):
+        refused(config)
+    assert (config.run.path / "feedback.db").read_text(encoding="utf-8") == "mine"
 
 
 def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,40 +21,46 @@ import pytest
 
 from causalrm_ray.errors import ConfigError
 from jobs.__main__ import main
-from jobs.submit import read_submission
+from jobs.submit import read_request
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_submitted_job_joins_the_cluster_that_it_runs_in_unless_told_otherwise() -> None:
-    assert read_submission(None, ["doctor"]).command == ["python", "-m", "jobs", "doctor", "cluster.address=auto"]
-    for told in ("cluster.address=10.0.0.1:6379", "address=10.0.0.1:6379"):
-        assert read_submission(None, ["doctor", told]).command == ["python", "-m", "jobs", "doctor", told]
+def test_a_submitted_job_joins_the_cluster_that_it_runs_in_unless_its_options_name_another() -> None:
+    assert read_request(None, ["doctor"]).command == ["python", "-m", "jobs", "doctor", "cluster.address=auto"]
+    for given in ("cluster.address=10.0.0.1:6379", "address=10.0.0.1:6379"):
+        assert read_request(None, ["doctor", given]).command == ["python", "-m", "jobs", "doctor", given]
 
 
-def test_options_of_submit_and_of_the_job_part_ways(tmp_path: Path) -> None:
+def test_options_of_submit_and_of_the_job_are_separated(tmp_path: Path) -> None:
     words = ["submit.env=[HF_TOKEN]", "train-policy", f"run.dir={tmp_path}", "submit.follow=false", "steps=3"]
-    asked = read_submission(None, words)
+    asked = read_request(None, words)
     assert asked.command == ["python", "-m", "jobs", "train-policy", f"run.dir={tmp_path}", "steps=3", "cluster.address=auto"]
     assert (asked.options.env, asked.options.follow) == (("HF_TOKEN",), False)
     assert asked.facts == {"job": "train-policy", "run": f"{tmp_path}/train-policy"}
 
 
-def test_a_run_that_goes_on_is_not_checked_against_options_that_lie_with_it(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_not_checked_against_the_options_in_its_folder(tmp_path: Path) -> None:
     words = ["train-policy", f"run.dir={tmp_path}", "resume=true", "learner.save_memory=[offload]"]  # needs zero_stage >= 1
-    assert read_submission(None, words).command[-1] == "cluster.address=auto"
+    assert read_request(None, words).command[-1] == "cluster.address=auto"
     with pytest.raises(ConfigError, match="zero_stage"):
-        read_submission(None, [word for word in words if word != "resume=true"])
+        read_request(None, [word for word in words if word != "resume=true"])
+
+
+def test_a_folder_with_a_module_named_jobs_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "jobs.py").touch()
+    with pytest.raises(ConfigError, match=r"submit\.working_dir: .*jobs\.py has the name of a package"):
+        read_request(None, ["doctor", f"submit.working_dir={tmp_path}"])
 
 
 def test_the_configuration_file_is_found_in_the_folder_that_is_sent(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     file = tmp_path / "configs" / "mine.yaml"
     file.write_text(f"run: {{dir: {tmp_path}}}\ncluster: {{address: 'ray:6379'}}\n", encoding="utf-8")
-    asked = read_submission(file, ["train-policy", f"submit.working_dir={tmp_path}"])
+    asked = read_request(file, ["train-policy", f"submit.working_dir={tmp_path}"])
     assert asked.command == ["python", "-m", "jobs", "train-policy", "--config", "configs/mine.yaml"]
     with pytest.raises(ConfigError, match=r"must lie in submit\.working_dir"):
-        read_submission(file, ["train-policy", f"submit.working_dir={tmp_path / 'configs' / 'deeper'}"])
+        read_request(file, ["train-policy", f"submit.working_dir={tmp_path / 'configs' / 'deeper'}"])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +178,7 @@ def token(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
     return Path(cluster.env["RAY_AUTH_TOKEN_PATH"]).read_text(encoding="utf-8")
 
 
-def test_the_cluster_has_three_nodes_and_tells_nobody_without_its_token(cluster: Cluster, token: str) -> None:
+def test_the_cluster_has_three_nodes_and_answers_nobody_without_its_token(cluster: Cluster, token: str) -> None:
     url = f"{cluster.address}/nodes?view=summary"
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(url, timeout=60)
@@ -208,9 +214,9 @@ def test_ctrl_c_leaves_the_job_running_and_its_artefacts_are_found_later(
     with ended(submitting):
         wait_for(submitting, "Running entrypoint")
         submitting.send_signal(signal.SIGINT)
-        told = wait_for(submitting, "goes on")
+        shown = wait_for(submitting, "goes on")
         assert submitting.wait() == 130
-    assert f"submitted address={cluster.address} id=first follow=true" in told
+    assert f"submitted address={cluster.address} id=first follow=true" in shown
     assert main(["submitted", "id=first", "follow=true"]) == 0
     assert "200 impressions" in capsys.readouterr().out
     assert main(["submitted", "id=first"]) == 0
