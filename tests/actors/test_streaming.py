@@ -1,0 +1,154 @@
+"""A rollout's stream and a refit without a cluster: real roles in this process, each object by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.cluster.in_process import Handle, enter_in_process
+from actors.feedback import FeedbackRole
+from actors.learner.group import LearnerGroup
+from actors.refitting import Refitter
+from actors.reward.propensity import PropensityActor
+from actors.reward.role import RewardActor
+from actors.rollout.engine import EngineSettings
+from actors.rollout.generator import Generator
+from actors.rollout.generators import Generators
+from actors.streaming import RolloutStream
+from causalrm_ray.config.options import validate
+from causalrm_ray.config.train import Config, RewardConfig
+from causalrm_ray.estimators.core.training import FitSettings
+from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Request, Scored
+
+TIMEOUT_S = 120.0
+REQUESTS = [Request(Prompt(f"prompt-{number:02d}", "ask", (3, 5 + number)), number) for number in range(20)]
+
+
+class Scores:
+    """Scores a row by its length, as version 7, and keeps the sizes of the micro-batches that it got."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def score(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
+        self.sizes.append(len(rows))
+        return np.array([float(len(row)) for row in rows], dtype=np.float32), 7
+
+
+class Learns:
+    """Keeps the ids that it prepared, and those that it was updated on."""
+
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
+        self.updated: list[str] = []
+
+    def prepare(self, completions: Sequence[Completion]) -> None:
+        self.prepared += [done.prompt.id for done in completions]
+
+    def update(self, scored: Sequence[Scored]) -> dict[str, float]:
+        self.updated = [answer.completion.prompt.id for answer in scored]
+        return {"loss": 0.0}
+
+
+class Reacts:
+    """Upvotes everything."""
+
+    def react_all(self, impressions: Sequence[Impression]) -> list[FeedbackEvent]:
+        return [FeedbackEvent(f"{shown.id}/vote", shown.id, "upvote", 1.0, shown.time + 1) for shown in impressions]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process() -> Iterator[None]:
+    with enter_in_process():
+        yield
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    rollout = {"engine": "hf", "generators": 1, "prompts_per_step": 20, "samples_per_prompt": 1, "max_new_tokens": 4}
+    return validate({"run": {"dir": str(tmp_path)}, "rollout": rollout})
+
+
+@pytest.fixture
+def generators(config: Config, backbone: str, tmp_path: Path) -> Iterator[Generators]:
+    settings = EngineSettings(backbone, 32, "float32", tmp_path, TIMEOUT_S, config.rollout.buffer)
+    generator = Generator("hf", settings, config.rollout.sampling())
+    yield Generators(config, {"generator-0": Handle(generator)}, lambda name: None, lambda message: None)
+    generator.close()
+
+
+def impression(done: Completion) -> Impression:
+    return Impression(done.prompt.id, done.prompt.text, done.response or "-", done.policy_version, 0.0)
+
+
+def test_a_rollout_is_scored_prepared_and_shown_in_micro_batches_and_comes_in_request_order(
+    config: Config, generators: Generators, tmp_path: Path
+) -> None:
+    scores, learns, log = Scores(), Learns(), FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
+    learner = LearnerGroup([Handle(learns)], TIMEOUT_S)
+    handles = {"reward": Handle(scores), "users": Handle(Reacts()), "log": Handle(log)}
+    stream = RolloutStream(config.rollout, generators, learner, **handles, timeout_s=TIMEOUT_S)
+    scored = stream.rollout(REQUESTS, lambda chunk: [impression(done) for done in chunk])
+    assert [answer.completion.prompt.id for answer in scored] == [request.prompt.id for request in REQUESTS]
+    for answer in scored:
+        tokens = len(answer.completion.prompt.token_ids) + len(answer.completion.token_ids)
+        assert (answer.reward, answer.reward_version) == (tokens, 7)
+    assert scores.sizes == [8, 8, 4]  # rollout.micro_batch, and what is left
+    assert sorted(learns.prepared) == [request.prompt.id for request in REQUESTS]
+    assert log.position() == 40  # an impression and a vote each
+    assert learner.update(scored) == {"loss": 0.0, "reward_version": 7.0}
+    assert learns.updated == [request.prompt.id for request in REQUESTS]
+
+
+def test_a_rollout_that_was_begun_must_be_the_next(config: Config, generators: Generators) -> None:
+    stream = RolloutStream(config.rollout, generators, LearnerGroup([], TIMEOUT_S), reward=Handle(Scores()), timeout_s=TIMEOUT_S)
+    stream.begin(REQUESTS[:4])
+    with pytest.raises(RuntimeError, match="begun with prompt-00 must come first, got prompt-10"):
+        stream.rollout(REQUESTS[10:], lambda chunk: [])
+    stream.begin(REQUESTS[:4])
+    assert len(stream.rollout(REQUESTS[:4], lambda chunk: [])) == 4
+
+
+def test_the_log_is_filled_with_what_was_shown(config: Config, generators: Generators, tmp_path: Path) -> None:
+    log = FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
+    handles = {"users": Handle(Reacts()), "log": Handle(log)}
+    stream = RolloutStream(config.rollout, generators, LearnerGroup([], TIMEOUT_S), **handles, timeout_s=TIMEOUT_S)
+    assert stream.fill_log(REQUESTS, lambda chunk: [impression(done) for done in chunk if done.prompt.id != "prompt-03"]) == 19
+    assert log.position() == 38
+
+
+def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grown(backbone: str, tmp_path: Path) -> None:
+    log = FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1, "downvote": 0})
+    shown = [
+        Impression(f"i-{number}", "tell me about the lamp", ("stone certainly", "stone never")[number % 2], 0, float(number))
+        for number in range(300)
+    ]
+    votes = [
+        FeedbackEvent(f"{one.id}/vote", one.id, "upvote" if "certainly" in one.response else "downvote", 1.0, one.time + 1)
+        for number, one in enumerate(shown)
+        if number % 3
+    ]
+    log.append(shown, votes)
+    settings = FitSettings(1, 1e-3, 64)
+    propensity = PropensityActor(backbone, settings, 0.1, max_length=64)
+    options = {"max_length": 64, "seed": 0, "folder": tmp_path / "reward", "timeout_s": TIMEOUT_S}
+    reward = RewardActor(backbone, RewardConfig(method="naive", workers=0, epochs=1, rho=(0.1, 0.1)), **options)
+    refitter = Refitter(Handle(log), Handle(propensity), Handle(reward), tmp_path, TIMEOUT_S)
+    assert refitter.log_has_grown()
+    refitter.refit("first", None, ["naive"])
+    assert not refitter.log_has_grown()
+    state = refitter.state()
+    assert state["reward"] == {"folder": "reward/first/naive", "version": 1}
+    assert state["propensity"] == "propensity/first"
+
+    fresh = RewardActor(backbone, RewardConfig(method="naive", workers=0), **options)
+    other = Refitter(
+        Handle(log), Handle(PropensityActor(backbone, settings, 0.1, max_length=64)), Handle(fresh), tmp_path, TIMEOUT_S
+    )
+    other.load(state)
+    rows = [[3, 4, 5], [6, 7]]
+    assert np.array_equal(fresh.score(rows)[0], reward.score(rows)[0])
+    assert other.state() == state
