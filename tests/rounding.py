@@ -1,4 +1,4 @@
-"""A processor that rounds another way: `python -m pytest -p tests.rounding tests/causalrm_ray` finds tests that rest on a last bit.
+"""A processor that rounds another way: `python -m pytest -p tests.rounding tests/causalrm_ray` finds tests that rest on a bit.
 
 Logarithms, exponentials, products of matrices and sums are not the same to the last bit on all processors. Under this plugin each
 of their results in float32 and float64 that is not exact is one unit in the last place off, up or down by its own bits: equal
