@@ -45,7 +45,7 @@ class WorldConfig(Section):
     alpha: float = Field(0.5, gt=0, le=1, description="selection strength of `protocol` users; 1 is none, smaller is stronger")
     feedback_rate: float = Field(0.2, gt=0, lt=1, description="mean share of impressions that get feedback")
     rho: tuple[float, float] = Field(
-        (0.2, 0.1), description="true (rho_01, rho_10): rates of slips away from an upvote, P(r=0 | r*=1), and towards one"
+        (0.2, 0.1), description="true label noise (rho_01, rho_10): P(r=0 | r*=1), a liked answer voted down, and P(r=1 | r*=0)"
     )
     impressions: int = Field(5000, ge=200, description="impressions logged before the loop starts")
 
@@ -59,11 +59,11 @@ class WorldConfig(Section):
 class FeedbackConfig(Section):
     """The feedback log: where it is, what to import into it, and what its signals mean."""
 
-    url: str | None = Field(None, description="SQLAlchemy URL of the log; none keeps an SQLite file in the run's folder")
+    url: str | None = Field(None, description="SQLAlchemy URL of the log; null keeps an SQLite file in the run's folder")
     source: str | None = Field(None, description="log to import first: JSONL or Parquet file, `datasets` folder or hub id")
     format: FormatName = Field("native", description="how the rows of `source` are read, by name or import path")
     prompts: str | None = Field(
-        None, description="JSONL or Parquet file with a `prompt` column to tune on; none: the embedded prompts"
+        None, description="JSONL or Parquet file with a `prompt` column to tune on; null: the embedded prompts"
     )
     signals: dict[str, Literal[0, 1]] = Field(
         SIGNALS, description="label of each signal, 1 liked or 0 disliked; yours are added to these, and null takes one away"
@@ -95,7 +95,7 @@ class RewardConfig(Section):
     caution: float = Field(
         0.0, ge=0, description="standard deviations of its ensemble that the reward model stays below their mean; 0: the mean"
     )
-    rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); none estimates them from the log")
+    rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); null estimates them from the log")
     noise_rates: NoiseEstimator = Field(
         "curve", description="how they are estimated: curve, of the labels along a proxy's ranks; anchors, the paper's quantiles"
     )
@@ -140,7 +140,7 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(40, ge=1, description="longest answer, tokens")
     stop: tuple[str | int, ...] = Field((), description="texts and token ids that end an answer, besides the model's own end")
     evaluation: SamplingConfig | None = Field(
-        None, description="temperature, top_p, top_k, min_p of evaluations; none: as training samples"
+        None, description="temperature, top_p, top_k, min_p of evaluations; null: as training samples"
     )
 
     @model_validator(mode="after")
@@ -180,12 +180,12 @@ class KLConfig(Section):
         None, description="k1: in the reward; k2, k3: in the loss; if not given, k1 for ppo, rloo and reinforce_pp, else k3"
     )
     target: float | None = Field(
-        None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; none keeps it fixed"
+        None, gt=0, description="KL per answer, nats, that the adaptive coefficient steers to; null keeps it fixed"
     )
     stop: float | None = Field(
         None,
         gt=0,
-        description="KL(before the step || now), nats per token, at which the step ends after this minibatch; none: never",
+        description="KL(before the step || now), nats per token, at which the step ends after this minibatch; null: never",
     )
 
 
@@ -226,7 +226,8 @@ class LearnerConfig(Section):
         "have no scale of their own, and the sharper it is, the less a KL penalty would weigh",
     )
     truncation: Annotated[float, Field(ge=0)] | Literal["mask"] = Field(
-        1.0, description="answers cut by the token limit: what is taken off their reward; mask: they are left out of the loss"
+        1.0,
+        description="answers cut by the token limit: what is subtracted from their reward; mask: they are left out of the loss",
     )
     kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference policy")
 
@@ -243,13 +244,13 @@ class LoopConfig(Section):
     steps: int = Field(24, ge=1, description="policy steps")
     checkpoint_every: int = Field(8, ge=0, description="steps between checkpoints; 0 only at the end")
     max_failures: int = Field(
-        3, ge=0, description="deaths that are made good: of generators, and of the whole job, which goes on from its checkpoint"
+        3, ge=0, description="deaths that are tolerated: of generators, and of the whole job, which continues from its checkpoint"
     )
     evaluation_prompts: int = Field(240, ge=20, description="held-out prompts of the oracle evaluation")
 
 
 class Config(Section):
-    """Everything a job can be told."""
+    """All options of the jobs that learn from feedback."""
 
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
