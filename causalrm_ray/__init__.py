@@ -1,0 +1,24 @@
+"""Unbiased reward models from observational feedback (arXiv 2603.18736), and RLHF on them.
+
+The public names load on first use, so that `import causalrm_ray` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from causalrm_ray.api import RewardEstimator
+
+__all__ = ["RewardEstimator"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("causalrm_ray.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

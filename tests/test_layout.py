@@ -32,6 +32,8 @@ ROOMS = (
     "causalrm_ray.estimators.methods",
     "causalrm_ray.estimators",
     "causalrm_ray.estimators.diagnostics causalrm_ray.estimators.studies",
+    "causalrm_ray.api",
+    "causalrm_ray.__init__",
     "causalrm_ray.report",
     "causalrm_ray.capacity",
     "actors.errors",

@@ -28,7 +28,7 @@ from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit
 from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_models
 from causalrm_ray.estimators.studies import noise_study
 from causalrm_ray.estimators.studies.semisynthetic import bias_table
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.heads import FeatureScorer, centre_and_scale
 from causalrm_ray.types import SCENARIOS, NoiseRates
 
 METRICS = ("r2", "mae", "mse", "auroc", "pearson")
@@ -195,6 +195,5 @@ def _estimate_rates(fit: Callable[..., RewardFits]) -> tuple[NoiseRates | None, 
 
 def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both [., D] centred on the train rows' mean and divided by one number, so that directions keep their relative weight."""
-    centre = train.float().mean(0)
-    scale = (train.float() - centre).square().mean().sqrt().clamp(min=1e-12)
+    centre, scale = centre_and_scale(train)
     return (train.float() - centre) / scale, (test.float() - centre) / scale

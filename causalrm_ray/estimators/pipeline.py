@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def fit_reward_models(
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
     loaded = {name: load_method(name) for name in methods if name != ORACLE}
-    _check(inputs, observations, propensity, methods, loss, clean_labels)
+    _check(inputs, observations, propensity, methods, loss, noise_rates, clean_labels)
     rows = torch.arange(len(inputs))
     if heldout is None:
         _, heldout = split_rows(rows, HELD_OUT, seed)
@@ -261,10 +262,13 @@ def _check(
     propensity: Tensor,
     methods: Sequence[str],
     loss: str,
+    noise_rates: str,
     clean_labels: Tensor | None,
 ) -> None:
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
+    if noise_rates not in get_args(NoiseEstimator):
+        raise ValueError(f"noise_rates must be one of {', '.join(get_args(NoiseEstimator))}, got {noise_rates!r}")
     if (ORACLE in methods) != (clean_labels is not None):
         raise ValueError(f"clean_labels go with the method {ORACLE!r} and with no other, got methods {list(methods)}")
     labels = torch.zeros(len(inputs)) if clean_labels is None else clean_labels

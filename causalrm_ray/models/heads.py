@@ -91,6 +91,12 @@ class WithHeads(nn.Module):
         return torch.cat([scorer.head(states), self.heads(states)], dim=1).float()
 
 
+def centre_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] of `features` [N, D], and the one number that scales all directions, so that these keep their relative weight."""
+    mean = features.float().mean(0)
+    return mean, (features.float() - mean).square().mean().sqrt().clamp_min(1e-6)
+
+
 class EnsembleScorer(nn.Module):
     """K small heads on frozen features, trained at once: a linear map plus one hidden layer each; their mean is the score.
 
@@ -103,8 +109,7 @@ class EnsembleScorer(nn.Module):
 
     def __init__(self, features: Tensor, members: int = 5, hidden: int = 32, dropout: float = 0.45) -> None:
         super().__init__()
-        mean = features.float().mean(0)
-        scale = (features.float() - mean).square().mean().sqrt().clamp_min(1e-6)
+        mean, scale = centre_and_scale(features)
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
         width = features.shape[1]

@@ -1,0 +1,324 @@
+"""Reward models from Python, by scikit-learn's conventions.
+
+X, y (nan: no feedback) -> propensity -> noise rates -> the method's scorer -> P(r* = 1 | x), diagnostics
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import (
+    check_is_fitted,
+    column_or_1d,
+    validate_data,  # pyrefly: ignore[missing-module-attribute]  # stubs older than 1.6
+)
+from torch import Tensor
+
+from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
+from causalrm_ray.checks import check_propensity
+from causalrm_ray.config.benchmark import HeadConfig
+from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.errors import InputError
+from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.estimators.core.training import FitSettings, predict
+from causalrm_ray.estimators.diagnostics.advice import advise
+from causalrm_ray.estimators.diagnostics.diagnose import FitDiagnostics, diagnose_fit
+from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit, diagnose
+from causalrm_ray.estimators.nuisances.strata import stratify
+from causalrm_ray.estimators.pipeline import HELD_OUT, RewardFits, fit_reward_models
+from causalrm_ray.losses.selection import outcomes
+from causalrm_ray.models.heads import FeatureScorer, centre_and_scale
+from causalrm_ray.models.saved_heads import describe, rebuild
+from causalrm_ray.types import NoiseEstimator, NoiseRates
+
+_DEFAULT = HeadConfig()
+MODEL, TENSORS = "model.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Diagnostics(FitDiagnostics):
+    """Diagnostics of a fit, and `warnings`: sentences on what is weak in it, each with a value and a remedy."""
+
+    warnings: tuple[str, ...]
+
+
+class RewardEstimator(ClassifierMixin, BaseEstimator):
+    """A model of P(r* = 1 | x), whether a user likes an answer, from feedback that is partial, selected and noisy.
+
+    `X` [N, D] are features of all answers that were shown, such as embeddings; `y` [N] is the feedback: 1, 0, and nan (None,
+    pd.NA) where none was given. Any two labels will do; the greater is the positive one.
+
+    Parameters
+    ----------
+    method: estimator by name or import path "package.module:object" (causalrm_ray.registry.ESTIMATORS). "auto" models how
+        selection works; "causalrm_dr" and "causalrm_ips" are the paper's (arXiv 2603.18736); "naive" corrects nothing.
+    hidden, dropout, lr, weight_decay, batch_size, epochs, patience: the head and its training, of propensity and reward models.
+        Ensembles ("auto", "latent", "two_stage", "..._stable") have sizes and schedules of their own.
+    clip: lowest propensity used in a weight, in (0, 1).
+    rho: known noise rates (rho_01, rho_10) = (P(r = 0 | r* = 1), P(r = 1 | r* = 0)); None estimates them.
+    noise_rates: how they are estimated: "curve" of the labels along a proxy's ranks, or the paper's "anchors".
+    random_state: seed; the same seed and data give the same model.
+
+    Attributes
+    ----------
+    classes_ [2], n_features_in_, feature_names_in_ (X a DataFrame); noise_rates_: NoiseRates used; propensity_ [N] in [clip, 1],
+    P(o = 1 | x) of the training rows, out of fold; strata_: names of the groups that `traits` made, () without;
+    diagnostics_: Diagnostics, with `.warnings`; scorer_: the torch module, logits of standardised features.
+    """
+
+    n_features_in_: int
+    feature_names_in_: np.ndarray
+
+    def __init__(
+        self,
+        method: str = "auto",
+        *,
+        hidden: Sequence[int] = _DEFAULT.hidden,
+        dropout: float = _DEFAULT.dropout,
+        lr: float = _DEFAULT.lr,
+        weight_decay: float = _DEFAULT.weight_decay,
+        batch_size: int = _DEFAULT.batch_size,
+        epochs: int = _DEFAULT.epochs,
+        patience: int = _DEFAULT.patience,
+        clip: float = _DEFAULT.clip,
+        rho: tuple[float, float] | None = None,
+        noise_rates: NoiseEstimator = "curve",
+        random_state: int | np.random.RandomState | None = 0,
+    ) -> None:
+        self.method = method
+        self.hidden = hidden
+        self.dropout = dropout
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.patience = patience
+        self.clip = clip
+        self.rho = rho
+        self.noise_rates = noise_rates
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, *, traits: Any = None, propensity: Any = None) -> RewardEstimator:
+        """Fit on all answers that were shown, those without feedback too.
+
+        `traits` are observed traits of the rows on which selection may depend: a DataFrame, a mapping of columns, or one column
+        of strings. `propensity` [N] in (0, 1] is P(o = 1 | x), if it is known; else it is fitted, cross-fitted and calibrated.
+        Raises ValueError that names the argument, the rule and the value.
+        """
+        head, seed = self._head(), self._seed()
+        features, labels = self._rows(X, reset=True), _vector("y", y)
+        given = ~pd.isna(labels)
+        _check_lengths(X=len(features), y=len(labels))
+        self.classes_, r = _encode(labels, given)
+        observations = Observations(torch.from_numpy(given).float(), torch.from_numpy(r))
+        self._centre, self._scale = centre_and_scale(features)
+        inputs = FeatureRows(self._standardise(features))
+        make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
+        settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, seed)
+        strata, self.strata_ = _strata(traits, observations)
+        cross = partial(cross_fit, make_scorer, inputs, settings=settings, seed=seed)
+        prob, doubts = _propensity(propensity, observations.o, cross, head.clip, seed)
+        fits = fit_reward_models(
+            make_scorer,
+            inputs,
+            observations,
+            prob,
+            (self.method,),
+            settings,
+            rates=None if self.rho is None else NoiseRates(*self.rho),
+            noise_rates=self.noise_rates,
+            heldout=_held_out(observations, seed),
+            strata=strata,
+            seed=seed,
+        )
+        fitted = fits.fits[self.method]
+        self.scorer_, self.noise_rates_, self.propensity_ = fitted.module.eval(), fits.rates, prob.numpy()
+        logit = predict(fitted.module, inputs, fits.heldout) if fitted.opinion is None else fitted.opinion[fits.heldout]
+        found = diagnose_fit(fits, self.method, observations, prob, logit, seed=seed)
+        self.diagnostics_ = _with_warnings(found, fits, doubts)
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """P(r* = 0 | x) and P(r* = 1 | x) [N, 2] of the rows `X` [N, D]."""
+        check_is_fitted(self)
+        features = self._rows(X, reset=False)
+        positive = torch.sigmoid(predict(self.scorer_, FeatureRows(self._standardise(features))).double()).numpy()
+        return np.stack([1 - positive, positive], axis=1)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likelier label [N] of the rows `X` [N, D], one of classes_."""
+        place = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[place]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy on the rows of `X` [N, D] that have feedback in `y` [N]: of noisy, selected labels, as the log has them."""
+        labels = _vector("y", y)
+        given = ~pd.isna(labels)
+        weight = None if sample_weight is None else np.asarray(sample_weight)[given]
+        return float(accuracy_score(_plain(labels[given]), self.predict(X)[given], sample_weight=weight))
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted model as a folder of JSON and safetensors with a manifest of hashes; all of it or nothing."""
+        check_is_fitted(self)
+        if not (self.random_state is None or isinstance(self.random_state, Integral)):
+            raise ValueError(f"random_state must be an int or None in a model that is saved, got {self.random_state!r}")
+        record = {
+            "params": self.get_params(),
+            "scorer": describe(self.scorer_),
+            "classes": {"values": self.classes_.tolist(), "dtype": self.classes_.dtype.str},
+            "feature_names": [*getattr(self, "feature_names_in_", ())],
+            "strata": self.strata_,
+            "noise_rates": asdict(self.noise_rates_),
+            "diagnostics": TypeAdapter(Diagnostics).dump_python(self.diagnostics_, mode="json"),
+        }
+        tensors = {f"scorer.{name}": value.contiguous() for name, value in self.scorer_.state_dict().items()}
+        tensors |= {"centre": self._centre, "scale": self._scale, "propensity": torch.from_numpy(self.propensity_)}
+        with atomic_folder(Path(path)) as folder:
+            write_json(folder / MODEL, record)
+            save_file(tensors, folder / TENSORS)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RewardEstimator:
+        """The model that `save` wrote. Raises CheckpointError, a ValueError, for a folder that is incomplete or altered."""
+        folder = Path(path)
+        verify_folder(folder)
+        record, tensors = read_json(folder / MODEL), load_file(folder / TENSORS)
+        model = cls(**record["params"])
+        model.scorer_ = rebuild(record["scorer"])
+        model.scorer_.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("scorer.")})
+        model._centre, model._scale, model.propensity_ = tensors["centre"], tensors["scale"], tensors["propensity"].numpy()
+        model.classes_ = np.array(record["classes"]["values"], dtype=record["classes"]["dtype"])
+        model.n_features_in_ = len(model._centre)
+        if record["feature_names"]:
+            model.feature_names_in_ = np.array(record["feature_names"], dtype=object)
+        model.strata_, model.noise_rates_ = tuple(record["strata"]), NoiseRates(**record["noise_rates"])
+        model.diagnostics_ = TypeAdapter(Diagnostics).validate_python(record["diagnostics"])
+        return model
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()  # pyrefly: ignore[missing-attribute]  # stubs older than 1.6
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def _head(self) -> HeadConfig:
+        """The parameters that HeadConfig knows, by its rules."""
+        given = {name: getattr(self, name) for name in HeadConfig.model_fields if hasattr(self, name)}
+        try:
+            return HeadConfig(**{name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
+
+    def _seed(self) -> int:
+        if isinstance(self.random_state, Integral):
+            return int(self.random_state)
+        return int(check_random_state(self.random_state).randint(2**31))
+
+    def _rows(self, X: Any, reset: bool) -> Tensor:
+        array = X.numpy(force=True) if isinstance(X, Tensor) else X
+        return torch.from_numpy(np.array(validate_data(self, array, reset=reset, dtype=np.float32), order="C"))
+
+    def _standardise(self, features: Tensor) -> Tensor:
+        return (features - self._centre) / self._scale
+
+
+def _vector(name: str, value: Any) -> np.ndarray:
+    """A NumPy, pandas or torch vector [N] as NumPy."""
+    if value is None:
+        raise ValueError(f"RewardEstimator requires y to be passed, but the target {name} is None")
+    return column_or_1d(np.asarray(value.numpy(force=True) if isinstance(value, Tensor) else value), warn=True)
+
+
+def _plain(labels: np.ndarray) -> np.ndarray:
+    """Labels of an object array in the type that they are of."""
+    return np.array(labels.tolist()) if labels.dtype == object else labels
+
+
+def _encode(labels: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two classes among the labels that are given, and r [N] in {0, 1}, nan where none is."""
+    known = _plain(labels[given])
+    check_classification_targets(known)
+    classes, place = np.unique(known, return_inverse=True)
+    if len(classes) > 2:
+        kind = type_of_target(known)
+        raise ValueError(
+            f"Only binary classification is supported. The type of the target is {kind}: y holds {len(classes)} classes"
+        )
+    if len(classes) < 2:
+        raise InputError(
+            f"y must hold two classes among the {len(known)} labels given, got {len(classes)} class: {classes.tolist()}"
+        )
+    r = np.full(len(labels), np.nan, dtype=np.float32)
+    r[given] = place
+    return classes, r
+
+
+def _strata(traits: Any, observations: Observations) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Strata [N] of the rows' traits and their names; None without traits."""
+    if traits is None:
+        return None, ()
+    if not isinstance(traits, (pd.DataFrame, Mapping)):
+        traits = {getattr(traits, "name", None) or "trait": traits}
+    columns = {str(name): _vector(f"traits[{name!r}]", column) for name, column in traits.items()}
+    _check_lengths(X=len(observations), **{name: len(column) for name, column in columns.items()})
+    rows = [
+        {name: str(value) for name, value in zip(columns, row, strict=True) if not pd.isna(value)}
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return stratify(rows, observations)
+
+
+def _propensity(
+    given: Any, o: Tensor, fit: Callable[[Tensor], tuple[Tensor, Any]], clip: float, seed: int
+) -> tuple[Tensor, tuple[str, ...]]:
+    """P(o = 1 | x) [N] in [clip, 1], given or fitted, and warnings about it."""
+    if given is None and bool(o.all()):
+        return torch.ones(len(o)), ("All rows have feedback, so selection is not corrected: add the answers without (y = nan).",)
+    if given is None:
+        found = calibrate(fit(o)[0], o, clip, seed=seed)
+        return found.prob, found.report.warnings
+    prob = torch.from_numpy(_vector("propensity", given).astype(np.float32))
+    _check_lengths(X=len(o), propensity=len(prob))
+    check_propensity("propensity", prob)
+    return prob.clamp(min=clip), () if bool(o.all()) else diagnose(prob, o, clip).warnings
+
+
+def _held_out(observations: Observations, seed: int) -> Tensor:
+    """Rows that decide when a fit stops: a share HELD_OUT of the rows of each outcome, and one at least."""
+    outcome = outcomes(observations.o, observations.r)
+    order = torch.randperm(len(outcome), generator=torch.Generator().manual_seed(seed))
+    groups = [order[outcome[order] == value] for value in outcome.unique()]
+    return torch.cat([rows[: max(1, round(HELD_OUT * len(rows)))] for rows in groups]).sort().values
+
+
+def _with_warnings(found: FitDiagnostics, fits: RewardFits, doubts: Sequence[str]) -> Diagnostics:
+    noise = fits.noise
+    ends = {"rho_01": noise.rho_01_interval, "rho_10": noise.rho_10_interval} if noise else {}
+    rates = {
+        name: {"estimate": rate, "low": ends[name][0] if ends else None, "high": ends[name][1] if ends else None}
+        for name, rate in asdict(fits.rates).items()
+    }
+    sentences = [*advise(asdict(found), {"warnings": [*doubts]}, rates), *(noise.warnings if noise else ())]
+    names = {field.name: getattr(found, field.name) for field in fields(found)}
+    # What a configuration calls reward.clip is the parameter clip here.
+    return Diagnostics(**names, warnings=tuple(re.sub(r"\breward\.(?=[a-z])", "", sentence) for sentence in sentences))
+
+
+def _check_lengths(**rows: int) -> None:
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"rows must match, got inconsistent numbers of samples: {rows}")
