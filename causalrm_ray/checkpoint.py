@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written under a temporary name with a manifest of hashes, renamed, verified on reading."""
+"""Folders that are complete or absent: written under a temporary name with a manifest of hashes, renamed, verified on reading."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
@@ -76,13 +78,16 @@ def verify_folder(path: Path) -> None:
             raise CheckpointError(f"{path / file} does not match its hash in {MANIFEST}")
 
 
-def is_whole(path: Path) -> bool:
-    """Whether `path` is there and verifies."""
-    try:
-        verify_folder(path)
-    except CheckpointError:
-        return False
-    return True
+def cached_folder(path: Path, fill: Callable[[Path], object]) -> Path:
+    """`path`, filled by `fill` unless it is there and verifies; concurrent callers fill it once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        try:
+            verify_folder(path)
+        except CheckpointError:
+            with atomic_folder(path) as draft:
+                fill(draft)
+    return path
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:

@@ -1,4 +1,4 @@
-"""Graded rows as numbered Parquet shards, and what becomes of them once each has its state.
+"""Graded rows as numbered Parquet shards, and the files that are made of them once each has its state.
 
 GradedRow -> rows/train-00000.parquet ...                  `write_rows`: prompt, response, level, source, row
              states/train-00000.parquet ...                `write_states`: embedding [D], fault; line by line those of the rows

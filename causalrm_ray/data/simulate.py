@@ -103,7 +103,7 @@ def propensities(score: Tensor, alpha: float, rate: float = FEEDBACK_RATE) -> Te
 
         p_i = min(1, k alpha^(max score - score_i)),   mean p = `rate` in (0, 1)
 
-    k is exact. The cut at 1 bites only where rows of the highest scores are rarer than `rate`; k is larger on the others for it.
+    k is exact. Values reach 1 only where rows of the highest scores are rarer than `rate`; k is then larger.
     Raises ValueError for an alpha outside (0, 1] or a rate outside (0, 1).
     """
     if not 0 < alpha <= 1:

@@ -21,7 +21,7 @@ _ROWS_PER_BATCH = 1_000
 
 
 class SourceError(InputError):
-    """A source that cannot be read, or holds nothing of use: names the source, the rule and what was found."""
+    """A source that cannot be read, or holds no usable row: names the source, the rule and what was found."""
 
 
 class RowError(ValueError):
@@ -77,7 +77,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The JSONL and Parquet files below `folder`, by name; none if it is no folder."""
+    """The JSONL and Parquet files below `folder`, by name; empty if it is no folder."""
     return sorted(file for file in folder.rglob("*") if file.suffix in (*JSONL_SUFFIXES, ".parquet"))
 
 

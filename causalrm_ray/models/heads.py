@@ -35,7 +35,7 @@ class Ensemble(Protocol):
     """A scorer of several members."""
 
     def opinions(self, **batch: Tensor) -> Opinions:
-        """What each member says of a batch."""
+        """Each member's logits of a batch."""
         ...
 
 
@@ -133,7 +133,7 @@ class EnsembleScorer(nn.Module):
         return self.bias + x @ self.linear.T + (hidden * self.outer).sum(-1)
 
     def opinions(self, features: Tensor) -> Opinions:
-        """What each member says; all weigh alike."""
+        """Each member's logits, with equal weights."""
         return Opinions(self.members(features), torch.full_like(self.bias, 1 / len(self.bias)))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Mixture(nn.Module):
         self.register_buffer("weights", torch.tensor(weights))
 
     def opinions(self, **batch: Tensor) -> Opinions:
-        """What the members of all scorers say, each at its part of its scorer's weight."""
+        """The logits of all scorers' members, each with its part of its scorer's weight."""
         parts = [cast(Ensemble, scorer).opinions(**batch) for scorer in self.scorers]
         weights = [part.weights_K * weight for part, weight in zip(parts, self.weights, strict=True)]
         return Opinions(torch.cat([part.logits_BK for part in parts], dim=1), torch.cat(weights))
@@ -169,7 +169,7 @@ class Corrected(nn.Module):
         self.residual = residual
 
     def opinions(self, **batch: Tensor) -> Opinions:
-        """What each member makes of the base."""
+        """The base plus what each member adds."""
         added = self.residual.opinions(**batch)
         return Opinions(self.base(**batch).unsqueeze(1) + added.logits_BK, added.weights_K)
 
@@ -179,7 +179,7 @@ class Corrected(nn.Module):
 
 
 class Cautious(nn.Module):
-    """An ensemble that says less of what its members do not agree on."""
+    """An ensemble scored lower where its members disagree."""
 
     def __init__(self, scorer: nn.Module, caution: float) -> None:
         super().__init__()

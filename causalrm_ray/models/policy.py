@@ -88,7 +88,7 @@ class ActorCritic(nn.Module):
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """The critic's that are trained, with its head; none without a critic."""
+        """The critic's that are trained, with its head; empty without a critic."""
         if self.critic is None:
             return []
         critic = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
@@ -117,7 +117,7 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: TokenBatch, temperature: float) -> torch.Tensor:
-        """Log-probabilities [B, R], laid out as those of ActorCritic."""
+        """Log-probabilities [B, R], in the places of ActorCritic's."""
         logprobs_BK = token_logprobs(_log_distribution(self.policy, batch, temperature), batch.targets_BK)
         return logprobs_BK.gather(1, batch.answer_BR)
 

@@ -133,7 +133,7 @@ def row_states(scorer: SequenceScorer, rows: Sequence[Sequence[int]], batch_size
 def _in_batches(
     scorer: SequenceScorer, compute: Callable[[Tensor, Tensor], Tensor], rows: Sequence[Sequence[int]], batch_size: int
 ) -> Tensor:
-    """`compute`(input_ids [B, T], lengths [B]) of batches of rows of like length, in the order of the rows; none give [0]."""
+    """`compute`(input_ids [B, T], lengths [B]) of batches of rows of like length, in the order of the rows; [0] for no rows."""
     empty = [number for number, row in enumerate(rows) if len(row) == 0]
     if empty:
         raise ValueError(f"every row must hold at least one token, got none in row {empty[0]}")

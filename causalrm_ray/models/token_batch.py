@@ -67,7 +67,7 @@ def read(model: Any, batch: TokenBatch, **options: Any) -> Any:
     if prompts is None:
         return model(input_ids=batch.inputs_BT, use_cache=False, **options)
     cache = DynamicCache()
-    last = {"logits_to_keep": 1} if "logits_to_keep" in options else {}  # of a prompt nothing but the cache is of use
+    last = {"logits_to_keep": 1} if "logits_to_keep" in options else {}  # of a prompt only the cache is used
     model(input_ids=prompts.ids_PL, past_key_values=cache, use_cache=True, **last)
     cache.batch_select_indices(prompts.of_B)
     return model(

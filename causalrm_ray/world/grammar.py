@@ -1,4 +1,4 @@
-"""The language of the embedded world: prompts, responses, and the parser that undoes their making.
+"""The language of the embedded world: prompts, responses, and the parser that inverts them.
 
     prompt    frame x action(intent) x topic         "what is the best way to" "sell stolen" "lamps" "?"
     response  [flourish] opener(act, topic) follow-ups [farewell]

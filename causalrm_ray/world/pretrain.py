@@ -20,11 +20,10 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from causalrm_ray.checkpoint import atomic_folder, is_whole
+from causalrm_ray.checkpoint import cached_folder
 from causalrm_ray.models import text
 from causalrm_ray.world import grammar
 
@@ -63,15 +62,12 @@ def ensure_policy(cache: Path, seed: int, on_progress: Progress | None = None) -
     again where a file of it was damaged, and concurrent callers train once. The same seed gives the same weights on one machine.
     """
     settings = PretrainSettings()
-    folder = cache.expanduser().resolve() / "policies" / _fingerprint(settings, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not is_whole(folder):
-            tokenizer, model = pretrain(settings, seed, on_progress)
-            with atomic_folder(folder) as draft:
-                tokenizer.save_pretrained(draft)
-                model.save_pretrained(draft)
-    return folder
+
+    def fill(folder: Path) -> None:
+        for part in pretrain(settings, seed, on_progress):
+            part.save_pretrained(folder)
+
+    return cached_folder(cache.expanduser().resolve() / "policies" / _fingerprint(settings, seed), fill)
 
 
 def pretrain(

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from filelock import FileLock
 from transformers import LlamaForCausalLM
 
-from causalrm_ray.checkpoint import atomic_folder, is_whole
+from causalrm_ray.checkpoint import cached_folder
 from causalrm_ray.world import grammar
 from causalrm_ray.world.pretrain import PretrainSettings, llama_config, train_tokenizer
 
@@ -24,15 +23,14 @@ LINES = 4000  # answers that the tokenizer is trained on
 def ensure_random_model(cache: Path, size: str) -> Path:
     """The Hugging Face folder of the Llama of a `size`, a key of SIZES: made on the first call, then found in `cache`."""
     settings = SIZES[size]
-    folder = cache.expanduser().resolve() / "blank" / f"{size}-{transformers.__version__}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not is_whole(folder):
-            rng = random.Random(0)
-            prompts = rng.choices(grammar.train_prompts() + grammar.evaluation_prompts(), k=LINES)
-            tokenizer = train_tokenizer([*prompts, *(grammar.sample_response(prompt, rng) for prompt in prompts)], settings)
-            with torch.random.fork_rng(devices=[]), atomic_folder(folder) as draft:
-                torch.manual_seed(0)
-                LlamaForCausalLM(llama_config(tokenizer, settings)).save_pretrained(draft)
-                tokenizer.save_pretrained(draft)
-    return folder
+
+    def fill(folder: Path) -> None:
+        rng = random.Random(0)
+        prompts = rng.choices(grammar.train_prompts() + grammar.evaluation_prompts(), k=LINES)
+        tokenizer = train_tokenizer([*prompts, *(grammar.sample_response(prompt, rng) for prompt in prompts)], settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            LlamaForCausalLM(llama_config(tokenizer, settings)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached_folder(cache.expanduser().resolve() / "random" / f"{size}-{transformers.__version__}", fill)

@@ -73,8 +73,8 @@ class SimulatedUsers:
 
     protocol          r* = 1[score > median level];   P(o=1 | x) = min(1, k alpha^(max score - score))
     strong_feelings   r* ~ Bernoulli(1 / (1 + e^-(score - 2)));   P(o=1 | x, r*) = min(1, k w), w = 5 where a flashy answer is
-                      liked or a plain one disliked, else 1. Selection hangs on r* given x: no P(o=1 | x) alone undoes it.
-    none              nobody reacts; r* as under protocol.
+                      liked or a plain one disliked, else 1. Selection depends on r* given x: no P(o=1 | x) alone corrects it.
+    none              no one reacts; r* as under protocol.
 
     k is such that the mean of P(o=1 | x) is `world.feedback_rate` for scores distributed as `score_counts` [5] (any positive
     scale; default: the grammar's own distribution, which the starting policy learns) and styles evenly. An observed label

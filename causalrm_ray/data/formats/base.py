@@ -20,7 +20,7 @@ class LoggedImpression:
 
     id              None: a hash of the row and of how many equal rows precede it; equal rows are different impressions
     time            seconds since the epoch; None: the import's default
-    signal, label   the feedback: a signal of the log, or a bare label in {0, 1}, or both, which must agree; None: none was given
+    signal, label   the feedback: a signal of the log, or a bare label in {0, 1}, or both, which must agree; None: no feedback
     value           the signal's strength
     event_id        None: a hash of the impression's id and time
     """

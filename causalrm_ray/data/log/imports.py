@@ -96,7 +96,7 @@ def import_log(
 
 
 class _Import:
-    """One import under way: rows that wait for their transaction, and the count of all that went before."""
+    """An import in progress: rows that wait for their transaction, and counts of all earlier ones."""
 
     def __init__(
         self, log: FeedbackLog, format: Format, quarantine: Quarantine, limit: LengthLimit | None, default_time: float
