@@ -38,15 +38,19 @@ class Option(NamedTuple):
     meaning: str
 
 
-def options(section: type[Section] = Config, prefix: str = "") -> Iterator[Option]:
-    """Every option below `section`, those of nested sections too, whether or not they are set by default."""
+def options(section: type[Section] = Config, prefix: str = "", values: Section | None = None) -> Iterator[Option]:
+    """Every option below `section`, those of nested sections too, whether or not they are set by default.
+
+    `values` holds the defaults, if they are not those of the class.
+    """
     for name, info in section.model_fields.items():
         key, nested = f"{prefix}{name}", section_in(info.annotation)
+        default = getattr(values, name) if values else info.get_default(call_default_factory=True)
         if nested is not None:
-            yield from options(nested, f"{key}.")
+            yield from options(nested, f"{key}.", default if isinstance(default, Section) else None)
         else:
-            default = "must be given" if info.is_required() else _as_yaml(info.get_default(call_default_factory=True))
-            yield Option(key, _kind(info.annotation, info.metadata), default, info.description or "")
+            shown = "must be given" if info.is_required() else _as_yaml(default)
+            yield Option(key, _kind(info.annotation, info.metadata), shown, info.description or "")
 
 
 def section_in(annotation: Any) -> type[Section] | None:

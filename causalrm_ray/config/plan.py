@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from causalrm_ray.config.base import AlgorithmName, RunFolder, Section
 from causalrm_ray.registry import ALGORITHMS
@@ -22,6 +22,9 @@ class ShapeConfig(Section):
     vocabulary: int = Field(128_256, ge=1, description="tokens of the vocabulary")
     kv_width: int = Field(2048, ge=1, description="numbers kept per token and layer: 2 x key-value heads x head size")
     tied: bool = Field(False, description="whether the output head is the embedding")
+
+
+SMALL = {"parameters": 1.24e9, "layers": 16, "hidden": 2048, "kv_width": 1024, "tied": True}  # Llama 3.2 1B
 
 
 class HardwareConfig(Section):
@@ -52,7 +55,7 @@ class PlanConfig(Section):
     model: str | None = Field(None, description="policy: folder or hub id; null: the numbers of `shape`")
     reward: str | None = Field(None, description="backbone of reward and propensity: folder or hub id; null: `reward_shape`")
     shape: ShapeConfig = ShapeConfig()
-    reward_shape: ShapeConfig = ShapeConfig(parameters=1.24e9, layers=16, hidden=2048, kv_width=1024, tied=True)
+    reward_shape: ShapeConfig = ShapeConfig.model_validate(SMALL)
     hardware: HardwareConfig = HardwareConfig()
     efficiency: EfficiencyConfig = EfficiencyConfig()
     measured: Path | None = Field(None, description="perf.json of `perf` on this hardware; its rates replace what is assumed")
@@ -78,6 +81,11 @@ class PlanConfig(Section):
     workers: int = Field(1, ge=1, description="GPUs that fit the propensity and the reward model")
     refits: int = Field(0, ge=0, description="fits on the grown log during the run, besides the first")
     run: RunFolder = RunFolder()
+
+    @field_validator("reward_shape", mode="before")
+    @classmethod
+    def _change_the_small_shape(cls, given: Any) -> Any:
+        return {**SMALL, **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _groups(self) -> PlanConfig:

@@ -196,6 +196,13 @@ def test_a_refused_import_leaves_no_run_behind(
     assert not (left / "feedback.db").exists(), "refused by what came after the import, before the work"
 
 
+def test_a_driver_of_its_own_refuses_as_this_process_would(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = [f"feedback.source={tmp_path / 'missing.jsonl'}", f"run.dir={tmp_path}", "world.users=none"]
+    assert main(["train-policy", *options]) == 2
+    assert "missing.jsonl" in capfd.readouterr().err
+    assert not (tmp_path / "train-policy" / "feedback.db").exists()
+
+
 def refused(config: Config) -> None:
     (config.run.path / "feedback.db").write_text("mine", encoding="utf-8")
     raise InputError("no")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from causalrm_ray.config.options import load_tree, options
+from causalrm_ray.config.plan import PlanConfig
 from jobs.__main__ import main
 
 
@@ -75,3 +77,10 @@ def test_what_cannot_be_planned_is_refused(
 ) -> None:
     assert main(["plan", f"run.dir={tmp_path}", f"run.cache={tmp_path / 'cache'}", *options]) == 2
     assert part in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_figure_of_a_shape_leaves_the_others_at_the_defaults_that_help_shows() -> None:
+    shape = load_tree(PlanConfig, None, ["reward_shape.layers=20"]).reward_shape
+    assert (shape.parameters, shape.layers, shape.tied) == (1.24e9, 20, True)
+    shown = {option.key: option.default for option in options(PlanConfig)}
+    assert (float(shown["reward_shape.parameters"]), float(shown["shape.parameters"])) == (1.24e9, 8e9)
