@@ -1,6 +1,6 @@
 """How long a training step and the fits before it take, from counts of operations and bytes: no model is loaded.
 
-    Work (what is asked) + Rates (what the hardware does) -> busy seconds of each phase -> wall seconds of a step
+    Work (of a step) + Rates (of the hardware) -> busy seconds of each phase -> wall seconds of a step
 
 Operations follow Kaplan et al. 2020 (arXiv 2001.08361), section 2.1: 2 per parameter and token forward, 4 backward; attention's
 square is left out. Decoding reads all weights and the caches of all running answers once per token (memory-bound), or computes
@@ -97,14 +97,13 @@ def generation_s(work: Work, rates: Rates) -> float:
     devices, mine = work.tensor_parallel, math.ceil(work.answers / work.generators)
     parameters = work.policy.parameters
     prefill = 2 * parameters * math.ceil(mine / work.samples) * work.prompt_tokens / (devices * rates.forward)
-    left, decode = mine, 0.0
+    decode = 0.0
     cached = (work.prompt_tokens + work.answer_tokens / 2) * work.policy.layers * work.policy.kv_width * work.width
-    while left > 0:
-        running = min(left, work.sequences)
+    for first in range(0, mine, work.sequences):
+        running = min(mine - first, work.sequences)
         moved = (parameters * work.width + running * cached) / (devices * rates.decoding)
         computed = 2 * parameters * running / (devices * rates.forward)
         decode += work.answer_tokens * max(moved, computed)
-        left -= running
     return (prefill + decode) * rates.factors.get("generation", 1.0)
 
 
@@ -165,59 +164,44 @@ def step(work: Work, rates: Rates) -> Step:
         "update": update_s(work, rates),
         "sync": sync_s(work, rates),
     }
-    wall = dict(busy)
+    hidden: set[str] = set()
     if not work.shared:
-        together = ["generation", "scoring", "preparing"]
-        learner = busy["preparing"] + busy["update"]
-        if work.staleness and max(busy["generation"], busy["scoring"]) < learner:
-            hidden = {"generation", "scoring"}
-        elif work.staleness:
-            hidden = {"preparing", "update", min(together[:2], key=busy.__getitem__)}
+        rollout = {name: busy[name] for name in ("generation", "scoring")}
+        slowest = max(rollout, key=rollout.__getitem__)
+        if rollout[slowest] < busy["preparing"] + (busy["update"] if work.staleness else 0.0):
+            hidden = set(rollout)
         else:
-            hidden = set(together) - {max(together, key=busy.__getitem__)}
-        wall = {name: seconds for name, seconds in busy.items() if name not in hidden}
+            hidden = {*rollout, "preparing", *(["update"] if work.staleness else [])} - {slowest}
+    wall = {name: seconds for name, seconds in busy.items() if name not in hidden}
     if rates.driver_share:
         wall["driver"] = sum(wall.values()) * rates.driver_share / (1 - rates.driver_share)
     return Step(busy, wall)
 
 
-class Fit(NamedTuple):
-    """Seconds of one fit on the log: features by the frozen backbone, the propensity model, the reward model."""
-
-    features: float
-    propensity: float
-    reward: float
-
-    @property
-    def seconds(self) -> float:
-        """All of them, one after the other."""
-        return sum(self)
-
-
 def fit(
     reward: ModelSize, rows: float, observed: float, tokens: float, epochs: tuple[int, int], workers: int, rates: Rates
-) -> Fit:
-    """A fit on `rows` impressions of `tokens` tokens, a share `observed` with feedback; `epochs` of propensity and reward.
+) -> dict[str, float]:
+    """Seconds of the phases of one fit, which follow each other: features by the frozen backbone, propensity, reward model.
 
+    The log has `rows` impressions of `tokens` tokens, a share `observed` with feedback; `epochs` of propensity and reward.
     The propensity model is cross-fitted by one role, so that each pass trains on every row once and another predicts them all.
     """
     unit = reward.parameters * rows * tokens
-    return Fit(
-        2 * unit / (workers * rates.forward),
-        6 * epochs[0] * unit / rates.training + 2 * unit / rates.forward,
-        6 * epochs[1] * observed * unit / (workers * rates.training),
-    )
+    return {
+        "features": 2 * unit / (workers * rates.forward),
+        "propensity": 6 * epochs[0] * unit / rates.training + 2 * unit / rates.forward,
+        "reward": 6 * epochs[1] * observed * unit / (workers * rates.training),
+    }
 
 
 def calibrated(rates: Rates, measured: Mapping[str, tuple[Work, float]]) -> Rates:
     """`rates` under which the phases "generation" and "learner" of measured work take the seconds that they took."""
-    factors = dict(rates.factors)
+    plain, factors = replace(rates, factors={}), dict(rates.factors)
     if "generation" in measured:
         work, seconds = measured["generation"]
-        factors["generation"] = seconds / generation_s(work, replace(rates, factors={}))
+        factors["generation"] = seconds / generation_s(work, plain)
     if "learner" in measured:
         work, seconds = measured["learner"]
-        plain = replace(rates, factors={})
         factors["learner"] = factors["scoring"] = seconds / (prepare_s(work, plain) + update_s(work, plain))
     return replace(rates, factors=factors)
 
@@ -226,11 +210,10 @@ ADVICE = {
     "generation": "add generators, lower answer_tokens, or set staleness=1 so that the learner works meanwhile",
     "scoring": "take a smaller reward model",
     "preparing": "add learner ranks, or take a smaller policy",
-    "update": "add learner ranks, lower epochs, set lora, or leave checkpointing away if memory allows",
-    "sync": "set lora, whose adapter alone travels, or a faster link between hosts",
+    "update": "add learner ranks, lower epochs, set lora, or turn checkpointing off if memory allows",
+    "sync": "set lora, of which the adapter alone is sent, or use a faster link between hosts",
     "driver": "take larger steps: more prompts for each",
-    "features": "set log_rows: a fit on a sample of the log; or take a smaller reward model",
-    "propensity": "set log_rows: a fit on a sample of the log; or take a smaller reward model",
+    **dict.fromkeys(("features", "propensity"), "set log_rows: a fit on a sample of the log; or take a smaller reward model"),
     "reward": "add workers, or set log_rows: a fit on a sample of the log",
 }
 

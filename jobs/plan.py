@@ -48,14 +48,14 @@ def run(config: PlanConfig) -> int:
     epochs = (PROPENSITY_EPOCHS, config.reward_epochs)
     fitted = fit(reward, rows, config.observed, tokens, epochs, config.workers, rates)
     run_s = {name: seconds * config.steps for name, seconds in found.wall.items()}
-    run_s |= {name: seconds * (1 + config.refits) for name, seconds in fitted._asdict().items()}
+    run_s |= {name: seconds * (1 + config.refits) for name, seconds in fitted.items()}
     dollars = sum(run_s.values()) / 3600 * config.hardware.gpus * gpu.price
     phase, share, change = bottleneck(run_s)
     plan = {
         "bytes": {name: role.bytes for name, role in roles.allocations.items()},
         "fits": check_fit(roles, config, gpu),
         "step": {"busy_s": found.busy, "wall_s": found.wall, "seconds": found.seconds},
-        "fit_s": fitted._asdict(),
+        "fit_s": fitted,
         "run_s": run_s,
         "dollars": dollars,
         "bottleneck": {"phase": phase, "share": share, "change": change},

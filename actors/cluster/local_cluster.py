@@ -1,4 +1,4 @@
-"""A Ray cluster of several raylets on this machine's loopback, and its processes as one who kills them sees them."""
+"""A Ray cluster of several raylets on this machine's loopback, whose processes can be found and killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from actors.cluster.runtime import OBJECT_STORE_BYTES, own_token
 
-LOOPBACK = "127.0.0.2"  # for 127.0.0.1 Ray's drivers take the machine's outer address
+LOOPBACK = "127.0.0.2"  # Ray's drivers replace 127.0.0.1 by the machine's outer address
 TITLES = {  # how Ray names the process of a role
     "generator": "ray::Generator",
     "reward": "ray::RewardActor",
@@ -24,14 +24,17 @@ TITLES = {  # how Ray names the process of a role
 }
 
 
-class LocalCluster:
-    """`nodes` raylets, the first with the head; a token keeps others out."""
+class LocalCluster(contextlib.AbstractContextManager["LocalCluster"]):
+    """`nodes` raylets, the first with the head, while the block lasts; a token keeps others out."""
 
     def __init__(self, nodes: int, cache: Path) -> None:
         own_token(cache)
         self._options = {"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": LOOPBACK}
         self._nodes = nodes
         self._cluster = self._start()
+
+    def __exit__(self, *error: object) -> None:
+        self._cluster.shutdown()
 
     def _start(self) -> Cluster:
         cluster = Cluster(initialize_head=True, head_node_args={**self._options, "include_dashboard": False})
@@ -41,25 +44,25 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """Where a driver joins."""
+        """The address that a driver connects to."""
         return str(self._cluster.address)
 
     def processes(self, role: str) -> list[psutil.Process]:
-        """Processes of a role, a key of TITLES, that live on this cluster's nodes."""
+        """Processes of a role, a key of TITLES, on this cluster's nodes."""
         found = []
         for raylet in self._raylets():
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += [process for process in raylet.children() if _title(process).startswith(TITLES[role])]
+                found += [process for process in raylet.children() if _has_title(process, TITLES[role])]
         return found
 
     def lose_node(self) -> None:
-        """Kill a node, its raylet and with it all roles on it, other than the head's; another one takes its place."""
+        """Kill a node other than the head's, with its raylet and all roles on it, and start another."""
         node = sorted(self._cluster.worker_nodes, key=lambda node: node.node_id)[0]
         self._cluster.remove_node(node, allow_graceful=False)
         self._cluster.add_node(**self._options)
 
     def lose_all(self) -> None:
-        """Kill every node, the head's too, and all roles; another cluster takes its place, at another address."""
+        """Kill every node, the head's too, and all roles, and start another cluster, at another address."""
         roles = [process for raylet in self._raylets() for process in raylet.children(recursive=True)]
         for node in self._all_nodes():
             self._cluster.remove_node(node, allow_graceful=False)
@@ -69,10 +72,6 @@ class LocalCluster:
         psutil.wait_procs(roles)
         self._cluster.shutdown()
         self._cluster = self._start()
-
-    def shutdown(self) -> None:
-        """End all that was started."""
-        self._cluster.shutdown()
 
     def _all_nodes(self) -> list[Any]:
         return [*self._cluster.worker_nodes, self._cluster.head_node]
@@ -84,18 +83,7 @@ class LocalCluster:
                     yield psutil.Process(info.process.pid)
 
 
-@contextlib.contextmanager
-def local_cluster(nodes: int, cache: Path) -> Iterator[LocalCluster]:
-    """A LocalCluster while the block lasts."""
-    cluster = LocalCluster(nodes, cache)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
+def _has_title(process: psutil.Process, title: str) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline()).startswith(title)
+    return False

@@ -1,9 +1,9 @@
-"""Answers to embeddings, shard by shard, over a pool of actors under Ray Data. A finished shard is whole or absent, and stays.
+"""Answers to embeddings, shard by shard, over a pool of actors under Ray Data. A finished shard is whole or absent, and is kept.
 
 rows/train-00000.parquet --Embedder--> states/train-00000.parquet        (one line for each row of the shard)
 prompt, response, level                embedding [D], fault
 
-Shards lie on storage that all nodes share; only their names travel.
+Shards are on storage that all nodes share; only their names are sent.
 """
 
 from __future__ import annotations
@@ -59,10 +59,8 @@ class Embedder:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Embed the shards of a batch of {rows, states} (paths); returns their names and how many rows each holds."""
-        counts = [
-            self.embed(Shard(Path(rows), Path(states))) for rows, states in zip(batch["rows"], batch["states"], strict=True)
-        ]
-        return {"name": [Path(states).name for states in batch["states"]], "count": counts}
+        shards = [Shard(Path(rows), Path(states)) for rows, states in zip(batch["rows"], batch["states"], strict=True)]
+        return {"name": [shard.states.name for shard in shards], "count": [self.embed(shard) for shard in shards]}
 
     def embed(self, shard: Shard) -> int:
         """Write the states of a shard's rows, whole or not at all; returns how many rows it holds.
@@ -72,16 +70,13 @@ class Embedder:
         table = pq.read_table(shard.rows, columns=["prompt", "response"])
         pairs = zip(table["prompt"].to_pylist(), table["response"].to_pylist(), strict=True)
         token_rows = [encode_pair(self._tokenizer, prompt, response) for prompt, response in pairs]
-        longest = self._backbone.max_length
+        longest, rule = self._backbone.max_length, "prompt and response must have at most {} tokens, got {}"
         fits = [number for number, row in enumerate(token_rows) if len(row) <= longest]
-        faults = [
-            "" if len(row) <= longest else f"prompt and response must have at most {longest} tokens, got {len(row)}"
-            for row in token_rows
-        ]
+        faults = ["" if len(row) <= longest else rule.format(longest, len(row)) for row in token_rows]
         states = np.zeros((len(token_rows), self._scorer.head.in_features), self._backbone.precision)
         if fits:
             found = row_states(self._scorer, [token_rows[number] for number in fits], self._backbone.batch_size).numpy()
-            with np.errstate(over="ignore"):  # told as a fault below
+            with np.errstate(over="ignore"):  # reported as a fault below
                 states[fits] = found.astype(states.dtype)
         for number in np.flatnonzero(~np.isfinite(states).all(1)).tolist():
             faults[number] = f"the state must be finite in {self._backbone.precision}, got inf or nan"
@@ -93,7 +88,7 @@ class Embedder:
 def embed_shards(shards: Sequence[Shard], backbone: Backbone, actors: int, timeout_s: int) -> Iterator[tuple[str, int]]:
     """(name, rows) of each shard as its states are written; Ray must be up.
 
-    What an actor raises is raised here; RoleDiedError where one cannot start, RoleTimeoutError where they do not in `timeout_s`.
+    What an actor raises is raised here; RoleDiedError if one cannot start, RoleTimeoutError if they take longer than `timeout_s`.
     """
     actors = min(actors, len(shards))
     context = ray.data.DataContext.get_current()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,18 +26,18 @@ from causalrm_ray.estimators.core.task import NOISE_FREE, Observations, load_met
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit
 from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_models
-from causalrm_ray.estimators.studies import noise_study
-from causalrm_ray.estimators.studies.semisynthetic import bias_table
+from causalrm_ray.estimators.studies.noise_study import StudyResult, World, study
+from causalrm_ray.estimators.studies.semisynthetic import Bias, bias_table
 from causalrm_ray.models.heads import FeatureScorer, centre_and_scale
 from causalrm_ray.types import SCENARIOS, NoiseRates
 
 METRICS = ("r2", "mae", "mse", "auroc", "pearson")
-Row = dict[str, Any]
+Splits = tuple[GradedEmbeddings, GradedEmbeddings]  # train, test
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a log is simulated; its slips are those of a scenario by number, or rates of their own."""
+    """How a log is simulated: `scenario` numbers a pair of noise rates, or gives the rates."""
 
     alpha: float
     scenario: int | NoiseRates
@@ -45,26 +45,22 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Its name, also of its file."""
-        rates = self.rates
-        slips = f"scenario-{self.scenario}" if self.is_scenario else f"rho-{rates.rho_01!r}-{rates.rho_10!r}"
-        return f"alpha-{self.alpha!r}_{slips}_{self.selection}"
-
-    @property
-    def is_scenario(self) -> bool:
-        """Whether the slips are those of a scenario."""
-        return not isinstance(self.scenario, NoiseRates)
+        """Its name in file names."""
+        noise = f"scenario-{self.scenario}"
+        if isinstance(self.scenario, NoiseRates):
+            noise = f"rho-{self.scenario.rho_01!r}-{self.scenario.rho_10!r}"
+        return f"alpha-{self.alpha!r}_{noise}_{self.selection}"
 
     @property
     def rates(self) -> NoiseRates:
-        """The true rates of slips."""
+        """The true noise rates."""
         return self.scenario if isinstance(self.scenario, NoiseRates) else SCENARIOS[self.scenario]
 
     @property
-    def labels(self) -> Row:
-        """What tells it in tables: alpha, scenario (a number, or "rho 0.05/0.1"), selection, and the true rates."""
-        rates = self.rates
-        named = self.scenario if self.is_scenario else f"rho {rates.rho_01:g}/{rates.rho_10:g}"
+    def labels(self) -> dict[str, Any]:
+        """Its columns in tables: alpha, scenario (a number, or "rho 0.05/0.1"), selection, rho_01, rho_10."""
+        rates, scenario = self.rates, self.scenario
+        named = f"rho {rates.rho_01:g}/{rates.rho_10:g}" if isinstance(scenario, NoiseRates) else scenario
         return {"alpha": self.alpha, "scenario": named, "selection": self.selection, **asdict(rates)}
 
     def log(self, levels: Tensor, features: Tensor, seed: int) -> SimulatedLog:
@@ -73,127 +69,110 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A setting and a seed."""
+class CellSpec:
+    """Which methods to fit on a setting's log under a seed, and how."""
 
     setting: Setting
     seed: int
+    methods: tuple[str, ...]
+    head: HeadConfig
 
     @property
     def name(self) -> str:
-        """Its name, also of its file."""
+        """Its name in file names."""
         return f"{self.setting.name}_seed-{self.seed}"
 
 
 @dataclass(frozen=True)
-class CellSpec:
-    """What to fit in a cell, and how."""
+class MethodResult:
+    """Metrics of a method on the clean test split, the noise rates that it used (None if it uses none), and its fit's seconds.
 
-    cell: Cell
-    methods: tuple[str, ...]
-    head: HeadConfig
-
-
-@dataclass(frozen=True)
-class BiasSpec:
-    """How many logs of a setting to average over."""
-
-    setting: Setting
-    draws: int
-
-
-def run_cell(order: CellSpec, data: tuple[GradedEmbeddings, GradedEmbeddings]) -> list[Row]:
-    """A row per method: its metrics on the clean test split, the noise rates that it used, and the seconds of its fit.
-
-    `data` are the train and the test split. What a method reads no rates for has none in its row. Where a method cannot be fitted
-    (its rates cannot be estimated, or its risk diverges), `fault` says why and the metrics are None.
+    `fault` says why a method could not be fitted (its rates cannot be estimated, or its risk diverges) or measured.
     """
+
+    method: str
+    r2: float | None = None
+    mae: float | None = None
+    mse: float | None = None
+    auroc: float | None = None
+    pearson: float | None = None
+    rho_01_hat: float | None = None
+    rho_10_hat: float | None = None
+    fit_s: float | None = None
+    fault: str | None = None
+
+
+def run_cell(spec: CellSpec, data: Splits) -> list[MethodResult]:
+    """The result of each of the spec's methods, fitted on a log of the train split and measured on the test split."""
     torch.set_num_threads(1)  # cells run side by side, one to a core
-    cell, head = order.cell, order.head
-    train, test = data
-    features, fresh = _standardise(train.features, test.features)
-    truth = preferences(test.levels, threshold(train.levels))
-    log = cell.setting.log(train.levels, train.features, cell.seed)
+    head, (train, test) = spec.head, data
+    centre, scale = centre_and_scale(train.features)  # one scale, so that directions keep their relative weight
+    features, test_features = ((split.features.float() - centre) / scale for split in (train, test))
+    log = spec.setting.log(train.levels, train.features, spec.seed)
     inputs, observations = FeatureRows(features), Observations(log.o, log.r)
     make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
-    settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, cell.seed, head.bf16)
-    raw, _ = cross_fit(make_scorer, inputs, log.o, settings, seed=cell.seed)
-    propensity = calibrate(raw, log.o, head.clip, seed=cell.seed).prob
-    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, seed=cell.seed)
-    rates, no_rates = _estimate_rates(fit)
-    rows = []
-    for method in order.methods:
+    settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, spec.seed, head.bf16)
+    raw, _ = cross_fit(make_scorer, inputs, log.o, settings, seed=spec.seed)
+    propensity = calibrate(raw, log.o, head.clip, seed=spec.seed).prob
+    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, seed=spec.seed)
+    rates, fault = None, None
+    try:
+        rates = fit(methods=()).rates
+    except InputError as error:
+        fault = str(error)
+    truth = preferences(test.levels, threshold(train.levels))
+    measure = partial(_fit_method, fit, log.preference, FeatureRows(test_features), truth)
+    results = []
+    for method in spec.methods:
         needed = rates if method != ORACLE and "rates" in load_method(method).needs else NOISE_FREE
-        row: Row = dict.fromkeys(("method", *METRICS, "rho_01_hat", "rho_10_hat", "fit_s", "fault"))
-        row["method"] = method
-        if needed is None:
-            row["fault"] = no_rates
-        else:
-            row |= _fit_method(fit, method, needed, log.preference, FeatureRows(fresh), truth)
-        rows.append(row)
-    return rows
+        results.append(MethodResult(method, fault=fault) if needed is None else measure(method, needed))
+    return results
 
 
-def run_bias(order: BiasSpec, data: tuple[GradedEmbeddings, GradedEmbeddings]) -> list[Row]:
-    """The fields of each Bias: estimators with the true propensity, rates and preferences, on logs of the train split."""
+def run_bias(setting: Setting, train_and_draws: tuple[GradedEmbeddings, int]) -> list[Bias]:
+    """Biases of the estimators with the true propensity, rates and preferences, on that many logs of the train split."""
     torch.set_num_threads(1)
-    train, _ = data
-    logs = [order.setting.log(train.levels, train.features, seed) for seed in range(order.draws)]
-    observations = [Observations(log.o, log.r) for log in logs]
-    truth = logs[0]
-    table = bias_table(rescale(train.levels), truth.preference, truth.propensity, truth.rates, observations)
-    return [asdict(bias) for bias in table]
+    train, draws = train_and_draws
+    logs = [setting.log(train.levels, train.features, seed) for seed in range(draws)]
+    truth, observations = logs[0], [Observations(log.o, log.r) for log in logs]
+    return bias_table(rescale(train.levels), truth.preference, truth.propensity, truth.rates, observations)
 
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """Whose noise rates to estimate how often: a world of estimators.noise_study."""
+    """A world of the noise study, the impressions of a log, and the true noise rates."""
 
-    setting: noise_study.Setting
+    world: World
     rows: int
     rates: NoiseRates
 
     @property
     def name(self) -> str:
-        """Its name, also of its file."""
-        return f"{self.setting}_{self.rows}_{self.rates.rho_01!r}_{self.rates.rho_10!r}"
+        """Its name in messages."""
+        return f"{self.world}_{self.rows}_{self.rates.rho_01!r}_{self.rates.rho_10!r}"
 
 
-def run_noise(order: NoiseSpec, told: tuple[int, int]) -> Row:
-    """The fields of a StudyResult; `told` are the numbers of simulations and of bootstrap draws."""
+def run_noise(spec: NoiseSpec, repetitions: tuple[int, int]) -> StudyResult:
+    """The study of a spec; `repetitions` are its simulations and the bootstrap draws of each."""
     torch.set_num_threads(1)
-    simulations, draws = told
-    return asdict(noise_study.study(order.setting, order.rows, order.rates, simulations, draws))
+    return study(spec.world, spec.rows, spec.rates, *repetitions)
 
 
 def _fit_method(
-    fit: Callable[..., RewardFits], method: str, rates: NoiseRates, preference: Tensor, fresh: FeatureRows, truth: Tensor
-) -> Row:
+    fit: Callable[..., RewardFits], preference: Tensor, test: FeatureRows, truth: Tensor, method: str, rates: NoiseRates
+) -> MethodResult:
     began = time.perf_counter()
     clean = preference if method == ORACLE else None
     try:
         fitted = fit(methods=(method,), rates=rates, clean_labels=clean).fits[method]
     except (InputError, FloatingPointError) as error:
-        return {"fault": str(error)}
+        return MethodResult(method, fault=str(error))
     seconds = time.perf_counter() - began
-    used = {} if rates is NOISE_FREE else {"rho_01_hat": rates.rho_01, "rho_10_hat": rates.rho_10}
-    used |= {f"{name}_hat": fitted.figures[name] for name in ("rho_01", "rho_10") if name in fitted.figures}
-    prob = torch.sigmoid(predict(fitted.module, fresh))
+    used = {} if rates is NOISE_FREE else asdict(rates)
+    used |= {name: value for name, value in fitted.figures.items() if name in ("rho_01", "rho_10")}
+    known = MethodResult(method, rho_01_hat=used.get("rho_01"), rho_10_hat=used.get("rho_10"), fit_s=seconds)
+    prob = torch.sigmoid(predict(fitted.module, test))
     try:
-        return {**{name: getattr(metrics, name)(prob, truth) for name in METRICS}, **used, "fit_s": seconds}
-    except ValueError as error:  # a scorer that says the same of every row has no correlation
-        return {**used, "fit_s": seconds, "fault": str(error)}
-
-
-def _estimate_rates(fit: Callable[..., RewardFits]) -> tuple[NoiseRates | None, str]:
-    """The rates, or none and why."""
-    try:
-        return fit(methods=()).rates, ""
-    except InputError as error:
-        return None, str(error)
-
-
-def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both [., D] centred on the train rows' mean and divided by one number, so that directions keep their relative weight."""
-    centre, scale = centre_and_scale(train)
-    return (train.float() - centre) / scale, (test.float() - centre) / scale
+        return replace(known, **{name: getattr(metrics, name)(prob, truth) for name in METRICS})
+    except ValueError as error:  # constant predictions have no correlation
+        return replace(known, fault=str(error))

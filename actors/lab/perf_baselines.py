@@ -1,10 +1,10 @@
-"""The same work without us, each in a process of its own like our roles: what the measurement of speed compares with.
+"""The same work without this system, each in a process of its own like our roles: the baselines of `perf`.
 
 RawVllm       vLLM's LLMEngine, stepped until all requests are done
 PlainLearner  a GRPO step in plain torch
 TokenReward   a reward that costs nothing, in our loop and in the others'
-standstill    what is not measured does not disturb what is
-role_spans    when any of our roles worked, as Ray saw it
+paused        suspends the processes that are not being measured
+role_spans    when any of our roles worked, as reported by Ray
 timeline      all that Ray ran meanwhile, for a viewer of traces
 """
 
@@ -29,11 +29,11 @@ from actors.rollout.engine import EngineSettings
 from actors.rollout.vllm_engine import raw_engine, sampling_params
 from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.rl.advantage import grpo
-from causalrm_ray.rl.experience import IMPORTANCE_CAP
+from causalrm_ray.rl.experience import IMPORTANCE_CAP, groups_of
 from causalrm_ray.rl.policy import importance_weight, kl_k3
 from causalrm_ray.types import Completion, Request, Sampling, Scored
 
-SPANS_WAIT_S = 30.0  # longest wait for Ray to report what it ran; it does once a second
+SPANS_WAIT_S = 30.0  # longest wait for Ray's reports, which come once a second
 
 
 class RawVllm:
@@ -92,12 +92,11 @@ class PlainLearner:
         return {name: value.detach().clone() for name, value in self._policy.named_parameters()}
 
     def _advantages(self, scored: Sequence[Scored]) -> torch.Tensor:
-        """Each answer's reward, less the penalty of a cut one, against its group's: [N]."""
-        groups: dict[tuple[int, ...], int] = {}
-        numbers = [groups.setdefault(answer.completion.prompt.token_ids, len(groups)) for answer in scored]
+        """Each answer's reward, less the penalty of a truncated one, against its group's: [N]."""
+        groups = groups_of([answer.completion for answer in scored])
         cut = 0.0 if self._config.truncation == "mask" else self._config.truncation
         rewards = [answer.reward - cut * (answer.completion.stop_reason == "length") for answer in scored]
-        return grpo(torch.tensor(rewards), torch.tensor(numbers)).float()
+        return grpo(torch.tensor(rewards), groups).float()
 
     def _loss(self, part: Sequence[Completion], advantages_B: torch.Tensor, answers: int) -> torch.Tensor:
         rows = [torch.tensor(done.prompt.token_ids + done.token_ids) for done in part]
@@ -139,24 +138,24 @@ def token_reward(token_ids: Sequence[int]) -> float:
 
 
 def processes_of(roles: Sequence[Any], timeout_s: float) -> list[psutil.Process]:
-    """The processes behind handles on roles, those on this machine; each has answered, so none is still waking up."""
+    """The processes behind handles on roles, those on this machine; each has answered, so none is still starting."""
     where = [role.__ray_call__.remote(lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())) for role in roles]
     here = ray.get_runtime_context().get_node_id()
     return [psutil.Process(pid) for node, pid in resolve(where, "find the processes", timeout_s) if node == here]
 
 
 @contextmanager
-def standstill(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Nothing runs in `processes` meanwhile. At rest, too, each wakes 150 to 1,500 times a second, for Ray and for gloo."""
-    with ExitStack() as woken:
+def paused(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Suspend `processes` while the block lasts. Even an idle one wakes 150 to 1,500 times a second, for Ray and for gloo."""
+    with ExitStack() as resumed:
         for process in processes:
             process.suspend()
-            woken.callback(process.resume)
+            resumed.callback(process.resume)
         yield
 
 
 def timeline(begin: float, end: float) -> list[dict[str, Any]]:
-    """What Ray has told of so far that began within [begin, end], epoch seconds: events of Chrome's trace format."""
+    """What Ray has reported so far that began within [begin, end], epoch seconds: events of Chrome's trace format."""
     events: list[dict[str, Any]] = ray.timeline() or []
     return [event for event in events if begin <= event.get("ts", 0) / 1e6 <= end]
 
@@ -164,12 +163,12 @@ def timeline(begin: float, end: float) -> list[dict[str, Any]]:
 def role_spans(begin: float, end: float, calls: int) -> list[tuple[float, float]]:
     """(begin, end), epoch seconds, of all executions of tasks and actor methods that began within [begin, end].
 
-    Ray reports once a second: waits until it has told of at least `calls` of them. Raises TimeoutError.
+    Ray reports once a second: waits until it has reported at least `calls` of them. Raises TimeoutError.
     """
     deadline = time.monotonic() + SPANS_WAIT_S
     while True:
-        told = [event for event in timeline(begin, end) if event["cat"] == "task:execute"]
-        spans = [(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6) for event in told]
+        events = [event for event in timeline(begin, end) if event["cat"] == "task:execute"]
+        spans = [(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6) for event in events]
         if len(spans) >= calls:
             return spans
         if time.monotonic() > deadline:

@@ -78,7 +78,7 @@ class TrlTrainer:
 
 
 class _Steps(TrainerCallback):
-    """Holds the trainer before each step until it is told to go, and times the step."""
+    """Holds the trainer before each step until `go` is released, and times the step."""
 
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)

@@ -1,4 +1,4 @@
-"""What the measurement of speed can be told: a tree of its own, read like the main one. Every default lives only here."""
+"""Options of `perf`: a tree of its own, read like the main one. Every default lives here and only here."""
 
 from __future__ import annotations
 

@@ -80,24 +80,3 @@ def _draw_steps(panel: Axes, metrics: Sequence[Mapping[str, float]], of: tuple[s
                 panel.axvline(row["step"], color=GREY, linestyle=":" if row["refit_promoted"] else "-", linewidth=1)
     if title == MISMATCH:
         panel.set_yscale("log")
-
-
-def draw_comparison(table: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of the oracle reward by users and method, with standard errors over seeds, as a PNG."""
-    from matplotlib.figure import Figure
-
-    kinds = list(dict.fromkeys(row["users"] for row in table))
-    figure = Figure(figsize=(4.5 * len(kinds), 3.4), layout="constrained")
-    for panel, users in zip(figure.subplots(1, len(kinds), sharey=True), kinds, strict=True):
-        rows = [row for row in table if row["users"] == users]
-        colours = [ORANGE if row["method"] == "oracle" else BLUE for row in rows]
-        panel.bar(
-            [row["method"] for row in rows],
-            [row["oracle_reward"] for row in rows],
-            yerr=[row["oracle_reward_se"] for row in rows],
-            color=colours,
-            capsize=4,
-        )
-        panel.set(title=f"{users} users", ylabel="oracle reward, 0 to 4")
-        panel.tick_params(axis="x", rotation=15)
-    figure.savefig(path, dpi=110)

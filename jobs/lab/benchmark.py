@@ -1,113 +1,111 @@
 """Every method on one graded data set whose feedback is simulated: how near each comes to the truth, setting by setting.
 
-alpha x slips x selection x seed --> cells, one Ray task each --> cells/*.json --> results.csv --> table.md, figures
-alpha x slips x selection        --> biases of the estimators --> bias/*.json  --> bias.csv    --> bias.md
+alpha x noise rates x selection x seed --> cells, one Ray task each --> cells/*.json --> results.csv --> table.md, figures
+alpha x noise rates x selection        --> biases of the estimators --> bias/*.json  --> bias.csv    --> bias.md
 
-LabelNoise are scenarios, and pairs of rates besides.
+Noise rates are those of the paper's scenarios, and further pairs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
 from actors.cluster.runtime import ray_cluster
 from actors.cluster.wait import run_tasks
-from actors.lab.benchmark_tasks import METRICS, BiasSpec, Cell, CellSpec, Row, Setting, run_bias, run_cell
+from actors.lab.benchmark_tasks import METRICS, CellSpec, Setting, run_bias, run_cell
 from causalrm_ray.checkpoint import read_json, write_json
 from causalrm_ray.checks import check_both_classes
 from causalrm_ray.config.benchmark import BenchmarkConfig
 from causalrm_ray.config.options import dump_config, load_tree
-from causalrm_ray.data.embeddings import GradedEmbeddings, load_pair
+from causalrm_ray.data.embeddings import load_pair
 from causalrm_ray.data.simulate import preferences, threshold
 from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.estimators.core.task import load_method
 from causalrm_ray.estimators.pipeline import ORACLE
 from causalrm_ray.estimators.studies.semisynthetic import Bias
-from causalrm_ray.files import write_whole
 from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
 from causalrm_ray.types import NoiseRates
 from jobs.support.progress import Progress
+from jobs.support.tables import show, summarize, with_spread, write_csv, write_markdown
 
-SETTING = ("alpha", "scenario", "selection")
-FIGURES = (*METRICS, "rho_01_hat", "rho_10_hat", "fit_s")
-RATES = ("rho_01", "rho_10")  # the true ones
-FIELDS = ("dataset", *SETTING, "method", "seed", *FIGURES, *RATES)
-BIAS_FIELDS = ("dataset", *SETTING, *(field.name for field in fields(Bias)))
+SETTING = ["alpha", "scenario", "selection"]
+FIGURES = [*METRICS, "rho_01_hat", "rho_10_hat", "fit_s"]
+RATES = ["rho_01", "rho_10"]  # the true ones
+COLUMNS = ["dataset", *SETTING, "method", "seed", *FIGURES, *RATES]
+BIAS_COLUMNS = ["dataset", *SETTING, *(field.name for field in fields(Bias))]
+Spec = TypeVar("Spec", CellSpec, Setting)
 
 
 def run(config: BenchmarkConfig) -> int:
-    """Run the job. `resume=true` goes on where one stopped; it may ask for more methods, seeds or settings than at its start."""
+    """Run the job. `resume=true` continues an earlier one; it may ask for more methods, seeds or settings than at its start."""
     methods = wanted_methods(config)
     data = load_pair(config.train, config.test)
-    _check_classes(config, data)
+    above = threshold(data[0].levels)
+    check_both_classes(f"{config.test}: labels above {above:g}, the train split's median,", preferences(data[1].levels, above))
     folder = config.run.path
     _begin(config, folder)
-    cell_orders = {order.cell.name: order for order in _cell_orders(config, methods)}
-    bias_orders = {order.setting.name: order for order in _bias_orders(config)}
+    to_fit, biases = list(_cells_to_fit(config, methods)), list(_biases_to_measure(config))
     with Progress() as progress, contextlib.ExitStack() as stack:
-        if cell_orders or bias_orders:
+        if to_fit or biases:
             stack.enter_context(ray_cluster(config.cluster, config.run.cache))
-        for name, found in _each(progress, "biases", run_bias, bias_orders, data, config):
-            write_json(_file(folder, "bias", name), found)
-        for name, found in _each(progress, "cells", run_cell, cell_orders, data, config):
-            write_json(_file(folder, "cells", name), [*_read(folder, "cells", name), *found])
-            write_rows(folder / "results.csv", FIELDS, read_cells(config, methods))
+        for spec, found in _each(progress, "biases", run_bias, biases, (data[0], config.bias_draws), config):
+            write_json(_file(folder, spec), [asdict(bias) for bias in found])
+        for spec, found in _each(progress, "cells", run_cell, to_fit, data, config):
+            write_json(_file(folder, spec), [*_read(folder, spec), *(asdict(result) for result in found)])
+            write_csv(read_cells(config, methods), folder / "results.csv")
+            for result in found:
+                if result.fault:
+                    progress.phase(f"  {spec.name}: {result.method} failed: {result.fault}")
     _conclude(config, methods, folder)
     return 0
 
 
 def _each(
-    progress: Progress,
-    what: str,
-    task: Callable[..., list[Row]],
-    orders: Mapping[str, CellSpec | BiasSpec],
-    data: tuple[GradedEmbeddings, GradedEmbeddings],
-    config: BenchmarkConfig,
-) -> Iterator[tuple[str, list[Row]]]:
-    """(name, rows) of each order as its task ends; Ray must be up where there is an order."""
-    if not orders:
+    progress: Progress, what: str, task: Callable[..., list[Any]], specs: Sequence[Spec], shared: Any, config: BenchmarkConfig
+) -> Iterator[tuple[Spec, list[Any]]]:
+    """(spec, results) as each task ends; Ray must be up if there are specs."""
+    if not specs:
         return
-    progress.tasks(what, len(orders))
-    for count, (name, rows) in enumerate(run_tasks(task, orders, data, what, config.cluster.timeout_s), 1):
-        yield name, rows
-        for row in rows:
-            if row.get("fault"):
-                progress.phase(f"  {name}: {row['method']} failed: {row['fault']}")
+    by_name = {spec.name: spec for spec in specs}
+    progress.tasks(what, len(specs))
+    for count, (name, found) in enumerate(run_tasks(task, by_name, shared, what, config.cluster.timeout_s), 1):
+        yield by_name[name], found
         progress.task(count, name)
 
 
 def _conclude(config: BenchmarkConfig, methods: Sequence[str], folder: Path) -> None:
-    """Tables and pictures of all that is there."""
+    """Tables and pictures of all results so far."""
     rows = read_cells(config, methods)
-    write_rows(folder / "results.csv", FIELDS, rows)
+    write_csv(rows, folder / "results.csv")
     table = tabulate(rows)
-    write_table(table, folder / "table.md")
+    texts = table_texts(table)
+    write_markdown(texts, folder / "table.md", "mean ± standard deviation over seeds")
     _draw(config, table, folder)
     if config.bias_draws:
         biases = read_biases(config)
-        write_rows(folder / "bias.csv", BIAS_FIELDS, biases)
-        write_bias_table(biases, folder / "bias.md")
-    Console().print(f"see {folder}", markup=False, highlight=False)
+        write_csv(biases, folder / "bias.csv")
+        title = "(estimate - L_ideal) / L_ideal ± standard error over draws, with true nuisances"
+        write_markdown(bias_texts(biases), folder / "bias.md", title)
+    show(texts[[*SETTING, "method", "r2", "auroc"]], folder)
 
 
-def _draw(config: BenchmarkConfig, table: Sequence[Row], folder: Path) -> None:
-    """The pictures that the table can fill; those of scenarios leave the other slips to a picture of their own."""
-    scenarios = [line for line in table if line["scenario"] in config.scenarios] or table
+def _draw(config: BenchmarkConfig, table: pd.DataFrame, folder: Path) -> None:
+    """The pictures that the table can fill; noise rates besides the scenarios have a picture of their own."""
+    scenarios = table[table["scenario"].isin(config.scenarios)]
+    scenarios = table if scenarios.empty else scenarios
     ablation = ablation_lines(scenarios)
     for alpha in config.alpha:
-        draw_bars([line for line in scenarios if line["alpha"] == alpha], folder / f"bars-alpha-{alpha!r}.png")
-        if ablation:
-            draw_bars([line for line in ablation if line["alpha"] == alpha], folder / f"ablation-alpha-{alpha!r}.png")
+        for name, lines in (("bars", scenarios), ("ablation", ablation)):
+            if not lines.empty:
+                draw_bars(lines[lines["alpha"] == alpha], folder / f"{name}-alpha-{alpha!r}.png")
     if len(config.alpha) > 1:
         draw_sensitivity(scenarios, folder / "sensitivity.png")
     if config.rho:
@@ -116,164 +114,104 @@ def _draw(config: BenchmarkConfig, table: Sequence[Row], folder: Path) -> None:
 
 def settings(config: BenchmarkConfig) -> list[Setting]:
     """All settings, in the order of the tables."""
-    slips = [*config.scenarios, *(NoiseRates(*pair) for pair in config.rho)]
-    return [Setting(*values) for values in itertools.product(config.alpha, slips, config.selection)]
+    rates = [*config.scenarios, *(NoiseRates(*pair) for pair in config.rho)]
+    return [Setting(*values) for values in itertools.product(config.alpha, rates, config.selection)]
 
 
-def read_cells(config: BenchmarkConfig, methods: Sequence[str]) -> list[Row]:
-    """The rows of results.csv that are there already: by setting, then in the order of `methods`, then by seed."""
-    rows = []
-    for setting in settings(config):
-        found = [
-            {**_labels(config, setting), "seed": seed, **row}
-            for seed in config.seeds
-            for row in _read(config.run.path, "cells", Cell(setting, seed).name)
-            if row["method"] in methods
-        ]
-        rows += sorted(found, key=lambda row: methods.index(row["method"]))
-    return rows
+def cells(config: BenchmarkConfig, methods: Sequence[str]) -> list[CellSpec]:
+    """All cells, in the order of the tables."""
+    kinds = itertools.product(settings(config), config.seeds)
+    return [CellSpec(setting, seed, tuple(methods), config.head) for setting, seed in kinds]
 
 
-def read_biases(config: BenchmarkConfig) -> list[Row]:
-    """The rows of bias.csv that are there already, by setting."""
-    return [
-        {**_labels(config, setting), **row}
-        for setting in settings(config)
-        for row in _read(config.run.path, "bias", setting.name)
+def read_cells(config: BenchmarkConfig, methods: Sequence[str]) -> pd.DataFrame:
+    """The rows of results.csv so far: by setting, then in the order of `methods`, then by seed."""
+    found = [
+        (number // len(config.seeds), methods.index(row["method"]), {**_labels(config, spec.setting), "seed": spec.seed, **row})
+        for number, spec in enumerate(cells(config, methods))
+        for row in _read(config.run.path, spec)
+        if row["method"] in methods
     ]
+    return pd.DataFrame([row for *_, row in sorted(found, key=lambda entry: entry[:2])], columns=COLUMNS)
 
 
-def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write a CSV file of the named `columns`: whole or not at all. What a row does not have is left blank."""
-
-    def write(draft: Path) -> None:
-        with draft.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(path, write)
+def read_biases(config: BenchmarkConfig) -> pd.DataFrame:
+    """The rows of bias.csv so far, by setting."""
+    rows = [{**_labels(config, setting), **row} for setting in settings(config) for row in _read(config.run.path, setting)]
+    return pd.DataFrame(rows, columns=BIAS_COLUMNS)
 
 
-def tabulate(rows: Sequence[Row]) -> list[Row]:
-    """A line per setting and method: of each figure the mean over seeds and its standard deviation (`_sd`), or None.
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per setting and method: of each figure the mean over seeds and its standard deviation (`_sd`), or NaN.
 
-    `seeds` is how many there are, `fitted` how many of them have metrics.
+    `seeds` counts the seeds, `fitted` those with metrics.
     """
-    table = []
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((*_setting(row), row["method"]), []).append(row)
-    for group in groups.values():
-        line: Row = {name: group[0][name] for name in ("dataset", *SETTING, *RATES, "method")}
-        line |= {"seeds": len(group), "fitted": sum(row["r2"] is not None for row in group)}
-        for name in FIGURES:
-            values = [row[name] for row in group if row[name] is not None]
-            line[name] = statistics.fmean(values) if values else None
-            line[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
-        table.append(line)
-    return table
+    by = ["dataset", *SETTING, *RATES, "method"]
+    counts = rows.groupby(by, sort=False)["r2"].agg(seeds="size", fitted="count")
+    return summarize(rows, by, FIGURES, "sd").join(counts.reset_index(drop=True))
 
 
-def write_table(table: Sequence[Row], path: Path) -> None:
-    """Write the table as Markdown, and print the part that matters most."""
-    columns = (*SETTING, "method", *FIGURES, "fitted")
-    lines = []
-    for row in table:
-        texts = [str(row[name]) for name in (*SETTING, "method")] + [_text(row, name) for name in FIGURES]
-        lines.append([*texts, f"{row['fitted']} of {row['seeds']}"])
-    write_markdown("mean ± standard deviation over seeds", columns, lines, path)
-    printed = (*SETTING, "method", "r2", "auroc")
-    shown = Table(*printed, box=None)
-    for line in lines:
-        shown.add_row(*(text for name, text in zip(columns, line, strict=True) if name in printed))
-    Console().print(shown)
+def table_texts(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines of table.md."""
+    figures = {name: with_spread(table, name, "sd", digits=1 if name == "fit_s" else 3) for name in FIGURES}
+    fitted = [f"{fitted} of {seeds}" for fitted, seeds in zip(table["fitted"], table["seeds"], strict=True)]
+    return table[[*SETTING, "method"]].assign(**figures, fitted=fitted)
 
 
-def write_bias_table(biases: Sequence[Row], path: Path) -> None:
-    """Write the relative differences of estimates from L_ideal as Markdown."""
-    kinds = list(dict.fromkeys(row["prediction"] for row in biases))
-    groups: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in biases:
-        group = groups.setdefault((*map(str, _setting(row)), row["estimator"]), {})
-        group[row["prediction"]] = f"{row['relative']:+.1%} ± {row['stderr']:.1%}"
-    lines = [[*labels, *(group[kind] for kind in kinds)] for labels, group in groups.items()]
-    title = "(estimate - L_ideal) / L_ideal ± standard error over draws, with true nuisances"
-    write_markdown(title, (*SETTING, "estimator", *kinds), lines, path)
-
-
-def write_markdown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], path: Path) -> None:
-    """Write a titled table of Markdown."""
-    marked = ["| " + " | ".join(line) + " |" for line in (columns, *lines)]
-    path.write_text("\n".join([title, "", marked[0], "|" + "---|" * len(columns), *marked[1:]]) + "\n", encoding="utf-8")
+def bias_texts(biases: pd.DataFrame) -> pd.DataFrame:
+    """The lines of bias.md: relative differences of estimates from L_ideal, a column per kind of prediction."""
+    texts = [f"{mean:+.1%} ± {stderr:.1%}" for mean, stderr in zip(biases["relative"], biases["stderr"], strict=True)]
+    index = [*SETTING, "estimator"]
+    return biases.assign(text=texts).pivot_table("text", index, "prediction", aggfunc="".join, sort=False).reset_index()
 
 
 def wanted_methods(config: BenchmarkConfig) -> tuple[str, ...]:
-    """The methods to fit; raises ConfigError for a name that is none."""
-    for name in config.methods:
-        if name != ORACLE:
-            try:
+    """The methods to fit. Raises ConfigError for one that is unknown or cannot be imported."""
+    try:
+        for name in config.methods:
+            if name != ORACLE:
                 load_method(name)
-            except ValueError as error:
-                raise ConfigError(f"methods: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"methods: {error}") from error
     return config.methods or (*ESTIMATORS.names(), ORACLE)
 
 
-def _check_classes(config: BenchmarkConfig, data: tuple[GradedEmbeddings, GradedEmbeddings]) -> None:
-    above = threshold(data[0].levels)
-    check_both_classes(f"{config.test}: labels above {above:g}, the train split's median,", preferences(data[1].levels, above))
-
-
 def _begin(config: BenchmarkConfig, folder: Path) -> None:
-    """Refuse to mix two benchmarks in one folder, and note what this one was told."""
-    noted = folder / "config.yaml"
-    if not config.run.resume and ((folder / "cells").exists() or (folder / "bias").exists()):
-        raise InputError(f"{folder} holds a benchmark already: continue it with resume=true, or choose another run.name")
+    """Refuse to mix two benchmarks in one folder, and write down this one's options."""
+    file = folder / "config.yaml"
     if config.run.resume:
-        started = load_tree(BenchmarkConfig, noted)
+        started = load_tree(BenchmarkConfig, file)
         for name in ("train", "test", "head"):
-            if getattr(started, name) != getattr(config, name):
-                was, got = getattr(started, name), getattr(config, name)
+            was, got = getattr(started, name), getattr(config, name)
+            if was != got:
                 raise ConfigError(f"{name}: must stay as it was when {folder} began, or its cells mix; was {was}, got {got}")
-    dump_config(config, noted)
+    elif (folder / "cells").exists() or (folder / "bias").exists():
+        raise InputError(f"{folder} holds a benchmark already: continue it with resume=true, or choose another run.name")
+    dump_config(config, file)
 
 
-def _cell_orders(config: BenchmarkConfig, methods: Sequence[str]) -> Iterator[CellSpec]:
-    """What is still to be fitted."""
-    for setting, seed in itertools.product(settings(config), config.seeds):
-        cell = Cell(setting, seed)
-        done = {row["method"] for row in _read(config.run.path, "cells", cell.name)}
+def _cells_to_fit(config: BenchmarkConfig, methods: Sequence[str]) -> Iterator[CellSpec]:
+    for spec in cells(config, methods):
+        done = {row["method"] for row in _read(config.run.path, spec)}
         missing = tuple(name for name in methods if name not in done)
         if missing:
-            yield CellSpec(cell, missing, config.head)
+            yield replace(spec, methods=missing)
 
 
-def _bias_orders(config: BenchmarkConfig) -> Iterator[BiasSpec]:
-    """The settings whose biases are still to be measured."""
+def _biases_to_measure(config: BenchmarkConfig) -> Iterator[Setting]:
     for setting in settings(config):
-        if config.bias_draws not in {0, *(row["draws"] for row in _read(config.run.path, "bias", setting.name))}:
-            yield BiasSpec(setting, config.bias_draws)
+        if config.bias_draws not in {0, *(row["draws"] for row in _read(config.run.path, setting))}:
+            yield setting
 
 
-def _read(folder: Path, kind: str, name: str) -> list[Row]:
-    path = _file(folder, kind, name)
+def _read(folder: Path, spec: CellSpec | Setting) -> list[dict[str, Any]]:
+    path = _file(folder, spec)
     return read_json(path) if path.exists() else []
 
 
-def _file(folder: Path, kind: str, name: str) -> Path:
-    return folder / kind / f"{name}.json"
+def _file(folder: Path, spec: CellSpec | Setting) -> Path:
+    return folder / ("cells" if isinstance(spec, CellSpec) else "bias") / f"{spec.name}.json"
 
 
-def _labels(config: BenchmarkConfig, setting: Setting) -> Row:
+def _labels(config: BenchmarkConfig, setting: Setting) -> dict[str, Any]:
     return {"dataset": config.train.stem.removesuffix("_train"), **setting.labels}
-
-
-def _setting(row: Mapping) -> tuple:
-    return tuple(row[name] for name in SETTING)
-
-
-def _text(line: Row, name: str) -> str:
-    if line[name] is None:
-        return ""
-    digits = 1 if name == "fit_s" else 3
-    return f"{line[name]:.{digits}f}" + ("" if line[f"{name}_sd"] is None else f" ± {line[f'{name}_sd']:.{digits}f}")

@@ -6,15 +6,13 @@ for users, seed:    one log, one fit of all methods
 
 from __future__ import annotations
 
-import csv
+import itertools
 import shutil
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
 from actors.cluster.runtime import ray_cluster
 from actors.system import start_roles
@@ -22,20 +20,20 @@ from causalrm_ray.checkpoint import atomic_folder, verify_folder
 from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
-from causalrm_ray.files import write_whole
-from causalrm_ray.report.page import draw_comparison
+from causalrm_ray.report.benchmark_figures import draw_comparison
 from jobs.support.feedback import simulate_feedback
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
 from jobs.support.prompts import Models, Task, find_models
 from jobs.support.run_folder import Run
+from jobs.support.tables import show, summarize, with_spread, write_csv, write_markdown
 from jobs.train_policy import policy_step
 
 METHODS = ("naive", "causalrm_dr", "auto", "oracle")
 USERS = ("protocol", "strong_feelings")
 SEEDS = 3
-Row = Mapping[str, Any]
-FIELDS = ("users", "seed", "method", "oracle_reward", "flashy", "r2", "auroc")
+FIGURES = {"oracle_reward": "oracle reward", "flashy": "share flashy", "r2": "reward model R2", "auroc": "AUROC"}  # headings
+COLUMNS = ["users", "seed", "method", *FIGURES]
 
 
 def run(config: Config) -> int:
@@ -50,20 +48,22 @@ def run(config: Config) -> int:
         raise InputError(f"{folder} holds a comparison already: continue it with resume=true, or choose another run.name")
     folder.mkdir(parents=True, exist_ok=True)
     dump_config(config, folder / "config.yaml")
-    rows: list[Row] = read_results(results)
-    done = {(row["users"], int(row["seed"])) for row in rows}
+    rows = read_results(results)
+    done = set(zip(rows["users"], rows["seed"], strict=True))
     with Progress() as progress:
         models = find_models(config, progress.pretraining)
-        for users in USERS:
-            for seed in range(config.run.seed, config.run.seed + SEEDS):
-                if (users, seed) not in done:
-                    progress.phase(f"{users} users, seed {seed}")
-                    cell = compare_methods(for_world(config, users, seed), models, progress)
-                    rows += [{"users": users, "seed": seed, **row} for row in cell]
-                    write_results(results, rows)
+        for users, seed in itertools.product(USERS, range(config.run.seed, config.run.seed + SEEDS)):
+            if (users, seed) not in done:
+                progress.phase(f"{users} users, seed {seed}")
+                cell = compare_methods(for_world(config, users, seed), models, progress)
+                found = pd.DataFrame([{"users": users, "seed": seed, **row} for row in cell], columns=COLUMNS)
+                rows = found if rows.empty else pd.concat([rows, found], ignore_index=True)
+                write_csv(rows, results)
     table = tabulate(rows)
-    write_table(table, folder / "table.md")
+    texts = table_texts(table)
+    write_markdown(texts, folder / "table.md")
     draw_comparison(table, folder / "comparison.png")
+    show(texts, folder)
     return 0
 
 
@@ -107,48 +107,18 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
             }
 
 
-def read_results(path: Path) -> list[Row]:
+def read_results(path: Path) -> pd.DataFrame:
     """Rows of results.csv; none where it does not exist yet."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(path, float_precision="round_trip") if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
-def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """Write results.csv: whole or not at all."""
-
-    def write(draft: Path) -> None:
-        with draft.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(path, write)
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds and its standard error (`_se`), per kind of users and method; undefined figures are left out."""
+    return summarize(rows, ["users", "method"], list(FIGURES), "se")
 
 
-def tabulate(rows: Sequence[Row]) -> list[dict[str, float | str]]:
-    """Mean over seeds and its standard error, per kind of users and method."""
-    table = []
-    for users in USERS:
-        for method in METHODS:
-            cells = [row for row in rows if (row["users"], row["method"]) == (users, method)]
-            line: dict[str, float | str] = {"users": users, "method": method}
-            for name in FIELDS[3:]:
-                values = [float(cell[name]) for cell in cells if cell[name] not in ("", None)]  # undefined where all r* are alike
-                line |= {name: statistics.fmean(values), f"{name}_se": statistics.stdev(values) / len(values) ** 0.5}
-            table.append(line)
-    return table
-
-
-def write_table(table: Sequence[Mapping[str, float | str]], path: Path) -> None:
-    """Print the table and write it as Markdown."""
-    names = ("users", "method", "oracle reward", "share flashy", "reward model R2", "AUROC")
-    shown = Table(*names, box=None)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in table:
-        cells = [str(row["users"]), str(row["method"])] + [f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}" for name in FIELDS[3:]]
-        shown.add_row(*cells)
-        lines.append("| " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    Console(width=max(100, Console().width)).print(shown)
+def table_texts(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines of table.md, mean ± standard error over seeds."""
+    return pd.DataFrame({"users": table["users"], "method": table["method"]}).assign(
+        **{heading: with_spread(table, name, "se") for name, heading in FIGURES.items()}
+    )

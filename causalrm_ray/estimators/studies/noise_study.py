@@ -1,27 +1,27 @@
 """Do estimated noise rates come near the truth, and do their intervals hold it? Simulated logs whose truth is known.
 
 features x -> utility x.w + noise -> r* = 1 above the median        who likes the answer
-quintile of x.v, or of the utility -> P(o = 1), a fifth on average  who says so
-r* with slips -> r -> logistic regression on x, out of fold         the proxy that the estimator gets
+quintile of x.v, or of the utility -> P(o = 1), a fifth on average  who gives feedback
+r* with label noise -> r -> logistic regression on x, out of fold   the proxy that the estimator gets
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from causalrm_ray.data.simulate import FEEDBACK_RATE, QUINTILES, propensities
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.task import Observations
-from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_noise_rates
+from causalrm_ray.estimators.nuisances.noise_rates import estimate_noise_rates
 from causalrm_ray.types import NoiseRates
 
-Setting = Literal["features", "label", "clusters", "ramp", "weak"]
+World = Literal["features", "label", "clusters", "ramp", "weak"]
 WIDTH, FOLDS, RIDGE = 12, 3, 3.0
 ALPHA = 0.5  # of the selection
 NOISE = {"features": 0.2, "label": 0.2, "clusters": 0.2, "weak": 1.5}  # standard deviation of the utility beside x.w
@@ -43,26 +43,18 @@ class StudyResult:
     failed: int
 
 
-def study(
-    setting: Setting,
-    rows: int,
-    rates: NoiseRates,
-    simulations: int,
-    draws: int = 200,
-    estimate: Callable[[Tensor, Observations], NoiseEstimate] | None = None,
-) -> StudyResult:
-    """Estimate the rates of `simulations` logs of `rows` impressions, seeds 0, 1, ..., by `estimate`.
+def study(world: World, rows: int, rates: NoiseRates, simulations: int, draws: int = 200) -> StudyResult:
+    """Estimate the rates of `simulations` logs of `rows` impressions, seeds 0, 1, ..., with `draws` bootstrap draws each.
 
-    Settings: selection driven by "features" or by the "label"; "clusters", liked and disliked answers far apart; "ramp", a
+    Worlds: selection driven by "features" or by the "label"; "clusters", liked and disliked answers far apart; "ramp", a
     quarter of the rows sure at either end and P(r = 1 | x) linear between, ranked by a proxy with an error of 0.05; "weak", where
-    x says little and no row is sure: there estimates cannot be right and should say so.
+    x says little and no row is sure: there estimates cannot be right and should warn.
     """
-    run = estimate or (lambda prob, observations: estimate_noise_rates(prob, observations, draws=draws))
     truth = torch.tensor([rates.rho_01, rates.rho_10])
     errors, hits, widths, warned, failed = [], [], [], 0, 0
     for seed in range(simulations):
         try:
-            found = run(*simulate_feedback(setting, rows, rates, seed))
+            found = estimate_noise_rates(*simulate_feedback(world, rows, rates, seed), draws=draws)
         except InputError:
             failed += 1
             continue
@@ -83,20 +75,20 @@ def study(
     )
 
 
-def simulate_feedback(setting: Setting, rows: int, rates: NoiseRates, seed: int) -> tuple[Tensor, Observations]:
+def simulate_feedback(world: World, rows: int, rates: NoiseRates, seed: int) -> tuple[Tensor, Observations]:
     """Out-of-fold proxy of P(r = 1 | x) [N], and the log, of one simulation (see `study`)."""
     generator = torch.Generator().manual_seed(seed)
-    if setting == "ramp":
+    if world == "ramp":
         sure = (torch.rand(rows, generator=generator) * 2 - 0.5).clamp(0, 1)
         log = _feedback(torch.rand(rows, generator=generator) < sure, torch.full((rows,), FEEDBACK_RATE), rates, generator)
         proxy = rates.rho_10 + (1 - rates.rho_01 - rates.rho_10) * sure + 0.05 * torch.randn(rows, generator=generator)
         return proxy.clamp(0, 1), log
     w, v = (direction / direction.norm() for direction in torch.randn(2, WIDTH, generator=generator))
     x = torch.randn(rows, WIDTH, generator=generator)
-    if setting == "clusters":
+    if world == "clusters":
         x += 2.5 * w * torch.randn(rows, 1, generator=generator).sign()
-    utility = x @ w + NOISE[setting] * torch.randn(rows, generator=generator)
-    driver = utility if setting == "label" else x @ v
+    utility = x @ w + NOISE[world] * torch.randn(rows, generator=generator)
+    driver = utility if world == "label" else x @ v
     quintile = driver.argsort().argsort() * QUINTILES // rows
     log = _feedback(utility > utility.median(), propensities(quintile.double(), ALPHA), rates, generator)
     return _proxy(x, log, seed), log
@@ -104,32 +96,24 @@ def simulate_feedback(setting: Setting, rows: int, rates: NoiseRates, seed: int)
 
 def _feedback(liked: Tensor, propensity: Tensor, rates: NoiseRates, generator: torch.Generator) -> Observations:
     o = torch.rand(len(liked), generator=generator) < propensity
-    slip = torch.rand(len(liked), generator=generator) < torch.where(liked, rates.rho_01, rates.rho_10)
-    return Observations(o.float(), (liked ^ slip).float())
+    flipped = torch.rand(len(liked), generator=generator) < torch.where(liked, rates.rho_01, rates.rho_10)
+    return Observations(o.float(), (liked ^ flipped).float())
 
 
 def _proxy(x: Tensor, log: Observations, seed: int) -> Tensor:
-    """P(r = 1 | x) [N] by ridge logistic regression on the rows with feedback, of each row by models that did not see it."""
+    """P(r = 1 | x) [N] by ridge logistic regression on the rows with feedback, of these by the model not fitted on it."""
     x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
     seen = (log.o == 1).nonzero()[:, 0]
     fold = fold_of(len(seen), FOLDS, seed)
-    total, models = torch.zeros(len(x), dtype=torch.float64), torch.full((len(x),), float(FOLDS), dtype=torch.float64)
-    models[seen] = 1.0
+    probs = torch.empty(FOLDS, len(x), dtype=torch.float64)
     for number in range(FOLDS):
         train = seen[fold != number]
-        prob = torch.sigmoid(x @ _logistic(x[train], log.r[train].double()))
-        prob[train] = 0.0
-        total += prob
-    return (total / models).float()
-
-
-def _logistic(x: Tensor, label: Tensor) -> Tensor:
-    weight = torch.zeros(x.shape[1], dtype=torch.float64)
-    for _ in range(8):
-        prob = torch.sigmoid(x @ weight)
-        information = (x * (prob * (1 - prob))[:, None]).T @ x + RIDGE * torch.eye(len(weight), dtype=torch.float64)
-        weight = weight + torch.linalg.solve(information, x.T @ (label - prob) - RIDGE * weight)
-    return weight
+        model = LogisticRegression(C=1 / RIDGE, fit_intercept=False, solver="newton-cholesky", tol=1e-8)
+        model.fit(x[train].numpy(), log.r[train].numpy())
+        probs[number] = torch.from_numpy(model.predict_proba(x.numpy())[:, 1])
+    proxy = probs.mean(0)
+    proxy[seen] = probs[fold, seen]
+    return proxy.float()
 
 
 def _pair(value: Tensor) -> tuple[float, float]:

@@ -8,17 +8,17 @@ arXiv 2603.18736, "Semi-synthetic experiments", after Schnabel et al. 2016 and W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from causalrm_ray.checks import check_finite, check_same_length
-from causalrm_ray.estimators.core.task import Need, Nuisances, Observations
+from causalrm_ray.estimators.core.task import Nuisances, Observations
 from causalrm_ray.estimators.core.training import Objective
-from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, Build
+from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, Reweighting
 from causalrm_ray.losses.label_noise import forward_logit
 from causalrm_ray.losses.pointwise import Loss, bce
 from causalrm_ray.types import NoiseRates
@@ -26,23 +26,9 @@ from causalrm_ray.types import NoiseRates
 TOP = 5  # scores run from 1 to 5
 
 
-class Estimator(Protocol):
-    """What has a value for a fixed prediction: it is one risk over rows."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The nuisances that it reads."""
-        ...
-
-    @property
-    def build(self) -> Build:
-        """The risk over some rows."""
-        ...
-
-
 @dataclass(frozen=True)
 class Bias:
-    """What an estimator says of one prediction: `ideal` is L_ideal, `value` the mean over draws.
+    """An estimator's value for one prediction: `ideal` is L_ideal, `value` the mean over draws.
 
     `relative` = (value - ideal) / ideal, and `stderr` is its standard error over the `draws`.
     """
@@ -68,34 +54,33 @@ def skew(score: Tensor, generator: torch.Generator) -> Tensor:
     return (score + noise * (TOP + 1 - score) / 2).clamp(1, TOP)
 
 
-def one(score: Tensor, generator: torch.Generator) -> Tensor:
-    """The truth, but as many lowest scores as there are highest ones are predicted highest."""
-    return _to_top(score, 0, generator)
+def to_top(score: Tensor, generator: torch.Generator, rank: int) -> Tensor:
+    """The truth, but as many rows of the score of `rank` (0: lowest) as there are of the highest are predicted highest."""
+    known = score.unique()
+    rows = (score == known[rank]).nonzero()[:, 0]
+    chosen = rows[torch.randperm(len(rows), generator=generator)[: int((score == known[-1]).sum())]]
+    return score.index_fill(0, chosen, float(known[-1]))
 
 
-def four(score: Tensor, generator: torch.Generator) -> Tensor:
-    """The truth, but as many second-highest scores as there are highest ones are predicted highest."""
-    return _to_top(score, -2, generator)
+PREDICTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "ROTATE": rotate,
+    "SKEW": skew,
+    "ONE": partial(to_top, rank=0),
+    "FOUR": partial(to_top, rank=-2),
+}
 
 
-PREDICTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"ROTATE": rotate, "SKEW": skew, "ONE": one, "FOUR": four}
+def _forward_correction(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
+    """The loss of the forward-corrected prediction, its mean over the rows with feedback among `rows`."""
+    rates = nuisances.rates
+    if rates is None:
+        raise ValueError("f_correction needs rates, got None")
+    observed = rows[observations.o[rows] == 1]
+    return Objective(observed, lambda logit, index: loss(forward_logit(logit, rates), observations.r[index]))
 
 
-class ForwardCorrection:
-    """The loss of the forward-corrected prediction over the rows with feedback (Patrini et al. 2017, arXiv 1609.03683)."""
-
-    needs: frozenset[Need] = frozenset({"rates"})
-
-    def build(self, observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
-        """Its mean is over the rows with feedback among `rows`."""
-        rates = nuisances.rates
-        if rates is None:
-            raise ValueError("f_correction needs rates, got none")
-        seen = rows[observations.o[rows] == 1]
-        return Objective(seen, lambda logit, index: loss(forward_logit(logit, rates), observations.r[index]))
-
-
-ESTIMATORS: dict[str, Estimator] = {"f_correction": ForwardCorrection(), **REWEIGHTING}
+F_CORRECTION = Reweighting(_forward_correction, "Patrini et al. 2017 (arXiv 1609.03683)", frozenset({"rates"}))
+ESTIMATORS: dict[str, Reweighting] = {"f_correction": F_CORRECTION, **REWEIGHTING}
 
 
 def logit_of_score(score: Tensor) -> Tensor:
@@ -103,43 +88,34 @@ def logit_of_score(score: Tensor) -> Tensor:
     return torch.logit((score.double() - 0.5) / TOP)
 
 
-def estimate(estimator: Estimator, logit: Tensor, observations: Observations, nuisances: Nuisances, loss: Loss = bce) -> float:
-    """An estimator's value of the risk of fixed predictions `logit` [N]."""
-    objective = estimator.build(observations, nuisances, loss, torch.arange(len(observations)))
+def estimate(estimator: Reweighting, logit: Tensor, observations: Observations, nuisances: Nuisances) -> float:
+    """An estimator's value of the cross-entropy risk of fixed predictions `logit` [N]."""
+    objective = estimator.build(observations, nuisances, bce, torch.arange(len(observations)))
     return float(objective.risk(logit[objective.rows], objective.rows).double().mean())
 
 
 def bias_table(
-    score: Tensor,
-    preference: Tensor,
-    propensity: Tensor,
-    rates: NoiseRates,
-    logs: Iterable[Observations],
-    estimators: Mapping[str, Estimator] = ESTIMATORS,
-    imputation: Tensor | None = None,
-    loss: Loss = bce,
-    seed: int = 0,
+    score: Tensor, preference: Tensor, propensity: Tensor, rates: NoiseRates, logs: Iterable[Observations]
 ) -> list[Bias]:
     """Every estimator's value against L_ideal, for every kind of prediction, over the draws `logs` of one population.
 
-    `score` [N] in 1..5, `preference` [N] is r*, `propensity` [N] and `rates` are the true ones. `imputation` [N] is P(r* = 1)
-    as a doubly robust estimator guesses it (none: r* itself); one that takes feedback as true is given P(r = 1) of it.
+    `score` [N] in 1..5, `preference` [N] is r*, `propensity` [N] and `rates` are the true ones. Doubly robust estimators impute
+    r*, or P(r = 1) given r* where they take feedback as true.
     Raises ValueError for rows that do not match or fewer than two draws.
     """
     check_same_length(score=score, preference=preference, propensity=propensity)
     check_finite("score", score)
-    guess = preference if imputation is None else imputation
-    corrected = Nuisances(propensity.double(), rates, guess.double())
-    as_given = Nuisances(propensity.double(), rates, guess * (1 - rates.rho_01) + (1 - guess) * rates.rho_10)
-    generator = torch.Generator().manual_seed(seed)
-    logits = {name: logit_of_score(make(score, generator)) for name, make in PREDICTIONS.items()}
-    values: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind in logits for name in estimators}
+    corrected = Nuisances(propensity.double(), rates, preference.double())
+    as_given = replace(corrected, imputation=preference * (1 - rates.rho_01) + (1 - preference) * rates.rho_10)
+    generator = torch.Generator().manual_seed(0)
+    logits = {kind: logit_of_score(make(score, generator)) for kind, make in PREDICTIONS.items()}
+    values: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind in logits for name in ESTIMATORS}
     for observations in logs:
         check_same_length(score=score, o=observations.o)
         for kind, name in values:
-            nuisances = corrected if "rates" in estimators[name].needs else as_given
-            values[kind, name].append(estimate(estimators[name], logits[kind], observations, nuisances, loss))
-    ideal = {kind: float(loss(logit, preference.double()).mean()) for kind, logit in logits.items()}
+            nuisances = corrected if "rates" in ESTIMATORS[name].needs else as_given
+            values[kind, name].append(estimate(ESTIMATORS[name], logits[kind], observations, nuisances))
+    ideal = {kind: float(bce(logit, preference.double()).mean()) for kind, logit in logits.items()}
     return [_bias(kind, name, ideal[kind], drawn) for (kind, name), drawn in values.items()]
 
 
@@ -149,12 +125,3 @@ def _bias(kind: str, name: str, ideal: float, values: Sequence[float]) -> Bias:
     drawn = torch.tensor(values, dtype=torch.float64)
     stderr = float(drawn.std()) / len(drawn) ** 0.5 / ideal
     return Bias(kind, name, ideal, float(drawn.mean()), float(drawn.mean()) / ideal - 1, stderr, len(drawn))
-
-
-def _to_top(score: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    known = score.unique()
-    rows = (score == known[rank]).nonzero()[:, 0]
-    chosen = rows[torch.randperm(len(rows), generator=generator)[: int((score == known[-1]).sum())]]
-    flipped = score.clone()
-    flipped[chosen] = known[-1]
-    return flipped

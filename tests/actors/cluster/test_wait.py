@@ -103,7 +103,7 @@ def test_of_all_who_failed_together_the_dead_are_named_first(workers: dict[str, 
 ON_THREE_NODES = """
 import pathlib, sys
 import ray
-from actors.cluster.local_cluster import local_cluster
+from actors.cluster.local_cluster import LocalCluster
 from actors.cluster.place import Placement, place
 from actors.cluster.runtime import ray_cluster
 from actors.cluster.wait import resolve
@@ -114,7 +114,7 @@ class Where:
         return ray.get_runtime_context().get_node_id()
 
 cache = pathlib.Path(sys.argv[1])
-with local_cluster(3, cache) as cluster, ray_cluster(ClusterConfig(address=cluster.address), cache):
+with LocalCluster(3, cache) as cluster, ray_cluster(ClusterConfig(address=cluster.address), cache):
     anywhere = resolve([place(Where, Placement()).node.remote() for number in range(3)], "ask", 60.0)
     beside = resolve([place(Where, Placement(beside_driver=True)).node.remote() for number in range(2)], "ask", 60.0)
     print(len(set(anywhere)), set(beside) == {ray.get_runtime_context().get_node_id()})

@@ -14,21 +14,21 @@ import torch
 from safetensors.torch import save_file
 
 from causalrm_ray.checkpoint import atomic_folder
-from jobs.lab.chaos import differences, differing
+from jobs.lab.chaos_audit import differences, differing
 
 
 @pytest.mark.timeout(1200)
 def test_killed_roles_nodes_and_drivers_lose_and_double_nothing(tmp_path: Path) -> None:
-    told = [
+    options = [
         "victims=[generator,driver,node]",
         "kills=3",
         "steps=10",
         "engine=hf",
         "train_workers=0",
-        "undisturbed=false",
+        "baseline=false",
         f"run.dir={tmp_path}",
     ]
-    done = subprocess.run([sys.executable, "-m", "jobs", "chaos", *told], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "jobs", "chaos", *options], stdout=subprocess.PIPE, text=True)
     found = json.loads((tmp_path / "chaos" / "chaos.json").read_text(encoding="utf-8"))
     assert found["faults"] == []
     assert done.returncode == 0
@@ -36,7 +36,7 @@ def test_killed_roles_nodes_and_drivers_lose_and_double_nothing(tmp_path: Path) 
     assert all(kill["seconds"] > 0 for kill in found["kills"])
 
 
-def test_what_is_lost_and_what_is_there_twice_is_told() -> None:
+def test_what_is_lost_and_what_is_there_twice_is_named() -> None:
     assert differences("prompts", Counter("ab"), Counter("ab")) == []
     found = differences("prompts", Counter("abcd"), Counter("bbd"))
     assert found == ["2 prompts lost, such as a", "1 prompts too many, such as b"]
@@ -60,7 +60,7 @@ def test_runs_are_compared_to_the_bit_but_for_times(tmp_path: Path) -> None:
     def fault(name: str, rows: list[dict[str, Any]], weight: float = 0.5) -> list[str]:
         return differing(finished(tmp_path / name, rows, weight), calm)
 
-    differ = "1 figures and weights differ from the undisturbed run's, such as "
+    differ = "1 figures and weights differ from the baseline's, such as "
     assert fault("kl", [rows[0], {"kl": 0.2000000001, "seconds": 1.0}]) == [f"{differ}kl of step 1"]
     assert fault("missing", [{"seconds": 1.0}, rows[1]]) == [f"{differ}kl of step 0"]
     assert fault("more", [{**rows[0], "ess": 1.0}, rows[1]]) == [f"{differ}ess of step 0"]

@@ -15,12 +15,12 @@ from jobs.lab import noise_study
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_study_tells_what_its_simulations_tell(
+def test_a_study_writes_the_figures_of_its_simulations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(noise_study, "ray_cluster", lambda *_: nullcontext())
-    told = ["settings=[ramp,features]", "rows=[600]", "rho=[[0.2,0.1]]", "simulations=2", "draws=20", f"run.dir={tmp_path}"]
-    assert main(["noise-study", *told]) == 0
+    options = ["settings=[ramp,features]", "rows=[600]", "rho=[[0.2,0.1]]", "simulations=2", "draws=20", f"run.dir={tmp_path}"]
+    assert main(["noise-study", *options]) == 0
     with (tmp_path / "noise-study" / "noise.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["setting"] for row in rows] == ["ramp", "features"]
@@ -29,7 +29,7 @@ def test_a_study_tells_what_its_simulations_tell(
     assert found == pytest.approx(expected.mean_error)
     assert float(rows[0]["coverage_01"]) == expected.coverage[0]
     assert "| ramp | 600 | 0.200 | 0.100 |" in (tmp_path / "noise-study" / "noise.md").read_text(encoding="utf-8")
-    assert main(["noise-study", *told]) == 2
+    assert main(["noise-study", *options]) == 2
     assert "holds a study already" in " ".join(capsys.readouterr().err.split())
 
 
@@ -37,7 +37,7 @@ def test_a_study_tells_what_its_simulations_tell(
     ("override", "part"),
     [
         ("rho=[[0.5,0.5]]", "rho_01 + rho_10 must be below 1"),
-        ("rows=[10]", "rows: Value error, must be at least 500, got 10"),
+        ("rows=[10]", "rows.0: Input should be greater than or equal to 500, got 10"),
         ("settings=[far]", "settings"),
     ],
 )

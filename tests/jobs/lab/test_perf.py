@@ -12,7 +12,7 @@ import ray
 from actors.cluster.place import Placement, place
 from actors.cluster.wait import resolve
 from actors.lab import perf_trl
-from actors.lab.perf_baselines import TokenReward, processes_of, standstill
+from actors.lab.perf_baselines import TokenReward, paused, processes_of
 from jobs.__main__ import main
 from jobs.lab import perf
 
@@ -26,8 +26,8 @@ def test_every_part_leaves_its_figure(
 ) -> None:
     monkeypatch.setattr(perf, "ray_cluster", lambda *_: nullcontext())
     parts = ["rollout", "learner", "sync", "driver", "memory"]
-    told = [*TINY, f"parts=[{','.join(parts)}]", f"run.dir={tmp_path}", f"run.cache={tmp_path / 'cache'}"]
-    assert main(["perf", *told]) == 0
+    options = [*TINY, f"parts=[{','.join(parts)}]", f"run.dir={tmp_path}", f"run.cache={tmp_path / 'cache'}"]
+    assert main(["perf", *options]) == 0
     folder = tmp_path / "perf"
     figures = {found["name"]: found for found in json.loads((folder / "perf.json").read_text(encoding="utf-8"))["figures"]}
     assert list(figures) == parts
@@ -39,22 +39,22 @@ def test_every_part_leaves_its_figure(
     assert figures["learner"]["details"]["weights_differ"] < 1e-6
     assert "| driver | 0.94M 16x6 |" in (folder / "table.md").read_text(encoding="utf-8")
     assert (folder / "perf.png").read_bytes()[:4] == b"\x89PNG"
-    assert main(["perf", *told]) == 2
+    assert main(["perf", *options]) == 2
     assert "holds figures already" in " ".join(capsys.readouterr().err.split())
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *told: str) -> str:
-    assert main(["perf", *told]) == 2
+def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["perf", *options]) == 2
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_without_the_right_trl_it_is_said_what_to_install(
+def test_without_the_right_trl_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(perf_trl, "TRL", "0.0.")
-    told = refusal(capsys, "parts=[sync,trl]", f"run.dir={tmp_path}", f"run.cache={tmp_path}")
-    assert "trl needs trl==0.0.*, got" in told
-    assert "pip install 'causalrm-ray[perf]'" in told
+    message = refusal(capsys, "parts=[sync,trl]", f"run.dir={tmp_path}", f"run.cache={tmp_path}")
+    assert "trl needs trl==0.0.*, got" in message
+    assert "pip install 'causalrm-ray[perf]'" in message
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_what_cannot_be_measured_is_refused(override: str, part: str, tmp_path: 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_standstill_ends_with_an_error_too() -> None:
+def test_paused_processes_resume_after_an_error() -> None:
     role = place(TokenReward, Placement())
     (process,) = processes_of([role], 60.0)
-    with suppress(KeyError), standstill([process]):
+    with suppress(KeyError), paused([process]):
         answer = role.score.remote([[7, 8]])
         assert ray.wait([answer], timeout=1.0) == ([], [answer])
         raise KeyError
