@@ -21,10 +21,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import (
     check_is_fitted,
-    column_or_1d,
     validate_data,  # pyrefly: ignore[missing-module-attribute]  # stubs older than 1.6
 )
 from torch import Tensor
@@ -33,7 +31,7 @@ from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, wri
 from causalrm_ray.checks import check_propensity
 from causalrm_ray.config.benchmark import HeadConfig
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.errors import InputError
+from causalrm_ray.data.columns import as_vector, check_rows_match, encode_labels, plain
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.diagnostics.advice import advise
@@ -121,10 +119,10 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         Raises ValueError that names the argument, the rule and the value.
         """
         head, seed = self._head(), self._seed()
-        features, labels = self._rows(X, reset=True), _vector("y", y)
+        features, labels = self._rows(X, reset=True), as_vector("y", y)
         given = ~pd.isna(labels)
-        _check_lengths(X=len(features), y=len(labels))
-        self.classes_, r = _encode(labels, given)
+        check_rows_match(X=len(features), y=len(labels))
+        self.classes_, r = encode_labels(labels, given)
         observations = Observations(torch.from_numpy(given).float(), torch.from_numpy(r))
         self._centre, self._scale = centre_and_scale(features)
         inputs = FeatureRows(self._standardise(features))
@@ -167,10 +165,10 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy on the rows of `X` [N, D] that have feedback in `y` [N]: of noisy, selected labels, as the log has them."""
-        labels = _vector("y", y)
+        labels = as_vector("y", y)
         given = ~pd.isna(labels)
         weight = None if sample_weight is None else np.asarray(sample_weight)[given]
-        return float(accuracy_score(_plain(labels[given]), self.predict(X)[given], sample_weight=weight))
+        return float(accuracy_score(plain(labels[given]), self.predict(X)[given], sample_weight=weight))
 
     def save(self, path: str | Path) -> None:
         """Write the fitted model as a folder of JSON and safetensors with a manifest of hashes; all of it or nothing."""
@@ -237,45 +235,14 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         return (features - self._centre) / self._scale
 
 
-def _vector(name: str, value: Any) -> np.ndarray:
-    """A NumPy, pandas or torch vector [N] as NumPy."""
-    if value is None:
-        raise ValueError(f"RewardEstimator requires y to be passed, but the target {name} is None")
-    return column_or_1d(np.asarray(value.numpy(force=True) if isinstance(value, Tensor) else value), warn=True)
-
-
-def _plain(labels: np.ndarray) -> np.ndarray:
-    """Labels of an object array in the type that they are of."""
-    return np.array(labels.tolist()) if labels.dtype == object else labels
-
-
-def _encode(labels: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two classes among the labels that are given, and r [N] in {0, 1}, nan where none is."""
-    known = _plain(labels[given])
-    check_classification_targets(known)
-    classes, place = np.unique(known, return_inverse=True)
-    if len(classes) > 2:
-        kind = type_of_target(known)
-        raise ValueError(
-            f"Only binary classification is supported. The type of the target is {kind}: y holds {len(classes)} classes"
-        )
-    if len(classes) < 2:
-        raise InputError(
-            f"y must hold two classes among the {len(known)} labels given, got {len(classes)} class: {classes.tolist()}"
-        )
-    r = np.full(len(labels), np.nan, dtype=np.float32)
-    r[given] = place
-    return classes, r
-
-
 def _strata(traits: Any, observations: Observations) -> tuple[Tensor | None, tuple[str, ...]]:
     """Strata [N] of the rows' traits and their names; None without traits."""
     if traits is None:
         return None, ()
     if not isinstance(traits, (pd.DataFrame, Mapping)):
         traits = {getattr(traits, "name", None) or "trait": traits}
-    columns = {str(name): _vector(f"traits[{name!r}]", column) for name, column in traits.items()}
-    _check_lengths(X=len(observations), **{name: len(column) for name, column in columns.items()})
+    columns = {str(name): as_vector(f"traits[{name!r}]", column) for name, column in traits.items()}
+    check_rows_match(X=len(observations), **{name: len(column) for name, column in columns.items()})
     rows = [
         {name: str(value) for name, value in zip(columns, row, strict=True) if not pd.isna(value)}
         for row in zip(*columns.values(), strict=True)
@@ -292,8 +259,8 @@ def _propensity(
     if given is None:
         found = calibrate(fit(o)[0], o, clip, seed=seed)
         return found.prob, found.report.warnings
-    prob = torch.from_numpy(_vector("propensity", given).astype(np.float32))
-    _check_lengths(X=len(o), propensity=len(prob))
+    prob = torch.from_numpy(as_vector("propensity", given).astype(np.float32))
+    check_rows_match(X=len(o), propensity=len(prob))
     check_propensity("propensity", prob)
     return prob.clamp(min=clip), () if bool(o.all()) else diagnose(prob, o, clip).warnings
 
@@ -317,8 +284,3 @@ def _with_warnings(found: FitDiagnostics, fits: RewardFits, doubts: Sequence[str
     names = {field.name: getattr(found, field.name) for field in fields(found)}
     # What a configuration calls reward.clip is the parameter clip here.
     return Diagnostics(**names, warnings=tuple(re.sub(r"\breward\.(?=[a-z])", "", sentence) for sentence in sentences))
-
-
-def _check_lengths(**rows: int) -> None:
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"rows must match, got inconsistent numbers of samples: {rows}")
