@@ -139,36 +139,33 @@ def event_row(event: FeedbackEvent, signals: Mapping[str, int]) -> dict[str, Any
         "time": _time(f"{thing}: time", event.time),
         "retracts": None if event.retracts is None else _identifier(f"{thing}: retracts", event.retracts),
     }
-    if event.retracts is None and event.signal not in signals:
-        raise RecordError(f"{thing}: signal must be one of {sorted(signals)}, got {event.signal!r}")
-    if event.retracts is not None and event.signal != RETRACT:
-        raise RecordError(f"{thing}: signal must be {RETRACT!r} where retracts is given, got {event.signal!r}")
-    if event.retracts == event.id:
-        raise RecordError(f"{thing}: retracts must name another event, got its own id")
+    if event.retracts is None:
+        _require(event.signal in signals, f"{thing}: signal", f"be one of {sorted(signals)}", event.signal)
+    else:
+        _require(event.signal == RETRACT, f"{thing}: signal", f"be {RETRACT!r} where retracts is given", event.signal)
+        _require(event.retracts != event.id, f"{thing}: retracts", "name another event", event.retracts)
     return row
 
 
+def _require(holds: bool, thing: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise RecordError(f"{thing} must {rule}, got {value!r:.80}")
+
+
 def _text(thing: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{thing} must be text, got {value!r:.80}")
-    if not value or value.isspace():
-        raise RecordError(f"{thing} must not be empty, got {value!r:.80}")
+    _require(isinstance(value, str), thing, "be text", value)
+    _require(bool(value.strip()), thing, "not be empty", value)
     return _storable(thing, value)
 
 
 def _storable(thing: str, value: str) -> str:
-    if "\x00" in value:
-        raise RecordError(f"{thing} must not hold a NUL character, got {value!r:.80}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(f"{thing} must be valid Unicode, got {value!r:.80}") from error
+    _require("\x00" not in value, thing, "not hold a NUL character", value)
+    _require(value.encode(errors="ignore").decode() == value, thing, "be valid Unicode", value)
     return value
 
 
 def _identifier(thing: str, value: Any) -> str:
-    if len(_text(thing, value)) > MAX_ID_CHARS:
-        raise RecordError(f"{thing} must have at most {MAX_ID_CHARS} characters, got {len(value)}")
+    _require(len(_text(thing, value)) <= MAX_ID_CHARS, thing, f"have at most {MAX_ID_CHARS} characters", len(value))
     return value
 
 
@@ -177,25 +174,22 @@ def _finite(thing: str, value: Any) -> float:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise RecordError(f"{thing} must be a finite number, got {value!r:.80}")
+    _require(math.isfinite(number), thing, "be a finite number", value)
     return number
 
 
 def _time(thing: str, value: Any) -> float:
     seconds = _finite(thing, value)
-    if seconds < 0:
-        raise RecordError(f"{thing} must be at least 0 seconds, got {value!r:.80}")
+    _require(seconds >= 0, thing, "be at least 0 seconds", value)
     return seconds
 
 
 def _version(thing: str, value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**63:
-        raise RecordError(f"{thing} must be a whole number in [0, 2^63), got {value!r:.80}")
+    _require(isinstance(value, int) and 0 <= value < 2**63, thing, "be a whole number in [0, 2^63)", value)
     return int(value)
 
 
 def _context(thing: str, value: Any) -> str:
-    if not isinstance(value, Mapping) or not all(isinstance(part, str) for item in value.items() for part in item):
-        raise RecordError(f"{thing} must map text to text, got {value!r:.80}")
+    texts = isinstance(value, Mapping) and all(isinstance(part, str) for item in value.items() for part in item)
+    _require(texts, thing, "map text to text", value)
     return _storable(thing, json.dumps(dict(value), sort_keys=True, ensure_ascii=False))
