@@ -27,6 +27,7 @@ from actors.cluster.wait import resolve
 from actors.feedback import FeedbackRole
 from actors.learner.group import LearnerGroup
 from actors.learner.rank import LearnerRank
+from actors.learner.shares import Sharder
 from actors.plan import Plan, Transport, make_plan
 from actors.refitting import Refitter
 from actors.reward.fit_spec import BATCH_SIZE, PROPENSITY_EPOCHS
@@ -140,7 +141,9 @@ def start_roles(
     if "generators" in parts:
         handles = {name: start(name) for name in (f"generator-{number}" for number in range(config.rollout.generators))}
     generators = Generators(config, handles, start, on_replacement)
-    learner = LearnerGroup(_start_learner(config, policy, seats) if "learner" in parts else (), timeout_s)
+    ranks = _start_learner(config, policy, seats) if "learner" in parts else ()
+    sharder = Sharder(config.learner, ranks=config.learner.ranks, seed=config.run.seed, max_length=config.model.max_length)
+    learner = LearnerGroup(ranks, sharder, timeout_s)
     by_object = ByObject(learner.ranks, config.learner.lora > 0, timeout_s)
     refresh = by_object if learner.ranks else None
     others = {"reward": reward_role, "users": users, "log": log}
@@ -242,8 +245,8 @@ def _start_learner(config: Config, policy: str, seats: _Seats) -> list[Any]:
             rank=rank,
             world_size=config.learner.ranks,
             init_method=address,
-            max_length=config.model.max_length,
             max_new_tokens=config.rollout.max_new_tokens,
+            steps=config.loop.steps,
             seed=config.run.seed,
             dtype=getattr(torch, config.model.dtype),
             temperature=config.rollout.temperature,

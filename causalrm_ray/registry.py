@@ -9,17 +9,18 @@ Another package adds to a registry by an entry point in the registry's group; a 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 
 class Registry:
-    """Objects of one kind by name. `group` is that of entry points; `built_in` maps our names to import paths."""
+    """Objects of one kind by name. `group` is that of entry points; `built_in` maps our names to import paths; `attributes` are
+    what an object of the kind must have."""
 
-    def __init__(self, kind: str, group: str, built_in: Mapping[str, str]) -> None:
-        self.kind, self.group = kind, group
+    def __init__(self, kind: str, group: str, built_in: Mapping[str, str], attributes: Sequence[str] = ()) -> None:
+        self.kind, self.group, self.attributes = kind, group, attributes
         self._built_in = dict(built_in)
         self._registered: dict[str, Any] = {}
 
@@ -43,7 +44,13 @@ class Registry:
         raise ValueError(f"must be one of {known}, or an import path 'package.module:object', got {name!r}{hint}")
 
     def load(self, name: str) -> Any:
-        """The object behind a name or an import path. Raises ValueError where there is none, with the reason."""
+        """The object behind a name or an import path. Raises ValueError where there is none of the kind, with the reason."""
+        found = self._load(name)
+        if missing := [attribute for attribute in self.attributes if not hasattr(found, attribute)]:
+            raise ValueError(f"{self.kind} {name!r} must have the attributes {', '.join(missing)}, got {found!r}")
+        return found
+
+    def _load(self, name: str) -> Any:
         target = self._registered.get(name) or self._built_in.get(name) or (name if ":" in name else None)
         if target is None:
             found = entry_points(group=self.group, name=name)
@@ -90,6 +97,7 @@ ALGORITHMS = Registry(
         **_table("causalrm_ray.rl.algorithms:ALGORITHMS", "ppo", "grpo", "rloo", "reinforce_pp"),
         **_table("causalrm_ray.rl.algorithms:ALGORITHMS", "gspo", "dapo", "dr_grpo", "cispo"),
     },
+    ("advantages", "loss", "ratio", "reduction", "clip", "kl", "critic", "grouped"),
 )
 FORMATS = Registry("feedback format", "causalrm_ray.formats", {"native": "causalrm_ray.data.formats.native:Native"})
 ENGINES = Registry(  # in words only: engines stand on the floor above

@@ -10,6 +10,7 @@ timeline      all that Ray ran meanwhile, for a viewer of traces
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,13 +24,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.cluster.wait import resolve
-from actors.learner.deepspeed_engine import MAX_GRAD_NORM
 from actors.learner.rank import make_objective
+from actors.learner.shares import groups_of
 from actors.rollout.engine import EngineSettings
 from actors.rollout.vllm_engine import raw_engine, sampling_params
 from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.rl.advantage import grpo
-from causalrm_ray.rl.experience import IMPORTANCE_CAP, groups_of
+from causalrm_ray.rl.experience import IMPORTANCE_CAP
 from causalrm_ray.rl.policy import importance_weight, kl_k3
 from causalrm_ray.types import Completion, Request, Sampling, Scored
 
@@ -83,7 +84,7 @@ class PlainLearner:
         for first in range(0, len(scored), self._rows):
             part = [answer.completion for answer in scored[first : first + self._rows]]
             self._loss(part, advantages[first : first + self._rows], len(scored)).backward()
-        torch.nn.utils.clip_grad_norm_(self._policy.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.max_grad_norm or math.inf)
         self._optimizer.step()
         return time.perf_counter() - began
 
@@ -96,7 +97,7 @@ class PlainLearner:
         groups = groups_of([answer.completion for answer in scored])
         cut = 0.0 if self._config.truncation == "mask" else self._config.truncation
         rewards = [answer.reward - cut * (answer.completion.stop_reason == "length") for answer in scored]
-        return grpo(torch.tensor(rewards), groups).float()
+        return grpo(torch.tensor(rewards), torch.from_numpy(groups)).float()
 
     def _loss(self, part: Sequence[Completion], advantages_B: torch.Tensor, answers: int) -> torch.Tensor:
         rows = [torch.tensor(done.prompt.token_ids + done.token_ids) for done in part]

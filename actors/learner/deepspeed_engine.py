@@ -20,7 +20,6 @@ from torch import nn
 from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.models.lora import Weight
 
-MAX_GRAD_NORM = 1.0  # of all parameters together
 TAG = "engine"  # folder of the engine's files inside a checkpoint
 
 
@@ -50,9 +49,8 @@ def start_process_group(rank: int, world_size: int, init_method: str) -> Any:
         raise RuntimeError(
             f"the learner needs deepspeed, which cannot be imported ({error}); pip install 'deepspeed>=0.19.8,<0.20'"
         ) from error
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # its build takes 25 s, and a killed rank leaks 67 MB of /dev/shm
-    )
+    # Its build takes 25 s, and a killed rank leaks 67 MB of /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
         auto_mpi_discovery=False,
@@ -70,7 +68,7 @@ def start_process_group(rank: int, world_size: int, init_method: str) -> Any:
 
 
 class DeepSpeedEngine:
-    """A module under ZeRO 0-3 with torch AdamW, gradients averaged over ranks and clipped to MAX_GRAD_NORM as one vector.
+    """A module under ZeRO 0-3 with torch AdamW, gradients averaged over ranks and clipped to a largest norm as one vector.
 
     Collective: construction, forward under ZeRO-3, backward, step, gathered, whole, save and load must be called
     by all ranks alike.
@@ -90,13 +88,11 @@ class DeepSpeedEngine:
         self._rank = rank
         self._zero_stage = config.zero_stage
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        # The forward has no dropout, and moment estimates need no decay of the weights they tune.
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self._optimizer = optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # but for groups with their own
+        self._rates = [group["lr"] for group in groups]
         self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=_settings(config, dtype))
-        for (
-            state
-        ) in optimizer.state.values():  # bf16 under ZeRO 0 starts with a blank step, which would spoil Adam's bias correction
-            state["step"].zero_()
+        for state in optimizer.state.values():
+            state["step"].zero_()  # bf16 under ZeRO 0 starts with a blank step, which would spoil Adam's bias correction
 
     @property
     def version(self) -> str:
@@ -112,8 +108,11 @@ class DeepSpeedEngine:
         if not last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
-    def step(self) -> float:
-        """Update the weights and return the gradient's norm over all parameters and ranks, before clipping."""
+    def step(self, rate: float = 1.0) -> float:
+        """Update the weights at `rate` times the learning rates of their groups, and return the gradient's norm over all
+        parameters and ranks, before clipping."""
+        for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * full
         gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
         before = torch.nn.utils.get_total_norm(gradients) if gradients else None
         self._engine.step()
@@ -163,7 +162,7 @@ def _settings(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: the learner counts tokens itself
         "gradient_accumulation_steps": 1,  # the boundary is set by hand, for micro-batches vary in number
-        "gradient_clipping": MAX_GRAD_NORM,
+        "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -9,15 +9,16 @@ from typing import Any
 
 from actors.cluster.telemetry import DRIVER, record
 from actors.cluster.wait import resolve
+from actors.learner.shares import Sharder, answer_metrics
 from causalrm_ray.types import Completion, Scored
 
 
 class LearnerGroup:
-    """Handles on the `ranks`, each on a process; `timeout_s` bounds each wait."""
+    """Handles on the `ranks`, each on a process; `sharder` splits answers over as many, `timeout_s` bounds each wait."""
 
-    def __init__(self, ranks: Sequence[Any], timeout_s: float) -> None:
+    def __init__(self, ranks: Sequence[Any], sharder: Sharder, timeout_s: float) -> None:
         self.ranks = tuple(ranks)
-        self._timeout_s = timeout_s
+        self._sharder, self._timeout_s = sharder, timeout_s
         self._preparing: list[Any] = []  # answers that the next update waits for
 
     def info(self) -> dict[str, Any]:
@@ -25,8 +26,12 @@ class LearnerGroup:
         return self._wait([rank.info.remote() for rank in self.ranks], "start learner")[0]
 
     def prepare(self, completions: Sequence[Completion]) -> list[Any]:
-        """Let the ranks evaluate answers, before an update on them. Returns what to wait for."""
-        return [rank.prepare.remote(completions) for rank in self.ranks]
+        """Let each rank evaluate its share of some answers, before an update on them. Returns what to wait for.
+
+        Raises ValueError, naming the id, for an answer that must not be trained on.
+        """
+        shares = self._sharder.split(completions) if self.ranks else ()
+        return [rank.prepare.remote(share) for rank, share in zip(self.ranks, shares, strict=True)]
 
     def await_before_update(self, prepared: Sequence[Any]) -> None:
         """Let the next update wait for what `prepare` returned, in place of the caller."""
@@ -40,14 +45,15 @@ class LearnerGroup:
 
     def update(self, scored: Sequence[Scored]) -> dict[str, float]:
         """One update on a whole step; metrics over all ranks, and the version of the reward that they rest on."""
-        updates = [rank.update.remote(scored) for rank in self.ranks]
+        answers = answer_metrics(scored, self._sharder.version)
+        updates = [rank.update.remote(share) for rank, share in zip(self.ranks, self._sharder.step(scored), strict=True)]
         preparing, self._preparing = self._preparing, []
         self._wait(preparing, "prepare answers")  # first: after an error in it, or a death, the update fails of that
         record("queue_rows", DRIVER, 0)
         began = time.perf_counter()
         metrics = self._wait(updates, "update policy")[0]
         record("update_seconds", "learner", time.perf_counter() - began)
-        return {**metrics, "reward_version": float(scored[0].reward_version)}
+        return {**metrics, **answers, "reward_version": float(scored[0].reward_version)}
 
     def save(self, folder: Path) -> None:
         """Write the exact state to `folder`/learner and the policy, as a Hugging Face folder, to `folder`/policy."""
@@ -60,7 +66,8 @@ class LearnerGroup:
 
     def load(self, folder: Path) -> None:
         """Restore the state that `save` wrote under `folder`, whose hashes must have been verified."""
-        self._wait([rank.load.remote(folder / "learner") for rank in self.ranks], "load learner")
+        versions = self._wait([rank.load.remote(folder / "learner") for rank in self.ranks], "load learner")
+        self._sharder.restart(versions[0])
 
     def _wait(self, refs: Any, phase: str) -> Any:
         return resolve(refs, phase, self._timeout_s)

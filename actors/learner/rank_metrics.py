@@ -1,4 +1,4 @@
-"""Figures over all learner ranks. Every function is collective but for Step."""
+"""Metrics over all learner ranks; every function is collective."""
 
 from __future__ import annotations
 

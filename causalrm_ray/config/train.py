@@ -208,6 +208,12 @@ class LearnerConfig(Section):
     )
     lr: float = Field(3e-4, ge=0, description="policy learning rate")
     critic_lr: float = Field(1e-3, ge=0, description="critic learning rate (ppo)")
+    warmup: int = Field(0, ge=0, description="policy steps over which learning rates rise to their full value")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rates after warm-up: constant, or falling to 0 at loop.steps"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, of matrices only")
+    max_grad_norm: float = Field(1.0, ge=0, description="norm that the gradient over all weights is clipped to; 0: never")
     epochs: int = Field(2, ge=1, description="passes over a step's answers")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
     clip: float | None = Field(
@@ -285,6 +291,12 @@ class Config(Section):
         samples, algorithm = self.rollout.samples_per_prompt, self.learner.algorithm
         if samples < 2 and ALGORITHMS.load(algorithm).grouped:
             raise ValueError(f"rollout.samples_per_prompt must be at least 2 with learner.algorithm={algorithm}, got {samples}")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Config:
+        if self.learner.warmup and self.learner.warmup >= self.loop.steps:
+            raise ValueError(f"learner.warmup must be below loop.steps, got {self.learner.warmup} >= {self.loop.steps}")
         return self
 
     @model_validator(mode="after")

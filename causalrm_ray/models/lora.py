@@ -25,13 +25,13 @@ FILE = "adapter_model.safetensors"
 
 
 class Weight(NamedTuple):
-    """One weight of a model, made of itself or, with an adapter, of itself, A [r, in] and B [out, r]."""
+    """One weight of a model: its parameter or, with an adapter, its parameter, A [r, in] and B [out, r]."""
 
     parameters: tuple[nn.Parameter, ...]
     transposed: bool = False  # a Conv1D keeps its weight as [in, out]
 
     def value(self) -> torch.Tensor:
-        """What a model without adapter needs here: W + SCALE B A, computed in float32. The parameters must be whole."""
+        """The weight of a model without adapter: W + SCALE B A, computed in float32. The parameters must be whole."""
         weight, *factors = (parameter.detach() for parameter in self.parameters)
         if not factors:
             return weight
@@ -54,7 +54,7 @@ def with_adapter(model: PreTrainedModel, rank: int, seed: int) -> Any:
 
 
 def weights_of(plain: nn.Module, adapted: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """What `adapted` computes with, under the names of `plain`, the same model without adapters; a tied weight comes once."""
+    """The weights of `adapted` under the names of `plain`, the same model without adapters; a tied weight comes once."""
     layers = _layers(adapted)
     for name, parameter in plain.named_parameters():
         layer = layers.get(name.removesuffix(".weight"))
@@ -72,7 +72,7 @@ def adapter_of(adapted: nn.Module) -> Iterator[tuple[str, Weight]]:
 
 
 def save_adapter(folder: Path, adapted: Any, factors: Mapping[str, torch.Tensor]) -> None:
-    """Write a folder that `PeftModel.from_pretrained` loads: `factors` by the names of `adapter_of`, and what they are."""
+    """Write a folder that `PeftModel.from_pretrained` loads: `factors` by the names of `adapter_of`, and their settings."""
     config = copy.copy(adapted.peft_config[ADAPTER])
     config.inference_mode = True
     config.save_pretrained(str(folder))

@@ -18,8 +18,8 @@ from causalrm_ray.rl.policy import entropy, log_distribution, token_logprobs
 
 
 class TokenOutputs(NamedTuple):
-    """What the model says of each token of an answer: its log-probability, the entropy there (nats), and the value of the text
-    before it, 0 without a critic."""
+    """Of each token of an answer: its log-probability, the entropy of its distribution (nats), and the value of the text before
+    it, 0 without a critic."""
 
     logprobs_BR: torch.Tensor
     entropy_BR: torch.Tensor
@@ -47,7 +47,7 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self.reference = Reference(policy) if lora else None
-        # A layer that is computed again would put its keys and values into the cache again.
+        # With checkpointing a layer runs twice, and would put its keys and values into the cache twice.
         self.shares_prompts = shares_prompts(policy) and not checkpointing
         if checkpointing:
             for model in (self.policy, self.critic):
@@ -130,9 +130,9 @@ def load_policy(model: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _checkpoint(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for the backward pass, which computes the rest again: Chen et al. 2016.
+    """Keep only each layer's input for the backward pass, which recomputes the rest: Chen et al. 2016 (arXiv 1604.06174).
 
-    The layers seem in training to transformers, which checkpoints in no other mode; inside them it is evaluation again.
+    transformers checkpoints in training mode only, so each layer is in that mode until its forward pass has begun.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]

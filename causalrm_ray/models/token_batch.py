@@ -9,18 +9,24 @@ Gradients flow through the cache, so both give the same to rounding; P prompts o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from causalrm_ray.types import Completion
+
+class TokenRow(NamedTuple):
+    """A prompt [P] and an answer to it [R], token ids, int64 on the CPU; neither is empty."""
+
+    prompt: torch.Tensor
+    answer: torch.Tensor
 
 
 class Prompts(NamedTuple):
-    """What stands before the inputs: `ids_PL` right-padded, the prompt `of_B` of each row, `mask_BC` over cache and inputs (1
+    """The text before the inputs: `ids_PL` right-padded, the prompt `of_B` of each row, `mask_BC` over cache and inputs (1
     where a token counts), and the place of each input in its text, `positions_BT`."""
 
     ids_PL: torch.Tensor
@@ -42,21 +48,20 @@ class TokenBatch(NamedTuple):
     prompts: Prompts | None = None
 
 
-def make_batch(completions: Sequence[Completion], device: torch.device, share: bool = False) -> TokenBatch:
+def make_batch(rows: Sequence[TokenRow], device: torch.device, share: bool = False) -> TokenBatch:
     """The batch of some answers; with `share`, prompts are read once where that at least halves their number."""
-    prompts = list(dict.fromkeys(completion.prompt.token_ids for completion in completions))
-    if share and 2 * len(prompts) <= len(completions) and min(map(len, prompts)) > 1:
-        return _shared(completions, prompts, device)
-    rows = [completion.prompt.token_ids + completion.token_ids for completion in completions]
-    offsets_B = torch.tensor([len(completion.prompt.token_ids) - 1 for completion in completions])
+    prompts = {row.prompt.numpy().tobytes(): row.prompt for row in rows}
+    if share and 2 * len(prompts) <= len(rows) and min(map(len, prompts.values())) > 1:
+        return _shared(rows, prompts, device)
+    offsets_B = torch.tensor([len(row.prompt) - 1 for row in rows])
     start = int(offsets_B.min())
-    ids_BT = _pad(rows)
-    answer_BR = (offsets_B - start)[:, None] + _places(completions)
+    ids_BT = pad_sequence([torch.cat(row) for row in rows], batch_first=True)
+    answer_BR = (offsets_B - start)[:, None] + _places(rows)
     return TokenBatch(ids_BT[:, :-1].to(device), ids_BT[:, start + 1 :].to(device), answer_BR.to(device))
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether all that `model` knows of a prompt is in a plain cache of keys and values: no window, no state."""
+    """Whether the state of `model` after a prompt is a plain cache of keys and values: no sliding window, no recurrent state."""
     layers = DynamicCache(config=model.config).layers
     return not getattr(model, "_is_stateful", False) and all(type(layer) is DynamicLayer for layer in layers)
 
@@ -80,28 +85,23 @@ def read(model: Any, batch: TokenBatch, **options: Any) -> Any:
     )
 
 
-def _shared(completions: Sequence[Completion], prompts: list[tuple[int, ...]], device: torch.device) -> TokenBatch:
-    numbers = {prompt: number for number, prompt in enumerate(prompts)}
-    ids_PL = _pad([prompt[:-1] for prompt in prompts])
-    ids_BT = _pad([completion.prompt.token_ids[-1:] + completion.token_ids for completion in completions])
-    before_B = torch.tensor([len(completion.prompt.token_ids) - 1 for completion in completions])
+def _shared(rows: Sequence[TokenRow], prompts: Mapping[bytes, torch.Tensor], device: torch.device) -> TokenBatch:
+    numbers = {key: number for number, key in enumerate(prompts)}
+    ids_PL = pad_sequence([prompt[:-1] for prompt in prompts.values()], batch_first=True)
+    ids_BT = pad_sequence([torch.cat([row.prompt[-1:], row.answer]) for row in rows], batch_first=True)
+    before_B = torch.tensor([len(row.prompt) - 1 for row in rows])
     steps_T = torch.arange(ids_BT.shape[1] - 1)
     inside_BL = (torch.arange(ids_PL.shape[1]) < before_B[:, None]).long()
     behind = Prompts(
         ids_PL=ids_PL.to(device),
-        of_B=torch.tensor([numbers[completion.prompt.token_ids] for completion in completions], device=device),
-        mask_BC=torch.cat([inside_BL, torch.ones(len(completions), len(steps_T), dtype=torch.long)], dim=1).to(device),
+        of_B=torch.tensor([numbers[row.prompt.numpy().tobytes()] for row in rows], device=device),
+        mask_BC=torch.cat([inside_BL, torch.ones(len(rows), len(steps_T), dtype=torch.long)], dim=1).to(device),
         positions_BT=(before_B[:, None] + steps_T).to(device),
     )
-    return TokenBatch(ids_BT[:, :-1].to(device), ids_BT[:, 1:].to(device), _places(completions).to(device), behind)
+    return TokenBatch(ids_BT[:, :-1].to(device), ids_BT[:, 1:].to(device), _places(rows).to(device), behind)
 
 
-def _places(completions: Sequence[Completion]) -> torch.Tensor:
+def _places(rows: Sequence[TokenRow]) -> torch.Tensor:
     """[B, R]: 0, 1, ... up to each answer's last token, which is repeated."""
-    lengths_B = torch.tensor([len(completion.token_ids) for completion in completions])
+    lengths_B = torch.tensor([len(row.answer) for row in rows])
     return torch.minimum(torch.arange(int(lengths_B.max())), lengths_B[:, None] - 1)
-
-
-def _pad(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([row + (0,) * (length - len(row)) for row in rows])

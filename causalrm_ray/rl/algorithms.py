@@ -51,11 +51,6 @@ def gspo_loss(logprobs_BR: torch.Tensor, ratio_BR: torch.Tensor, advantages_BR: 
     return ppo_clip(ratio_BR, advantages_BR, clip)
 
 
-def cispo_loss(logprobs_BR: torch.Tensor, ratio_BR: torch.Tensor, advantages_BR: torch.Tensor, clip: Clip) -> torch.Tensor:
-    """See `policy.cispo`."""
-    return cispo(ratio_BR, logprobs_BR, advantages_BR, clip)
-
-
 class Algorithm(NamedTuple):
     """One algorithm; its functions take and return tensors [B, R] over the tokens of one rank's answers.
 
@@ -124,7 +119,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     # Liu et al. 2025 (arXiv 2503.20783): GRPO without division by the group's deviation or the answer's length.
     "dr_grpo": GRPO._replace(advantages=per_answer(centred), reduction="constant"),
     # MiniMax 2025 (arXiv 2506.13585): no lower bound; the upper one, 5, from Khatri et al. 2025 (arXiv 2510.13786).
-    "cispo": GRPO._replace(loss=cispo_loss, reduction="token_mean", clip=Clip(1.0, 4.0)),
+    "cispo": GRPO._replace(loss=cispo, reduction="token_mean", clip=Clip(1.0, 4.0)),
 }
 
 

@@ -1,6 +1,6 @@
 """Which rows go through a model together: short ones with short ones, as many as a budget of padded tokens holds.
 
-lengths --balance_lengths--> rank of each row --of_rank--> micro-batches of every rank, as many on each
+lengths --balance_lengths--> rank of each row --micro_batches--> those of every rank, as many on each
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def balance_lengths(lengths: Sequence[int], ranks: int) -> list[int]:
     """The rank of each row, so that ranks get about as many tokens: the longest row left goes to the rank with the fewest.
 
     Of ranks with equally many, the one with the fewest rows and then the first. Graham 1969: the busiest rank has at most 4/3 of
-    what it must have.
+    the tokens that it has in the best distribution.
     """
     loads = [(0, 0, rank) for rank in range(ranks)]
     owners = [0] * len(lengths)
@@ -36,12 +36,14 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def of_rank(lengths: Sequence[int], owners: Sequence[int], rank: int, ranks: int, budget: int) -> list[list[int]]:
-    """Micro-batches of the rows that `rank` owns, made up to as many as the busiest rank has by empty ones."""
-    places = [[place for place, owner in enumerate(owners) if owner == each] for each in range(ranks)]
-    batches = [cut([lengths[place] for place in mine], budget) for mine in places]
-    mine = [[places[rank][row] for row in batch] for batch in batches[rank]]
-    return mine + [[]] * (max(map(len, batches)) - len(mine))
+def micro_batches(lengths: Sequence[int], owners: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Places of the rows of each micro-batch of each rank; all ranks have as many as the busiest, some of them without a row."""
+    batches = []
+    for rank in range(ranks):
+        places = [place for place, owner in enumerate(owners) if owner == rank]
+        batches.append([[places[row] for row in batch] for batch in cut([lengths[place] for place in places], budget)])
+    most = max(map(len, batches))
+    return [own + [[]] * (most - len(own)) for own in batches]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -11,7 +10,6 @@ import torch
 from causalrm_ray.rl.advantage import token_rewards
 from causalrm_ray.rl.algorithms import Algorithm, AllReduceSum, KLEstimator, Rows
 from causalrm_ray.rl.policy import Clip, importance_weight, kl_k1, kl_k2, kl_k3, masked_mean, value_loss
-from causalrm_ray.types import Completion, Scored, Span
 
 TRAINING = ("policy_loss", "value_loss", "entropy", "ratio_mean", "clip_fraction", "kl_step")  # means over trained tokens
 IMPORTANCE_CAP = 2.0  # of the learner/engine importance weight of a token
@@ -159,61 +157,9 @@ def make_experience(
     )
 
 
-def groups_of(completions: Sequence[Completion]) -> torch.Tensor:
-    """The number of each answer's group, int64 [N]: answers to prompts of the same tokens share one."""
-    numbers: dict[tuple[int, ...], int] = {}
-    return torch.tensor([numbers.setdefault(answer.prompt.token_ids, len(numbers)) for answer in completions])
-
-
 def stack_rows(rows: Sequence[torch.Tensor], width: int, device: torch.device) -> torch.Tensor:
     """Rows of up to `width` entries, float32 [rows, width], 0 behind their ends."""
     padded = torch.zeros(len(rows), width, device=device)
     for place, row in enumerate(rows):
         padded[place, : row.shape[0]] = row
     return padded
-
-
-def check_groups(algorithm: str, completions: Sequence[Completion]) -> None:
-    """Raise ValueError, naming the id, for a prompt with one answer only: `algorithm` compares answers to one prompt."""
-    sizes = Counter(completion.prompt.token_ids for completion in completions)
-    for completion in completions:
-        if sizes[completion.prompt.token_ids] == 1:
-            raise ValueError(f"{algorithm} needs at least 2 answers to each prompt, got 1 to that of {completion.prompt.id!r}")
-
-
-def check_answer(completion: Completion, version: int, staleness: int, max_length: int) -> None:
-    """Raise ValueError, naming the id, unless policy `version` may learn from it: written by weights at most `staleness` versions
-    older, at most `max_length` tokens with its prompt, a log-probability for each of its own."""
-    name, length = completion.prompt.id, len(completion.prompt.token_ids) + len(completion.token_ids)
-    oldest, newest = completion.oldest_version, completion.policy_version
-    if not version - staleness <= oldest <= newest <= version:
-        allowed = f"{version - staleness} to {version}" if staleness else version
-        got = newest if oldest == newest else f"{oldest} to {newest}"
-        raise ValueError(f"answer {name!r} must come from policy version {allowed}, got {got}")
-    if not completion.token_ids or not completion.prompt.token_ids:
-        raise ValueError(f"answer {name!r} and its prompt must have at least one token each")
-    if len(completion.logprobs) != len(completion.token_ids):
-        raise ValueError(
-            f"answer {name!r} must have one logprob per token, got {len(completion.logprobs)} for {len(completion.token_ids)}"
-        )
-    if length > max_length:
-        raise ValueError(f"answer {name!r} with its prompt must have at most {max_length} tokens, got {length}")
-
-
-def answer_metrics(scored: Sequence[Scored], version: int) -> dict[str, float]:
-    """Means over a step's answers; `staleness` is that of the policy `version` over the weights that wrote a token."""
-    answers = len(scored)
-    tokens = sum(len(answer.completion.token_ids) for answer in scored)
-    return {
-        "reward": sum(answer.reward for answer in scored) / answers,
-        "response_length": tokens / answers,
-        "truncated": sum(answer.completion.stop_reason == "length" for answer in scored) / answers,
-        "tokens": float(tokens),
-        "staleness": sum(_lag(answer.completion, version) for answer in scored) / tokens,
-    }
-
-
-def _lag(completion: Completion, version: int) -> int:
-    """Versions between `version` and the weights that wrote a token, summed over tokens."""
-    spans = completion.spans or (Span(completion.policy_version, len(completion.token_ids)),)
-    return sum((version - span.version) * span.tokens for span in spans)

@@ -73,7 +73,7 @@ def ppo_clip(ratio_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: Clip, du
     return -torch.where(advantages_BT < 0, torch.maximum(gain_BT, dual_clip * advantages_BT), gain_BT)
 
 
-def cispo(ratio_BT: torch.Tensor, logprobs_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: Clip) -> torch.Tensor:
+def cispo(logprobs_BT: torch.Tensor, ratio_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: Clip) -> torch.Tensor:
     """REINFORCE with a clipped importance weight, which carries no gradient.
 
         -stop_gradient(clamp(r, 1 - low, 1 + high)) A logprob

@@ -8,18 +8,18 @@ import torch
 
 from causalrm_ray.checks import check_finite
 
-EPSILON = 1e-8  # variance below which all that was seen counts as equal
+EPSILON = 1e-8  # variance below which all numbers count as equal
 
 
 class RunningMoments(NamedTuple):
-    """How many numbers were seen, their mean, and their summed squared distance from it; float64, exact through JSON."""
+    """Count of the numbers seen, their mean, and their summed squared distance from it; float64, exact through JSON."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def with_values(self, values_N: torch.Tensor) -> RunningMoments:
-        """The moments of what was seen and `values_N` [N] together.
+        """The moments of the numbers seen so far and `values_N` [N] together.
 
         mean = mean_a + d n_b / n,   squares = squares_a + squares_b + d^2 n_a n_b / n,   d = mean_b - mean_a
 

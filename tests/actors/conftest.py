@@ -87,7 +87,9 @@ def learner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "model")
     ranks = [
         *start(
-            1, folder, ["update", "gradient", "algorithms", "several_steps", "guarded", "still", "resume", "lora", "refusals"]
+            1,
+            folder,
+            ["update", "gradient", "algorithms", "scheduled", "several_steps", "guarded", "still", "resume", "lora", "refusals"],
         ),
         *start(
             2,

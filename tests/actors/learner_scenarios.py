@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.learner import deepspeed_engine as engine_deepspeed
 from actors.learner.rank import LearnerRank
+from actors.learner.shares import Sharder, answer_metrics
 from actors.weights.ipc import attach
 from actors.weights.packing import checksum, unpack
 from causalrm_ray.config.train import LearnerConfig
@@ -24,6 +24,7 @@ from causalrm_ray.types import Completion, Prompt, Scored, Span
 VOCABULARY = 32
 TEMPERATURE = 0.7
 MAX_NEW_TOKENS = 8
+STEPS = 5  # policy steps that a learning rate's schedule spans
 BASE = {
     "epochs": 2,
     "minibatches": 2,
@@ -34,7 +35,7 @@ BASE = {
     "lr": 1e-3,
     "critic_lr": 2e-3,
 }
-ONE_STEP = BASE | {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9}
+ONE_STEP = BASE | {"epochs": 1, "minibatches": 1, "max_grad_norm": 0}
 SLOW = ONE_STEP | {"lr": 2e-4}  # enough to leave the reference; Adam blows up rounding where a gradient is about 0
 ALGORITHMS: dict[str, dict[str, object]] = {
     "grpo": {"truncation": "mask", "kl": {"coefficient": 0.3}},
@@ -42,6 +43,7 @@ ALGORITHMS: dict[str, dict[str, object]] = {
     "reinforce_pp": {"kl": {"estimator": "k2", "coefficient": 0.3}},
 }
 SEVERAL_STEPS = ("gspo", "cispo", "dr_grpo")  # the others' losses are those of ALGORITHMS in other reductions
+SCHEDULED = BASE | {"clip_high": 0.1, "warmup": 1, "schedule": "cosine", "weight_decay": 0.1}
 NARROW = 36  # tokens per micro-batch: 3 rows of 12, or 12 of 3
 ADAPTED = BASE | {"lora": 2, "lr": 5e-3, "critic_lr": 5e-3}
 BOTH = ("checkpointing", "offload")
@@ -100,6 +102,25 @@ def make_groups(version: int) -> list[Scored]:
     ]
 
 
+@dataclass
+class Learner:
+    """One rank, and the driver's part in front of it, which every process of a scenario plays alike."""
+
+    rank: LearnerRank
+    sharder: Sharder
+    number: int
+
+    def prepare(self, completions: Sequence[Completion]) -> None:
+        self.rank.prepare(self.sharder.split(completions)[self.number])
+
+    def update(self, scored: Sequence[Scored]) -> dict[str, float]:
+        answers = answer_metrics(scored, self.sharder.version)
+        return self.rank.update(self.sharder.step(scored)[self.number]) | answers
+
+    def load(self, folder: Path) -> None:
+        self.sharder.restart(self.rank.load(folder))
+
+
 class Rank:
     """What a scenario needs to make learners and keep results."""
 
@@ -107,51 +128,55 @@ class Rank:
         self.rank, self.world_size, self.folder = rank, world_size, folder
         self.address = f"tcp://127.0.0.1:{port}"
 
-    def learner(self, tokens: int = 8192, dtype: torch.dtype = torch.float32, **options: object) -> LearnerRank:
-        engine_deepspeed.MAX_GRAD_NORM = options.pop("max_grad_norm")
-        return LearnerRank(
+    def learner(self, tokens: int = 8192, dtype: torch.dtype = torch.float32, **options: object) -> Learner:
+        config = LearnerConfig(**options)
+        learner = LearnerRank(
             str(self.folder / "model"),
-            LearnerConfig(**options),
+            config,
             dtype=dtype,
             temperature=TEMPERATURE,
             seed=5,
             rank=self.rank,
             world_size=self.world_size,
             init_method=self.address,
-            max_length=32,
             max_new_tokens=MAX_NEW_TOKENS,
-            tokens_per_micro_batch=tokens,
+            steps=STEPS,
         )
+        shape = {"ranks": self.world_size, "seed": 5, "max_length": 32, "tokens_per_micro_batch": tokens}
+        return Learner(learner, Sharder(config, **shape), self.rank)
 
-    def keep(self, name: str, learner: LearnerRank, metrics: list[dict[str, float]]) -> None:
+    def keep(self, name: str, learner: Learner, metrics: list[dict[str, float]]) -> None:
         folder = self.folder / f"{name}-{self.world_size}"
-        learner.save_policy(folder)
-        weights = learner.weights()
+        learner.rank.save_policy(folder)
+        weights = learner.rank.weights()
         if (weights is None) != (self.rank > 0):
             raise AssertionError(f"weights must come from rank 0 alone, rank {self.rank} got {weights}")
         if weights is not None:
             (folder / "metrics.json").write_text(json.dumps(metrics))
             save_file({name: value.clone() for name, value in unpack(weights)}, folder / "weights.safetensors")
-            (folder / "info.json").write_text(json.dumps(learner.info() | {"policy_version": weights.version}))
+            (folder / "info.json").write_text(json.dumps(learner.rank.info() | {"policy_version": weights.version}))
 
 
-def train(learner: LearnerRank, steps: int, make: Callable[[int], list[Scored]] = make_step) -> list[dict[str, float]]:
+def train(learner: Learner, steps: int, make: Callable[[int], list[Scored]] = make_step) -> list[dict[str, float]]:
     metrics = []
     for _ in range(steps):
-        scored = make(learner.version)
+        scored = make(learner.rank.version)
         for first in range(0, len(scored), 5):
             learner.prepare([answer.completion for answer in scored[first : first + 5]])
         metrics.append(learner.update(scored))
     return metrics
 
 
-def check_shown(learner: LearnerRank) -> None:
+def check_shown(learner: Learner) -> None:
     """What a rank shows to engines on its device is what it would save."""
-    shared, state = learner.share_weights(), learner._base.state_dict()
+    shared, state = learner.rank.share_weights(), learner.rank._base.state_dict()
     for name, tensor in attach(shared):
         if not torch.equal(tensor, state[name]):
             raise AssertionError(f"{name} of version {shared.version} is shown otherwise than it is")
-    if shared.checksum != checksum(dict(learner._base.named_parameters()).values()) or shared.version != learner.version:
+    if (
+        shared.checksum != checksum(dict(learner.rank._base.named_parameters()).values())
+        or shared.version != learner.rank.version
+    ):
         raise AssertionError(f"version {shared.version} or its checksum is not the learner's")
 
 
@@ -175,8 +200,8 @@ def gradient(place: Rank) -> None:
         save_moments(place, learner, f"gradient-{tokens}")
 
 
-def save_moments(place: Rank, learner: LearnerRank, name: str) -> None:
-    module, state = learner._engine._engine.module, learner._engine._engine.optimizer.state
+def save_moments(place: Rank, learner: Learner, name: str) -> None:
+    module, state = learner.rank._engine._engine.module, learner.rank._engine._engine.optimizer.state
     if place.rank == 0:
         gradients = {key: state[value]["exp_avg"].clone() / 0.1 for key, value in module.named_parameters()}
         save_file(gradients, place.folder / f"{name}-{place.world_size}.safetensors")
@@ -188,6 +213,12 @@ def algorithms(place: Rank) -> None:
         learner = place.learner(8192 if place.world_size == 1 else NARROW, algorithm=name, **SLOW | options)
         place.keep(name, learner, train(learner, 2, make_groups))
         save_moments(place, learner, f"moments-{name}")
+
+
+def scheduled(place: Rank) -> None:
+    """Two updates with every option of the optimizer."""
+    learner = place.learner(**SCHEDULED)
+    place.keep("scheduled", learner, train(learner, 2))
 
 
 def several_steps(place: Rank) -> None:
@@ -230,13 +261,13 @@ def with_logprobs(model: LlamaForCausalLM, answer: Scored) -> Scored:
 
 
 def resume(place: Rank) -> None:
-    """Three updates, save, two more; and two from the saved state; with an adaptive KL coefficient and rewards normalised."""
+    """Three updates, save, two more; and two from the saved state; with all that changes over steps."""
     for stage in (0,) if place.world_size == 1 else (3,):
-        options = BASE | {"zero_stage": stage, "kl": {"target": 0.1}, "reward_normalisation": True}
+        options = SCHEDULED | {"zero_stage": stage, "kl": {"target": 0.1}, "reward_normalisation": True}
         learner = place.learner(**options)
         train(learner, 3)
         state = place.folder / f"state-{stage}-{place.world_size}"
-        learner.save(state)
+        learner.rank.save(state)
         place.keep(f"uninterrupted-{stage}", learner, train(learner, 2))
         other = place.learner(**options)
         other.load(state)
@@ -244,15 +275,10 @@ def resume(place: Rank) -> None:
 
 
 def late(place: Rank) -> None:
-    """Two updates on answers that the version before wrote, the first tokens of the others too; and what is too old."""
+    """Two updates on answers that the version before wrote, the first tokens of the others too."""
     learner = place.learner(NARROW, **BASE, staleness=1)
     train(learner, 1)
     place.keep("late", learner, train(learner, 1, lambda version: [written_late(answer) for answer in make_step(version)]))
-    try:
-        learner.prepare([written_late(make_step(2)[1], 2).completion])
-    except ValueError as error:
-        if place.rank == 0:
-            (place.folder / f"late-{place.world_size}" / "refusal").write_text(str(error))
 
 
 def written_late(answer: Scored, lag: int = 1) -> Scored:
@@ -269,7 +295,7 @@ def lora(place: Rank) -> None:
         options = ADAPTED | {"zero_stage": stage}
         learner = place.learner(tokens, **options)
         place.keep(f"lora-{stage}", learner, train(learner, 2))
-        learner.save(place.folder / f"state-lora-{stage}")
+        learner.rank.save(place.folder / f"state-lora-{stage}")
         keep_adapter(place, learner, f"lora-{stage}")
         place.keep(f"uninterrupted-lora-{stage}", learner, train(learner, 1))
         if stage != 2:
@@ -278,27 +304,27 @@ def lora(place: Rank) -> None:
             place.keep(f"resumed-lora-{stage}", resumed, train(resumed, 1))
 
 
-def keep_adapter(place: Rank, learner: LearnerRank, name: str) -> None:
+def keep_adapter(place: Rank, learner: Learner, name: str) -> None:
     """The published adapter, and what policy and reference say of an answer to come."""
-    folder, answer = place.folder / f"{name}-{place.world_size}", make_step(learner.version)[0].completion
+    folder, answer = place.folder / f"{name}-{place.world_size}", make_step(learner.rank.version)[0].completion
     learner.prepare([answer])
-    adapter = learner.adapter()
+    adapter = learner.rank.adapter()
     if (adapter is None) != (place.rank > 0):
         raise AssertionError(f"adapters must come from rank 0 alone, rank {place.rank} got {adapter}")
     if adapter is not None:
-        prepared = learner._prepared[answer.prompt.id]
+        prepared = learner.rank._prepared[answer.prompt.id]
         said = {"logprobs": prepared.logprobs_R, "reference": prepared.reference_logprobs_R}
         save_file(said, folder / "said.safetensors")
         save_file({name: value.clone() for name, value in unpack(adapter)}, folder / "published.safetensors")
-    learner._prepared.clear()
-    learner._owners.clear()
+    learner.rank._prepared.clear()
+    learner.sharder.restart(learner.rank.version)
 
 
 def memory(place: Rank) -> None:
     """The same updates in less memory."""
     for name, options in SAVING.items():
         learner = place.learner(NARROW, **options)
-        optimizer = learner._engine._engine.optimizer
+        optimizer = learner.rank._engine._engine.optimizer
         flags = (optimizer.offload_optimizer, optimizer.offload_param) if options["zero_stage"] == 3 else (optimizer.cpu_offload,)
         if not all(flags):
             raise AssertionError(f"{name} must offload, got {flags}")
@@ -313,50 +339,46 @@ def half(place: Rank) -> None:
 
 
 def refusals(place: Rank) -> None:
-    """What the learner says to answers that it must not train on, by name of the fault."""
+    """Errors of a rank, by name of the fault."""
     learner = place.learner(**BASE)
-    scored = make_step(0)
-    first, *others = scored
-    learner.prepare([answer.completion for answer in others])
-    stale = replace(scored[1], completion=replace(scored[1].completion, policy_version=3))
-    long = replace(first.completion, token_ids=(1,) * 40, logprobs=(0.0,) * 40)
+    learner.rank.save(place.folder / "state-refused")
+    late = replace(learner.sharder.step(prepared(learner, make_step(0)))[0], version=1)
     calls: dict[str, Callable[[], object]] = {
-        "unknown": lambda: learner.update(scored),
-        "stale": lambda: learner.update([stale, *others]),
-        "stale_prepare": lambda: learner.prepare([stale.completion]),
-        "twice": lambda: learner.update([*others, others[0]]),
-        "prepared_twice": lambda: learner.prepare([others[0].completion]),
-        "long": lambda: learner.prepare([long]),
-        "infinite": lambda: learner.update([replace(others[0], reward=float("inf")), *others[1:]]),
-        "few": lambda: learner.update(others[:1]),
+        "late": lambda: learner.rank.update(late),
+        "adapter": learner.rank.adapter,
+        "lora": lambda: place.learner(**ADAPTED).load(place.folder / "state-refused"),
     }
     messages = {}
     for name, call in calls.items():
         try:
             call()
         except ValueError as error:
-            messages[name] = str(error)
-    try:
-        learner.adapter()
-    except ValueError as error:
-        messages["adapter"] = str(error)
-    learner.save(place.folder / "state-refused")
-    try:
-        place.learner(**ADAPTED).load(place.folder / "state-refused")
-    except ValueError as error:
-        messages["lora"] = str(error).removeprefix(str(place.folder))
-    lonely = place.learner(**BASE, algorithm="grpo")
-    lonely.prepare([answer.completion for answer in scored])
-    try:
-        lonely.update(scored)
-    except ValueError as error:
-        messages["lonely"] = str(error)
+            messages[name] = str(error).removeprefix(str(place.folder))
     (place.folder / "refusals.json").write_text(json.dumps(messages))
+
+
+def prepared(learner: Learner, scored: list[Scored]) -> list[Scored]:
+    learner.prepare([answer.completion for answer in scored])
+    return scored
 
 
 SCENARIOS = {
     run.__name__: run
-    for run in (update, gradient, algorithms, several_steps, guarded, still, resume, late, lora, memory, half, refusals)
+    for run in (
+        update,
+        gradient,
+        algorithms,
+        scheduled,
+        several_steps,
+        guarded,
+        still,
+        resume,
+        late,
+        lora,
+        memory,
+        half,
+        refusals,
+    )
 }
 
 if __name__ == "__main__":

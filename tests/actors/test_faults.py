@@ -17,6 +17,7 @@ from actors.cluster.wait import resolve
 from actors.errors import RoleDiedError
 from actors.lab.perf_baselines import processes_of
 from actors.learner.group import LearnerGroup
+from actors.learner.shares import Sharder, Share, StepShare
 from actors.reward.role import RewardActor
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator, engine_env
@@ -27,7 +28,7 @@ from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
-from causalrm_ray.types import Completion, Prompt, Request, Scored
+from causalrm_ray.types import Completion, Prompt, Request
 
 TIMEOUT_S = 120.0
 REQUESTS = [
@@ -107,11 +108,11 @@ class Learns:
     def __init__(self, gate: Path) -> None:
         self._gate = gate
 
-    def prepare(self, completions: Sequence[Completion]) -> None:
+    def prepare(self, share: Share) -> None:
         self._gate.read_text()
-        raise ValueError(f"cannot prepare {completions[0].prompt.id}")
+        raise ValueError(f"cannot prepare {share.ids[0]}")
 
-    def update(self, scored: Sequence[Scored]) -> dict[str, float]:
+    def update(self, step: StepShare) -> dict[str, float]:
         raise ValueError("never prepared")
 
 
@@ -131,7 +132,8 @@ def test_a_rollout_ends_before_the_learner_is_prepared_and_the_update_hears_of_i
     config: Config, tmp_path: Path, dies: bool
 ) -> None:
     os.mkfifo(gate := tmp_path / "gate")
-    learner = LearnerGroup([place(Learns, Placement("learner-0"), gate)], TIMEOUT_S)
+    sharder = Sharder(config.learner, ranks=1, seed=0, max_length=config.model.max_length)
+    learner = LearnerGroup([place(Learns, Placement("learner-0"), gate)], sharder, TIMEOUT_S)
     reward = place(Scores, Placement())
     stream = RolloutStream(config.rollout, cast(Generators, Writes()), learner, reward=reward, timeout_s=TIMEOUT_S)
     (rank,) = processes_of(learner.ranks, TIMEOUT_S)

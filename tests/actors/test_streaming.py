@@ -11,6 +11,7 @@ import pytest
 from actors.cluster.in_process import Handle, enter_in_process
 from actors.feedback import FeedbackRole
 from actors.learner.group import LearnerGroup
+from actors.learner.shares import Sharder, Share, StepShare
 from actors.refitting import Refitter
 from actors.reward.propensity import PropensityActor
 from actors.reward.role import RewardActor
@@ -21,7 +22,7 @@ from actors.streaming import RolloutStream
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
 from causalrm_ray.estimators.core.training import FitSettings
-from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Request, Scored
+from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Request
 
 TIMEOUT_S = 120.0
 REQUESTS = [Request(Prompt(f"prompt-{number:02d}", "ask", (3, 5 + number)), number) for number in range(20)]
@@ -45,11 +46,11 @@ class Learns:
         self.prepared: list[str] = []
         self.updated: list[str] = []
 
-    def prepare(self, completions: Sequence[Completion]) -> None:
-        self.prepared += [done.prompt.id for done in completions]
+    def prepare(self, share: Share) -> None:
+        self.prepared += share.ids
 
-    def update(self, scored: Sequence[Scored]) -> dict[str, float]:
-        self.updated = [answer.completion.prompt.id for answer in scored]
+    def update(self, step: StepShare) -> dict[str, float]:
+        self.updated = list(step.ids)
         return {"loss": 0.0}
 
 
@@ -80,6 +81,10 @@ def generators(config: Config, backbone: str, tmp_path: Path) -> Iterator[Genera
     generator.close()
 
 
+def sharder(config: Config) -> Sharder:
+    return Sharder(config.learner, ranks=1, seed=0, max_length=config.model.max_length)
+
+
 def impression(done: Completion) -> Impression:
     return Impression(done.prompt.id, done.prompt.text, done.response or "-", done.policy_version, 0.0)
 
@@ -88,7 +93,7 @@ def test_a_rollout_is_scored_prepared_and_shown_in_micro_batches_and_comes_in_re
     config: Config, generators: Generators, tmp_path: Path
 ) -> None:
     scores, learns, log = Scores(), Learns(), FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
-    learner = LearnerGroup([Handle(learns)], TIMEOUT_S)
+    learner = LearnerGroup([Handle(learns)], sharder(config), TIMEOUT_S)
     handles = {"reward": Handle(scores), "users": Handle(Reacts()), "log": Handle(log)}
     stream = RolloutStream(config.rollout, generators, learner, **handles, timeout_s=TIMEOUT_S)
     scored = stream.rollout(REQUESTS, lambda chunk: [impression(done) for done in chunk])
@@ -99,12 +104,16 @@ def test_a_rollout_is_scored_prepared_and_shown_in_micro_batches_and_comes_in_re
     assert scores.sizes == [8, 8, 4]  # rollout.micro_batch, and what is left
     assert sorted(learns.prepared) == [request.prompt.id for request in REQUESTS]
     assert log.position() == 40  # an impression and a vote each
-    assert learner.update(scored) == {"loss": 0.0, "reward_version": 7.0}
+    metrics = learner.update(scored)
+    assert (metrics["loss"], metrics["reward_version"]) == (0.0, 7.0)
+    assert metrics["response_length"] == np.mean([len(answer.completion.token_ids) for answer in scored])
     assert learns.updated == [request.prompt.id for request in REQUESTS]
 
 
 def test_a_rollout_that_was_begun_must_be_the_next(config: Config, generators: Generators) -> None:
-    stream = RolloutStream(config.rollout, generators, LearnerGroup([], TIMEOUT_S), reward=Handle(Scores()), timeout_s=TIMEOUT_S)
+    stream = RolloutStream(
+        config.rollout, generators, LearnerGroup([], sharder(config), TIMEOUT_S), reward=Handle(Scores()), timeout_s=TIMEOUT_S
+    )
     stream.begin(REQUESTS[:4])
     with pytest.raises(RuntimeError, match="begun with prompt-00 must come first, got prompt-10"):
         stream.rollout(REQUESTS[10:], lambda chunk: [])
@@ -115,7 +124,9 @@ def test_a_rollout_that_was_begun_must_be_the_next(config: Config, generators: G
 def test_the_log_is_filled_with_what_was_shown(config: Config, generators: Generators, tmp_path: Path) -> None:
     log = FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
     handles = {"users": Handle(Reacts()), "log": Handle(log)}
-    stream = RolloutStream(config.rollout, generators, LearnerGroup([], TIMEOUT_S), **handles, timeout_s=TIMEOUT_S)
+    stream = RolloutStream(
+        config.rollout, generators, LearnerGroup([], sharder(config), TIMEOUT_S), **handles, timeout_s=TIMEOUT_S
+    )
     assert stream.fill_log(REQUESTS, lambda chunk: [impression(done) for done in chunk if done.prompt.id != "prompt-03"]) == 19
     assert log.position() == 38
 

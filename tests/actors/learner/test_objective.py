@@ -46,3 +46,10 @@ def test_another_package_s_algorithm_brings_its_own_loss(tmp_path: Path, monkeyp
     objective = make_objective(load_config(None, ["learner.algorithm=vanilla:VANILLA"]).learner, 8)
     one = torch.ones(1, 1)
     assert objective.algorithm.loss(-3 * one, one, 2 * one, objective.clip).tolist() == [[6.0]]
+
+
+def test_what_is_no_algorithm_is_refused_by_what_it_lacks() -> None:
+    with pytest.raises(
+        ValueError, match=r"algorithm 'json:dumps' must have the attributes advantages, loss, ratio, .*, got <func"
+    ):
+        make_objective(LearnerConfig(algorithm="json:dumps"), 8)

@@ -14,11 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from causalrm_ray.models.lora import adapter_of, save_adapter, weights_of, with_adapter
 from causalrm_ray.models.policy import ActorCritic
-from causalrm_ray.models.token_batch import make_batch
-from causalrm_ray.types import Completion, Prompt
+from causalrm_ray.models.token_batch import TokenRow, make_batch
 
 TOKENS = torch.tensor([[3, 7, 1, 4, 9, 2], [5, 5, 8, 0, 0, 0]])
-ANSWERS = [Completion(Prompt("", "", tuple(row[:2])), "", tuple(row[2:]), (0.0,) * 4, "stop", 0) for row in TOKENS.tolist()]
+ANSWERS = [TokenRow(row[:2], row[2:]) for row in TOKENS]
 BATCH = make_batch(ANSWERS, torch.device("cpu"))
 RANK = 3
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -8,8 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from causalrm_ray.models.policy import ActorCritic, Reference
-from causalrm_ray.models.token_batch import TokenBatch, make_batch
-from causalrm_ray.types import Completion, Prompt
+from causalrm_ray.models.token_batch import TokenBatch, TokenRow, make_batch
 
 ROWS = [[3, 7, 1, 4, 9, 2], [5, 5, 8]]
 TEMPERATURE = 0.7
@@ -30,14 +29,9 @@ def make_policy(dropout: float = 0.0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def answer(row: Sequence[int], prompt: int) -> Completion:
-    tokens = tuple(row[prompt:])
-    return Completion(Prompt("", "", tuple(row[:prompt])), "", tokens, (0.0,) * len(tokens), "stop", 0)
-
-
 def batch(prompt: int = 1, rows: Sequence[Sequence[int]] = ROWS) -> TokenBatch:
     """Rows of which the first so many tokens are the prompt."""
-    return make_batch([answer(row, prompt) for row in rows], torch.device("cpu"))
+    return make_batch([TokenRow(*torch.tensor(row).tensor_split([prompt])) for row in rows], torch.device("cpu"))
 
 
 def test_logprobs_and_entropy_equal_one_row_at_a_time_without_padding() -> None:

@@ -19,8 +19,7 @@ from transformers import (
 from transformers import PreTrainedModel as Model
 
 from causalrm_ray.models.policy import ActorCritic, Reference
-from causalrm_ray.models.token_batch import make_batch, shares_prompts
-from causalrm_ray.types import Completion, Prompt
+from causalrm_ray.models.token_batch import TokenRow, make_batch, shares_prompts
 
 CPU = torch.device("cpu")
 PROMPTS = ((3, 7, 1, 4), (5, 8))
@@ -28,12 +27,12 @@ ANSWERS = ((0, (9, 2, 6)), (1, (4, 4, 1, 7, 2)), (0, (2,)), (1, (1, 3)), (0, (9,
 TEMPERATURE = 0.7
 
 
-def completion(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> Completion:
-    return Completion(Prompt("", "", prompt), "", tokens, (0.0,) * len(tokens), "stop", 0)
+def row(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> TokenRow:
+    return TokenRow(torch.tensor(prompt), torch.tensor(tokens))
 
 
-def completions() -> list[Completion]:
-    return [completion(PROMPTS[number], tokens) for number, tokens in ANSWERS]
+def rows() -> list[TokenRow]:
+    return [row(PROMPTS[number], tokens) for number, tokens in ANSWERS]
 
 
 def llama() -> Model:
@@ -59,7 +58,7 @@ def module_of(make: Callable[[], Model], lora: int = 0) -> ActorCritic:
 
 
 def test_prompts_are_read_once_and_answers_follow_theirs() -> None:
-    batch = make_batch(completions(), CPU, share=True)
+    batch = make_batch(rows(), CPU, share=True)
     assert batch.prompts is not None
     assert batch.prompts.ids_PL.tolist() == [[3, 7, 1], [5, 0, 0]]
     assert batch.prompts.of_B.tolist() == [0, 1, 0, 1, 0]
@@ -75,7 +74,7 @@ def test_prompts_are_read_once_and_answers_follow_theirs() -> None:
 def test_sharing_prompts_changes_neither_outputs_nor_gradients(make: Callable[[], Model], lora: int) -> None:
     found = []
     for share in (False, True):
-        module, batch = module_of(make, lora), make_batch(completions(), CPU, share)
+        module, batch = module_of(make, lora), make_batch(rows(), CPU, share)
         assert (batch.prompts is not None) == share
         outputs = module(batch, TEMPERATURE)
         reference = module(batch, TEMPERATURE, True).logprobs_BR if lora else Reference(make())(batch, TEMPERATURE)
@@ -97,8 +96,8 @@ def test_sharing_prompts_changes_neither_outputs_nor_gradients(make: Callable[[]
     ids=["a prompt of one token has none to read before", "few answers share a prompt"],
 )
 def test_what_gains_nothing_is_read_whole(prompts: tuple[tuple[int, ...], ...]) -> None:
-    rows = [completion(prompts[place % len(prompts)], tokens) for place, (_, tokens) in enumerate(ANSWERS)]
-    assert make_batch(rows, CPU, share=True).prompts is None
+    found = [row(prompts[place % len(prompts)], tokens) for place, (_, tokens) in enumerate(ANSWERS)]
+    assert make_batch(found, CPU, share=True).prompts is None
 
 
 def test_models_that_forget_a_prompt_and_layers_that_are_computed_again_share_none() -> None:

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalrm_ray.rl.batching import balance_lengths, cut, of_rank
+from causalrm_ray.rl.batching import balance_lengths, cut, micro_batches
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
 
@@ -28,7 +28,7 @@ def test_every_row_comes_once_within_the_budget_and_no_batch_would_hold_the_next
         assert (len(batch) + 1) * lengths[batch[0]] > budget
 
 
-def test_tokens_are_dealt_evenly_by_hand() -> None:
+def test_tokens_are_distributed_evenly_by_hand() -> None:
     assert balance_lengths([10, 9, 8, 1], 2) == [0, 1, 1, 0]  # 11 and 17: the two rows of 9 and 8 met the emptier rank in turn
     assert balance_lengths([5, 5, 5, 5], 2) == [0, 1, 0, 1]
     assert balance_lengths([7], 3) == [0]
@@ -36,7 +36,7 @@ def test_tokens_are_dealt_evenly_by_hand() -> None:
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_the_busiest_rank_has_at_most_four_thirds_of_the_best_deal(lengths: list[int], ranks: int) -> None:
+def test_the_busiest_rank_has_at_most_four_thirds_of_the_best_distribution(lengths: list[int], ranks: int) -> None:
     def busiest(owners: tuple[int, ...] | list[int]) -> int:
         return max(sum(length for length, owner in zip(lengths, owners, strict=True) if owner == rank) for rank in range(ranks))
 
@@ -48,7 +48,7 @@ def test_the_busiest_rank_has_at_most_four_thirds_of_the_best_deal(lengths: list
 @settings(max_examples=60, deadline=None)
 def test_ranks_share_all_rows_in_as_many_micro_batches(lengths: list[int], ranks: int, budget: int) -> None:
     owners = balance_lengths(lengths, ranks)
-    batches = [of_rank(lengths, owners, rank, ranks, budget) for rank in range(ranks)]
+    batches = micro_batches(lengths, owners, ranks, budget)
     assert len({len(mine) for mine in batches}) == 1
     assert all(owners[place] == rank for rank, mine in enumerate(batches) for batch in mine for place in batch)
     assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(len(lengths)))

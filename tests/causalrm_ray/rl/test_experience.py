@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from causalrm_ray.rl.algorithms import ALGORITHMS
-from causalrm_ray.rl.experience import Answers, Experience, Objective, groups_of, make_experience
+from causalrm_ray.rl.experience import Answers, Experience, Objective, make_experience
 from causalrm_ray.rl.policy import Clip, kl_k1
-from causalrm_ray.types import Completion, Prompt
 
 LENGTHS = [3, 1, 4]
 MASK = torch.tensor([[float(t < length) for t in range(4)] for length in LENGTHS], dtype=torch.float64)
@@ -188,9 +187,3 @@ def test_k1_as_a_loss_would_steer_nowhere_in_expectation() -> None:
     logprobs, reference = logits.log_softmax(-1), torch.full((5,), math.log(0.2), dtype=torch.float64)
     (gradient,) = torch.autograd.grad((logprobs.exp().detach() * kl_k1(logprobs, reference)).sum(), logits)
     assert float(gradient.abs().max()) <= 1e-15
-
-
-def test_answers_to_prompts_of_the_same_tokens_share_a_group() -> None:
-    prompts = [(1, 2), (3,), (1, 2), (1, 2, 4), (3,)]
-    done = [Completion(Prompt(str(number), "", ids), "", (0,), (0.0,), "stop", 0) for number, ids in enumerate(prompts)]
-    assert groups_of(done).tolist() == [0, 1, 0, 2, 1]

@@ -93,7 +93,7 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
 
 def test_cispo_weighs_the_policy_gradient_by_a_clipped_ratio_and_drops_no_token() -> None:
     logprobs, advantages = tensor(-1.0, -2.0, -3.0, -1.0).requires_grad_(), tensor(1.0, -2.0, 0.5, -1.0)
-    losses = cispo(tensor(0.1, 1.5, 9.0, 9.0), logprobs, advantages, Clip(1.0, 4.0))
+    losses = cispo(logprobs, tensor(0.1, 1.5, 9.0, 9.0), advantages, Clip(1.0, 4.0))
     np.testing.assert_allclose(losses.detach()[0].numpy(), [0.1, -6.0, 7.5, -5.0], rtol=1e-12)
     losses.sum().backward()
     np.testing.assert_allclose(logprobs.grad[0].numpy(), [-0.1, 3.0, -2.5, 5.0], rtol=1e-12)
