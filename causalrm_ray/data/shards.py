@@ -57,7 +57,7 @@ def write_rows(rows: Iterable[GradedRow], folder: Path, shard_rows: int) -> RowS
         if waiting[split]:
             name = f"{split}-{sum(other.startswith(split) for other in shards.names):05d}.parquet"
             columns = zip(*((row.prompt, row.response, row.level, row.where, row.number) for row in waiting[split]), strict=True)
-            write_parquet(pa.table([*map(pa.array, columns)], ROW_SCHEMA.names).cast(ROW_SCHEMA), folder / name)
+            write_parquet(pa.table(dict(zip(ROW_SCHEMA.names, columns, strict=True)), ROW_SCHEMA), folder / name)
             shards.names.append(name)
             waiting[split].clear()
 
