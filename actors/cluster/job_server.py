@@ -1,4 +1,4 @@
-"""A cluster's job server, over HTTP: a job that it was given runs there, whatever becomes of the process that gave it."""
+"""A cluster's job server, by Ray's own client: a job that was submitted runs there, whatever becomes of who submitted it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from ray._raylet import AuthenticationTokenLoader  # pyrefly: ignore[missing-module-attribute] (compiled)
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -22,7 +23,7 @@ from causalrm_ray.errors import InputError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}  # from SIGTERM to SIGKILL: a step and a checkpoint must fit in; Ray's own is 3
 LEFT_OUT = ("/runs", ".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "/build", "/dist")
-CHATTY = (  # loggers that tell of each file that is left out, of each upload and hang-up
+CHATTY = (  # loggers with a line for each file that is left out, each upload and each closed connection
     "ray._private.runtime_env",
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -31,7 +32,7 @@ CHATTY = (  # loggers that tell of each file that is left out, of each upload an
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job as its cluster tells of it. `exit_status` is none until it has ended; `facts` are what it was submitted with."""
+    """A job as its cluster describes it. `exit_status` is None until it has ended; `facts` are what it was submitted with."""
 
     id: str
     state: str
@@ -46,22 +47,24 @@ class Submission:
 class JobServer:
     """Submit, follow, look up and stop jobs.
 
-    Sends the token that Ray would: RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token. Every verb raises
-    InputError where nothing answers, the token is refused, or the server says no.
+    Sends the token that Ray finds: RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token. Every method raises
+    InputError where nothing answers, the token is refused, or the server rejects the request.
     """
 
     def __init__(self, address: str | None) -> None:
-        """`address` as http://host:port; none: as the environment says, or this machine's."""
+        """`address` as http://host:port; if None, what the environment names, or this machine's."""
         if address:
             os.environ["RAY_API_SERVER_ADDRESS"] = address  # else one that is set there would win
-        self._told = address or next(
-            filter(None, map(os.environ.get, ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))), DEFAULT_ADDRESS
-        )
+        named = map(os.environ.get, ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
+        self._server = address or next(filter(None, named), DEFAULT_ADDRESS)
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        token = _token()
         with self._errors():
-            self._client = JobSubmissionClient(self._told, headers={"Authorization": f"Bearer {token}"} if token else None)
+            tokens = AuthenticationTokenLoader.instance()
+            tokens.reset_cache()  # it keeps the first that this process saw
+            # Whatever RAY_AUTH_MODE says: it is about clusters that are started here.
+            headers = tokens.get_token_for_http_header(ignore_auth_mode=True)
+            self._client = JobSubmissionClient(self._server, headers=headers)
 
     @property
     def address(self) -> str:
@@ -122,26 +125,15 @@ class JobServer:
             yield
         except AuthenticationError as error:
             raise InputError(
-                f"RAY_AUTH_TOKEN: the cluster at {self._told} refuses {'this' if _token() else 'to talk without a'} token: "
-                "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the one that it was started with"
+                f"RAY_AUTH_TOKEN: the cluster at {self._server} needs the token that it was started with, in RAY_AUTH_TOKEN "
+                f"or in a file at RAY_AUTH_TOKEN_PATH: {str(error).splitlines()[0]}"
             ) from error
         except OSError as error:  # of requests, too
-            raise InputError(f"no Ray dashboard answers at {self._told} ({error}): is it forwarded (`ray dashboard`)?") from error
+            raise InputError(
+                f"no Ray dashboard answers at {self._server} ({error}): is it forwarded (`ray dashboard`)?"
+            ) from error
         except (RuntimeError, ValueError) as error:  # the server's own words; a working folder that is too large
-            raise InputError(f"the cluster at {self._told} says: {error}") from error
-
-
-def _token() -> str | None:
-    """The token, from where Ray looks for it."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    told = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(told or "~/.ray/auth_token").expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8").strip()
-    if told:
-        raise InputError(f"RAY_AUTH_TOKEN_PATH must be a file that holds the cluster's token, got {told}")
-    return None
+            raise InputError(f"the cluster at {self._server} says: {error}") from error
 
 
 def _submission(job: Any) -> Submission:
@@ -158,7 +150,7 @@ def _submission(job: Any) -> Submission:
 
 
 def _exit_status(job: Any) -> int | None:
-    """The job's own, as a shell would tell it; 1 where it was stopped or never started; none while it runs."""
+    """As a shell would report it; 1 for a job that was stopped or never started; None while it runs."""
     if not job.status.is_terminal():
         return None
     if job.status == JobStatus.SUCCEEDED:
