@@ -63,19 +63,20 @@ def read_options(name: str, job: Job, file: Path | None, overrides: Sequence[str
 
 @contextlib.contextmanager
 def _run_folder(job: Job, config: Section) -> Iterator[None]:
-    """While the block lasts, the run's folder is this process's, if the job writes it."""
+    """While the block lasts, the run's folder is this process's, if the job writes it; its errors name a full disk."""
     run = getattr(config, "run", None)
+    learning = config if isinstance(config, Config) and job.uses_run == "writes" else None
     with contextlib.ExitStack() as held:
         if run is not None and job.uses_run == "writes":
             held.enter_context(run_lock(run))
-            if isinstance(config, Config):
-                from jobs.support.log import RunLog  # only now: it loads Ray
+        if learning:
+            from jobs.support.log import RunLog  # only now: it loads Ray
 
-                held.enter_context(RunLog(run))
+            held.enter_context(RunLog(learning.run))
         if run is not None:
             held.enter_context(naming_full_disks(run))
-        if isinstance(config, Config) and job.uses_run == "writes":
-            held.enter_context(discarding_refused_import(config))
+        if learning:
+            held.enter_context(discarding_refused_import(learning))
         yield
 
 
@@ -107,10 +108,9 @@ def _without_job(
     """Tune language models on the feedback that users choose to give."""
     if version_wanted:
         typer.echo(f"causalrm-ray {version('causalrm-ray')}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-    if version_wanted or context.invoked_subcommand is None:
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def _job(
