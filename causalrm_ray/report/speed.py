@@ -1,4 +1,4 @@
-"""From seconds to figures: medians of ratios, each with its spread and its target; and their picture."""
+"""Figures of speed: medians of ratios of seconds, each with its range and its target; and their picture."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def figure(name: str, case: str, values: Sequence[float], target: float, at_leas
 
 def speed(name: str, case: str, pairs: Sequence[Pair], target: float, **details: float) -> Figure:
     """How fast we are, as a multiple of the other's speed: the median over pairs of other's seconds / ours."""
-    seconds = {"ours_s": statistics.median(pair.ours_s for pair in pairs)}
-    seconds |= {"other_s": statistics.median(pair.other_s for pair in pairs)}
-    return figure(name, case, [pair.other_s / pair.ours_s for pair in pairs], target, True, **seconds, **details)
+    ours_s, other_s = map(statistics.median, zip(*pairs, strict=True))
+    ratios = [pair.other_s / pair.ours_s for pair in pairs]
+    return figure(name, case, ratios, target, True, ours_s=ours_s, other_s=other_s, **details)
 
 
 def sync_figure(case: str, pairs: Sequence[Pair], num_bytes: float) -> Figure:
     """Seconds of a weight sync as a share of what it may take, 1.3 x a plain copy of its bytes (the pair's other) + 0.5 s."""
     values = [pair.ours_s / (SYNC_FACTOR * pair.other_s + SYNC_SLACK_S) for pair in pairs]
-    ours_s, copy_s = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    ours_s, copy_s = map(statistics.median, zip(*pairs, strict=True))
     rates = {"gb_per_s": num_bytes / ours_s / 1e9, "copy_gb_per_s": num_bytes / copy_s / 1e9, "copies": ours_s / copy_s}
     return figure("sync", case, values, 1.0, False, ours_s=ours_s, other_s=copy_s, mbytes=num_bytes / 1e6, **rates)
 

@@ -22,8 +22,10 @@ from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.report.speed import Pair
 from causalrm_ray.types import Completion, Scored
 from causalrm_ray.world.random_models import ensure_random_model
+from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
 from jobs.support.prompts import Models, Task
+from jobs.train_policy import policy_step
 
 PROMPT_TOKENS = 32  # room for the longest prompt and the end
 WARM = 2  # steps of each side before it is measured
@@ -38,7 +40,7 @@ class Bench:
         self.name = f"{size} {self.answers}x{self.tokens}"
         self.model = str(ensure_random_model(options.run.cache, size))
         self.config = self._loop_config()
-        self.task = Task(self.config, Models(self.model, self.model))
+        self.task, self.truth = Task(self.config, Models(self.model, self.model)), Oracle(self.config)
         self.timeout_s = options.cluster.timeout_s
 
     @cached_property
@@ -62,6 +64,10 @@ class Bench:
         resolve(roles.reward.load.remote(folder / "scorer", 1), "load reward", self.timeout_s)
         roles.publish()
         return roles
+
+    def step(self, roles: Roles, number: int, shown: bool = True, ahead: bool = False) -> float:
+        """Seconds of a step of the real loop, which the users see if `shown` (see `policy_step`)."""
+        return policy_step(self.task, self.truth, roles, number, shown=shown, ahead=ahead)["seconds"]
 
     def random_answers(self) -> list[Scored]:
         """A step's answers of uniformly random tokens, all of the full length."""

@@ -28,8 +28,6 @@ from causalrm_ray.report.speed import Figure, figure, speed, sync_figure, uncove
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 from causalrm_ray.world.grammar import train_prompts
 from jobs.lab.perf_bench import WARM, Bench
-from jobs.support.oracle import Oracle
-from jobs.train_policy import policy_step
 
 BLOCK = 6  # steps that are timed together where one reaches into the next
 SMALLEST: Case = ("0.94M", 32, 64)  # mostly fixed costs per call: here we must only not be slower than TRL
@@ -114,13 +112,12 @@ def measure_driver(bench: Bench) -> Figure:
     publish. A role works while Ray executes one of its methods; reading arguments and storing results is no work.
     The last step's trace goes to timeline.json of the case's folder, for chrome://tracing or Perfetto.
     """
-    roles, truth, windows, walls = bench.loop, Oracle(bench.config), [], []
+    roles, windows, walls = bench.loop, [], []
     bench.progress.tasks(f"steps of {bench.name}", bench.options.pairs)
     began = time.time()
     for number in range(WARM + bench.options.pairs):
-        first, wall = time.time(), time.perf_counter()
-        policy_step(bench.task, truth, roles, number)
-        walls.append(time.perf_counter() - wall)
+        first = time.time()
+        walls.append(bench.step(roles, number))
         windows.append((first, time.time()))
         bench.progress.task(max(0, number + 1 - WARM), f"{walls[-1]:.3f} s")
     generators = bench.options.generators
@@ -134,7 +131,7 @@ def measure_driver(bench: Bench) -> Figure:
 
 def measure_trl(bench: Bench) -> Figure:
     """A whole step, generation, reward, update and sync, against TRL's; the same trivial reward for both, users see nothing."""
-    roles, truth = bench.loop, Oracle(bench.config)
+    roles = bench.loop
     rewards, roles.stream.reward = roles.reward, place(TokenReward, Placement())
     others = [roles.log, roles.users, roles.propensity, rewards]
     handles = [*others, roles.stream.reward, *roles.learner.ranks, *roles.generators.handles.values()]
@@ -145,7 +142,7 @@ def measure_trl(bench: Bench) -> Figure:
     steps = iter(range(10**6, 2 * 10**6))
 
     def ours() -> float:
-        return policy_step(bench.task, truth, roles, next(steps), shown=False)["seconds"]
+        return bench.step(roles, next(steps), shown=False)
 
     def other() -> float:
         return resolve(trl.step.remote(), "a step of TRL", bench.timeout_s)
@@ -159,45 +156,32 @@ def measure_trl(bench: Bench) -> Figure:
 
 def measure_memory(bench: Bench) -> Figure:
     """Growth of the driver's resident memory from the end of the first steps to the last, as a share."""
-    roles, truth, steps = bench.loop, Oracle(bench.config), bench.options.memory_steps
-    process, sizes = psutil.Process(), []
+    roles, steps, process, sizes = bench.loop, bench.options.memory_steps, psutil.Process(), []
     bench.progress.tasks(f"steps of {bench.name}", steps)
     for number in range(steps):
-        policy_step(bench.task, truth, roles, 10**7 + number)
+        bench.step(roles, 10**7 + number)
         sizes.append(process.memory_info().rss)
         bench.progress.task(number + 1, f"{sizes[-1] / 2**20:.1f} MiB")
-    start = sizes[WARM_STEPS - 1]
-    return figure(
-        "memory",
-        bench.name,
-        [sizes[-1] / start - 1],
-        0.01,
-        False,
-        steps=steps,
-        start_mib=start / 2**20,
-        end_mib=sizes[-1] / 2**20,
-    )
+    start, end = sizes[WARM_STEPS - 1], sizes[-1]
+    details = {"steps": steps, "start_mib": start / 2**20, "end_mib": end / 2**20}
+    return figure("memory", bench.name, [end / start - 1], 0.01, False, **details)
 
 
 def measure_asynchronous(bench: Bench) -> Figure:
-    """Steps in which the next answers are written while the learner trains, against steps one after the other, of one loop.
+    """Steps whose answers are generated while the learner trains on the step before, against sequential steps of one loop.
 
     As in the middle of a long run: a step before those that are timed fills the pipeline, one after them empties it.
     """
-    vars(bench).pop("loop", None)  # its roles end: at rest, too, they take a tenth of two cores
-    roles, truth = bench.start(bench.with_options("learner", staleness=1)), Oracle(bench.config)
+    vars(bench).pop("loop", None)  # ends its roles: even idle ones take a tenth of two cores
+    roles = bench.start(bench.with_options("learner", staleness=1))
     blocks = iter(range(10**6))
 
     def steps(ahead: bool) -> float:
         begin = next(blocks) * (BLOCK + 2)
         first, *timed, last = range(begin, begin + BLOCK + 2)
-        step = partial(policy_step, bench.task, truth, roles, shown=False)
-        step(first, ahead=ahead)
-        began = time.perf_counter()
-        for number in timed:
-            step(number, ahead=ahead)
-        seconds = time.perf_counter() - began
-        step(last)
+        bench.step(roles, first, shown=False, ahead=ahead)
+        seconds = sum(bench.step(roles, number, shown=False, ahead=ahead) for number in timed)
+        bench.step(roles, last, shown=False)
         return seconds
 
     pairs = bench.interleave(partial(steps, True), partial(steps, False), warm=1)

@@ -50,27 +50,22 @@ def study(world: World, rows: int, rates: NoiseRates, simulations: int, draws: i
     quarter of the rows sure at either end and P(r = 1 | x) linear between, ranked by a proxy with an error of 0.05; "weak", where
     x says little and no row is sure: there estimates cannot be right and should warn.
     """
-    truth = torch.tensor([rates.rho_01, rates.rho_10])
-    errors, hits, widths, warned, failed = [], [], [], 0, 0
+    found, failed = [], 0
     for seed in range(simulations):
         try:
-            found = estimate_noise_rates(*simulate_feedback(world, rows, rates, seed), draws=draws)
+            found.append(estimate_noise_rates(*simulate_feedback(world, rows, rates, seed), draws=draws))
         except InputError:
             failed += 1
-            continue
-        interval = torch.tensor([found.rho_01_interval, found.rho_10_interval])
-        errors.append(torch.tensor([found.rates.rho_01, found.rates.rho_10]) - truth)
-        hits.append(((interval[:, 0] <= truth) & (truth <= interval[:, 1])).float())
-        widths.append(interval[:, 1] - interval[:, 0])
-        warned += bool(found.warnings)
-    error = torch.stack(errors)
+    truth = torch.tensor([rates.rho_01, rates.rho_10])
+    error = torch.tensor([[one.rates.rho_01, one.rates.rho_10] for one in found]) - truth
+    low, high = torch.tensor([[one.rho_01_interval, one.rho_10_interval] for one in found]).unbind(-1)
     return StudyResult(
         bias=_pair(error.mean(0)),
         mean_error=_pair(error.abs().mean(0)),
         max_error=_pair(error.abs().amax(0)),
-        coverage=_pair(torch.stack(hits).mean(0)),
-        width=_pair(torch.stack(widths).mean(0)),
-        warned=warned / len(errors),
+        coverage=_pair(((low <= truth) & (truth <= high)).float().mean(0)),
+        width=_pair((high - low).mean(0)),
+        warned=sum(bool(one.warnings) for one in found) / len(found),
         failed=failed,
     )
 
