@@ -42,7 +42,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Work:
-    """One policy step. `width` in bytes of a weight; `sequences` that a generator writes at once; `budget` tokens of a
+    """One policy step. `width` in bytes of a weight; `sequences` that a generator decodes at once; `budget` tokens of a
     micro-batch; `shared`: roles share GPUs (or cores), so that nothing overlaps."""
 
     policy: ModelSize
@@ -78,8 +78,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one GPU, or what stands for one, reaches: FLOP/s and bytes/s. `factors` stretch phases to what was measured; a sync
-    takes `sync_s` for `sync_bytes`, and its rate for what is above; the driver adds `driver_share` of a step."""
+    """Achieved FLOP/s and bytes/s of one GPU, or of a CPU in its place. `factors` scale phases to measured seconds; a sync takes
+    `sync_s` for `sync_bytes`, and its rate for further bytes; the driver adds `driver_share` of a step."""
 
     training: float
     forward: float
@@ -113,7 +113,7 @@ def scoring_s(work: Work, rates: Rates) -> float:
 
 
 def prepare_s(work: Work, rates: Rates) -> float:
-    """Seconds of the learner before it learns: old and reference log-probabilities, old values."""
+    """Seconds of the learner before its update: old and reference log-probabilities, old values."""
     parameters = 2 * work.policy.parameters + (work.policy.backbone if work.critic else 0)
     passes = 2 * parameters * work.tokens / (work.ranks * rates.forward)
     return passes * rates.factors.get("learner", 1.0) + _gathers_s(work, rates, 2)
@@ -129,7 +129,7 @@ def update_s(work: Work, rates: Rates) -> float:
 
 
 def _gathers_s(work: Work, rates: Rates, times: int) -> float:
-    """Seconds in which ZeRO-3 passes the weights around, `times` for each micro-batch of a rank."""
+    """Seconds of ZeRO-3's gathers of the weights, `times` for each micro-batch of a rank."""
     if work.zero_stage < 3 or work.ranks == 1:
         return 0.0
     batches = math.ceil(work.tokens / work.ranks / work.budget)
@@ -143,7 +143,7 @@ def sync_s(work: Work, rates: Rates) -> float:
 
 
 class Step(NamedTuple):
-    """Busy seconds of each phase, and those of them that a step's wall time consists of: the others hide behind them."""
+    """Busy seconds of each phase, and the phases that make up a step's wall time; the others overlap with them."""
 
     busy: dict[str, float]
     wall: dict[str, float]
@@ -155,8 +155,8 @@ class Step(NamedTuple):
 
 
 def step(work: Work, rates: Rates) -> Step:
-    """The phases of a step. Apart from each other, scoring and preparing go along with generation, and with `staleness` the next
-    generation with the update; where GPUs are shared, all come one after the other."""
+    """The phases of a step. On GPUs of their own, scoring and preparing overlap with generation, and with `staleness` the next
+    generation with the update; on shared GPUs all phases are sequential."""
     busy = {
         "generation": generation_s(work, rates),
         "scoring": scoring_s(work, rates),
@@ -225,7 +225,7 @@ def bottleneck(run: Mapping[str, float]) -> tuple[str, float, str]:
 
 
 def llama_size(parameters: float, layers: int, hidden: int, vocabulary: int, kv_width: int, tied: bool) -> ModelSize:
-    """The size of a Llama-like model of so many parameters: what attention and embeddings leave is three linear layers each.
+    """The size of a Llama-like model: the parameters besides attention and embeddings are three linear layers in each block.
 
     Raises ValueError where nothing is left.
     """
@@ -239,7 +239,7 @@ def llama_size(parameters: float, layers: int, hidden: int, vocabulary: int, kv_
 
 
 def draw_plan(found: Step, run_s: Mapping[str, float], path: Path) -> None:
-    """Two stacked bars: the wall seconds of a step by phase, and the hours of the whole run by what they go to."""
+    """Two stacked bars: the wall seconds of a step by phase, and the hours of the whole run by phase."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(9, 3.4), layout="constrained")

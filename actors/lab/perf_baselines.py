@@ -38,7 +38,7 @@ SPANS_WAIT_S = 30.0  # longest wait for Ray's reports, which come once a second
 
 
 class RawVllm:
-    """vLLM as it comes, with the engine arguments and sampling parameters of our generator."""
+    """vLLM without this system, with the engine arguments and sampling parameters of our generator."""
 
     def __init__(self, settings: EngineSettings, sampling: Sampling) -> None:
         self._llm, self._eos = raw_engine(settings)

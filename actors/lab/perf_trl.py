@@ -73,7 +73,7 @@ class TrlTrainer:
     def _run(self, trainer: Any) -> None:
         try:
             trainer.train()
-        except BaseException as error:  # noqa: BLE001 - this thread has no caller: the error goes to the one who waits
+        except BaseException as error:  # noqa: BLE001 - this thread has no caller: `step` raises the error
             self._steps.done.put(error)
 
 

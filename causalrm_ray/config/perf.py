@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -17,11 +17,7 @@ WARM_STEPS = 20  # of the memory part, after which nothing should grow
 class PerfConfig(Section):
     """How fast the parts of a step are, each against the same work done without us, on randomly initialised Llamas."""
 
-    parts: tuple[Part, ...] = Field(
-        ("rollout", "sync", "learner", "driver", "trl", "asynchronous", "memory"),
-        min_length=1,
-        description="what to measure; trl needs the extra [perf]",
-    )
+    parts: tuple[Part, ...] = Field(get_args(Part), min_length=1, description="what to measure; trl needs the extra [perf]")
     cases: tuple[Case, ...] = Field(
         (("0.94M", 32, 64), ("26M", 32, 64), ("0.94M", 128, 192)),
         min_length=1,

@@ -18,13 +18,13 @@ from causalrm_ray.report.pictures import BLUE, GREY, ORANGE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FLOOR = -1.0  # bars and lines of R2 are cut here: below, a model is useless, and one would dwarf all others
+FLOOR = -1.0  # bars and lines of R2 are cut here: a worse model is useless, and its bar would dwarf all others
 SELECTIONS = {"label": "selection by the label", "features": "selection by features"}
 MARKS = "osD^v<>pPX*hd"
-COLOURS = 10  # more curves than these, and only what stands out has a colour: ours and both ends
+COLOURS = 10  # with more curves than these only ours, the worst and the best method have one
 ENDS = ("naive", "oracle")
 PALE = "#cbd5e0"
-PART = ": "  # between a method and what is left of it
+PART = ": "  # between a method and its part in an ablation
 PARTS = ("only reweighting", "only surrogate")  # in the order of ABLATIONS
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from causalrm_ray.report.pictures import BLUE, GREY, ORANGE
 
-SYNC_FACTOR, SYNC_SLACK_S = 1.3, 0.5  # a weight sync may take this multiple of a plain copy, and that much besides
+SYNC_FACTOR, SYNC_SLACK_S = 1.3, 0.5  # a weight sync may take this multiple of a plain copy, and these seconds in addition
 
 
 class Pair(NamedTuple):
@@ -63,7 +63,7 @@ def sync_figure(case: str, pairs: Sequence[Pair], num_bytes: float) -> Figure:
 
 
 def uncovered(spans: Iterable[tuple[float, float]], begin: float, end: float) -> float:
-    """Share of [begin, end] that lies in none of the spans (begin, end), in [0, 1]; spans may overlap and stick out."""
+    """Share of [begin, end] that lies in none of the spans (begin, end), in [0, 1]; spans may overlap and reach beyond it."""
     if not end > begin:
         raise ValueError(f"end must be after begin = {begin}, got {end}")
     covered, reached = 0.0, begin
@@ -76,7 +76,7 @@ def uncovered(spans: Iterable[tuple[float, float]], begin: float, end: float) ->
 
 
 def draw_figures(figures: Sequence[Figure], path: Path) -> None:
-    """Every figure over its target, turned so that 1 and more meets it, with least and largest measurement."""
+    """Every figure and its range over the target, inverted for an upper bound, so that 1 and more meets it."""
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import FuncFormatter, LogLocator
 

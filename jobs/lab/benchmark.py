@@ -1,4 +1,4 @@
-"""Every method on one graded data set whose feedback is simulated: how near each comes to the truth, setting by setting.
+"""Every method on one graded data set whose feedback is simulated: the accuracy of each, by setting.
 
 alpha x noise rates x selection x seed --> cells, one Ray task each --> cells/*.json --> results.csv --> table.md, figures
 alpha x noise rates x selection        --> biases of the estimators --> bias/*.json  --> bias.csv    --> bias.md

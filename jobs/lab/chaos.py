@@ -1,4 +1,4 @@
-"""Kill roles, drivers and nodes of a run, one after another, and audit what is left: is anything lost, or there twice?
+"""Kill roles, drivers and nodes of a run, one after another, and audit the result: is anything lost or duplicated?
 
 baseline run    -> its reward
 attacked run    -> kill, wait for the next step, kill again ... -> audit of log, steps, versions; reward against the baseline's,
@@ -35,13 +35,13 @@ from jobs.support.supervise import ROOT
 from jobs.support.tables import show, write_markdown
 
 LONGEST_PAUSE_S = 4.0  # between a step and the next kill: it may hit any phase of the steps that follow
-REFIT_EVERY = 20  # steps, at most: some kills are to meet refits
+REFIT_EVERY = 20  # steps, at most, so that some kills happen during refits
 POLL_S = 0.2
-REBATCHING = {"generator", "node"}  # a death of these forms other batches of answers, so log-probabilities are rounded otherwise
+REBATCHING = {"generator", "node"}  # killing one changes the batches of answers, and with them the rounding of log-probabilities
 
 
 def run(config: ChaosConfig) -> int:
-    """Run the job. Returns 0 if nothing was lost or doubled, else 1."""
+    """Run the job. Returns 0 if nothing was lost or duplicated, else 1."""
     folder = config.run.path
     if (folder / "chaos.json").exists():
         raise InputError(f"{folder} holds figures already: remove it, or choose another run.name")
@@ -73,7 +73,7 @@ def run(config: ChaosConfig) -> int:
 def main_config(config: ChaosConfig, address: str, name: str) -> Config:
     """The main tree of a small run on the cluster: synchronous, a checkpoint every second step."""
     overrides = {
-        "run.name": "run",  # of both: the ids of impressions begin with it, on which their users' reactions depend
+        "run.name": "run",  # of both runs: ids of impressions begin with it, and users' reactions depend on these
         "run.dir": config.run.path / name,
         "run.cache": config.run.cache,
         "run.seed": config.run.seed,

@@ -1,6 +1,6 @@
-"""What is wrong after a run was attacked: what was lost, what is there twice, and how it differs from the same run without kills.
+"""Faults of a run that was attacked: what was lost or duplicated, and how it differs from the same run without kills.
 
-log, steps, versions of the attacked run --> faults, in words; none, as a rule
+log, steps, versions of the attacked run --> faults, in words; an empty list if all is well
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from causalrm_ray.world.users import SimulatedUsers
 from jobs.support.prompts import Task, find_models
 from jobs.support.run_folder import TIMINGS, Run
 
-KNOWN = ("prompt", "response", "policy_version", "time")  # of an impression, to its user
-NOISE = 3.0  # standard errors between the two runs' rewards that chance may make
+KNOWN = ("prompt", "response", "policy_version", "time")  # what its user knows of an impression
+NOISE = 3.0  # standard errors that the two runs' rewards may differ by chance
 
 
 def audit(attacked: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""Policies tuned on reward models of several methods, for both kinds of users, over seeds: what a better reward model is worth.
+"""Policies tuned on reward models of several methods, for both kinds of users, over seeds: the value of a better reward model.
 
 for users, seed:    one log, one fit of all methods
     for method:     the starting policy, tuned on that method's model --> oracle reward on held-out topics
@@ -79,7 +79,7 @@ def for_world(config: Config, users: str, seed: int) -> Config:
 
 def compare_methods(config: Config, models: Models, progress: Progress) -> Iterator[dict[str, Any]]:
     """One log, one fit, and a policy tuned from the start on each method's model."""
-    shutil.rmtree(config.run.path, ignore_errors=True)  # what an interrupted comparison left of this cell
+    shutil.rmtree(config.run.path, ignore_errors=True)  # left by an interrupted comparison
     run = Run(config)
     task, truth = Task(config, models), Oracle(config)
     with ray_cluster(config.cluster, config.run.cache):

@@ -1,4 +1,4 @@
-"""Can noise rates and their intervals be believed? Both estimated on many simulated logs of which the truth is known.
+"""Accuracy of estimated noise rates and coverage of their intervals, on many simulated logs whose truth is known.
 
 world x rows x true rates --> simulations, one Ray task each --> noise.csv, noise.md
 """

@@ -1,11 +1,11 @@
-"""How fast every part of a step is, against the same work done without us: ratios within one run, ours and the other in turn.
+"""Speed of every part of a step, relative to the same work done without this system; the two sides alternate within one run.
 
 rollout  our streamed tokens/s over raw vLLM's               sync    a whole publish against a plain copy of its bytes
 learner  our update's speed over a plain torch loop's        driver  share of a step in which no role works
 trl      a whole step's speed over TRL's GRPOTrainer         memory  growth of the driver over many steps
-asynchronous  the speed of steps whose answers are written during the step before, over that of steps in turn
+asynchronous  speed of steps whose answers are generated during the step before, over that of sequential steps
 
-A reading is affected by whatever else the machine does; the load is noted with each. The tests never judge it.
+Other work on the machine affects the figures; its load is recorded with each. No test judges them.
 """
 
 from __future__ import annotations

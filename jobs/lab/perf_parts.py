@@ -29,7 +29,7 @@ from causalrm_ray.rl.batching import TOKEN_BUDGET
 from causalrm_ray.world.grammar import train_prompts
 from jobs.lab.perf_bench import WARM, Bench
 
-BLOCK = 6  # steps that are timed together where one reaches into the next
+BLOCK = 6  # steps that are timed together where consecutive ones overlap
 SMALLEST: Case = ("0.94M", 32, 64)  # mostly fixed costs per call: here we must only not be slower than TRL
 
 
@@ -106,10 +106,10 @@ def measure_learner(bench: Bench) -> Figure:
 
 
 def measure_driver(bench: Bench) -> Figure:
-    """Share of a step's wall time in which no method of any role runs: the driver's own work, and what Ray needs to pass things.
+    """Share of a step's wall time in which no method of any role runs: the driver's own work, and Ray's overhead.
 
     A step is the real loop's: answers stream to the reward model, the learner and the users, who react into the log; update;
-    publish. A role works while Ray executes one of its methods; reading arguments and storing results is no work.
+    publish. A role works while Ray executes one of its methods, not while it reads arguments or stores results.
     The last step's trace goes to timeline.json of the case's folder, for chrome://tracing or Perfetto.
     """
     roles, windows, walls = bench.loop, [], []

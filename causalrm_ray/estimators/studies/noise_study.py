@@ -1,4 +1,4 @@
-"""Do estimated noise rates come near the truth, and do their intervals hold it? Simulated logs whose truth is known.
+"""Errors of estimated noise rates and coverage of their intervals, on simulated logs whose truth is known.
 
 features x -> utility x.w + noise -> r* = 1 above the median        who likes the answer
 quintile of x.v, or of the utility -> P(o = 1), a fifth on average  who gives feedback
@@ -29,7 +29,7 @@ NOISE = {"features": 0.2, "label": 0.2, "clusters": 0.2, "weak": 1.5}  # standar
 
 @dataclass(frozen=True)
 class StudyResult:
-    """Both rates in order (rho_01, rho_10): mean error, mean and largest absolute error, share of intervals that hold the truth.
+    """Both rates in order (rho_01, rho_10): mean, mean absolute and largest absolute error, share of intervals with the truth.
 
     `warned` is the share of simulations with a warning, `failed` the number that raised an InputError, which nothing else counts.
     """
