@@ -52,7 +52,7 @@ def run(config: Config) -> int:
             faults[name] = f"{name} cannot be imported ({reasons[name]}); {remedy}"
     table.add_row("rollout.engine", ", ".join(rollout_engines(faults)) or "none", "")
     if config.rollout.engine != "vllm":
-        faults.pop("vllm", None)  # this configuration can do without
+        faults.pop("vllm", None)  # this configuration does not need it
     faults |= _check_conflicts(table)
     if resources:
         table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(resources.items())), "")
@@ -101,7 +101,7 @@ def _gpus() -> list[str]:
 
 
 def _cluster_resources(config: Config) -> dict[str, float]:
-    from actors.cluster.resources import ray_resources  # without Ray, all the rest must still be said
+    from actors.cluster.resources import ray_resources  # at the top, a missing Ray would hide all else
     from actors.cluster.runtime import ray_cluster
 
     with ray_cluster(config.cluster, config.run.cache):

@@ -56,7 +56,7 @@ def run(config: EmbedConfig) -> int:
 
 
 def _embed(config: EmbedConfig, model: str, file: TextIO, progress: Progress) -> dict[str, float | str]:
-    """All steps from the source to the files of the run."""
+    """From the source to the files of the run."""
     folder, quarantine = config.run.path, Quarantine(file)
     progress.phase(f"reading {config.source}")
     rows = read_graded(config.source, quarantine, format=config.format, test=config.test)

@@ -1,8 +1,8 @@
-"""How much memory, time and money a training run will take, before any of it is spent; nothing is started.
+"""Memory, time and cost of a training run before it starts; no role is started.
 
 plan.json, plan.png, and a table: bytes of each role, seconds of each phase of a step, dollars, what is slowest and what to do.
-With `measured`, a perf.json of the same hardware, its rates replace what is assumed, and what they say of the whole steps in
-that file is shown next to what was measured.
+With `measured`, a perf.json of the same hardware, measured rates replace assumed ones, and the times that they predict for the
+whole steps in that file are shown beside the measured times.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def size(model: str | None, shape: ShapeConfig) -> ModelSize:
 
 
 def hardware(config: PlanConfig) -> tuple[Gpu, Rates]:
-    """The GPU's figures, and what is assumed to be reached of them."""
+    """The GPU's figures, and the rates that are assumed to be reached."""
     given, share = config.hardware, config.efficiency
     kind = GPUS[given.kind]
     scales = {"memory": (given.memory_gb, 1e9), "flops": (given.tflops, 1e12), "bandwidth": (given.hbm_gb_s, 1e9)}
@@ -199,15 +199,15 @@ def with_measured(rates: Rates, measured: Mapping[str, list[tuple[Work, Mapping[
 
 
 def checked(measured: Mapping[str, list[tuple[Work, Mapping[str, float]]]], rates: Rates) -> list[dict[str, Any]]:
-    """What the rates say of the whole steps that were measured: with the reward model (driver) and without (trl)."""
+    """Predicted and measured times of the measured whole steps: with the reward model (driver) and without (trl)."""
     lines = []
     for name, key in (("driver", "step_s"), ("trl", "ours_s")):
         for work, details in measured.get(name, []):
             if key in details:
                 wall = dict(step(work, rates).wall)
-                said = sum(wall.values()) - (wall["scoring"] if name == "trl" else 0.0)
+                predicted = sum(wall.values()) - (wall["scoring"] if name == "trl" else 0.0)
                 case = f"{work.policy.parameters / 1e6:.3g}M {work.answers}x{work.answer_tokens}"
-                lines.append({"step": name, "case": case, "predicted_s": said, "measured_s": details[key]})
+                lines.append({"step": name, "case": case, "predicted_s": predicted, "measured_s": details[key]})
     return lines
 
 

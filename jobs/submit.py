@@ -1,4 +1,4 @@
-"""Let a cluster run a job, follow its log, and end as it does. Ctrl-C ends the following only."""
+"""Submit a job to a cluster, follow its log, and exit with its status. Ctrl-C only stops following."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class SubmissionRequest:
-    """What to hand over and how, the command line of the job in the cluster, and what to keep with it."""
+    """Options of the submission, the job's command line in the cluster, and the metadata kept with it."""
 
     options: SubmitSection
     command: list[str]
@@ -46,7 +46,7 @@ def submit(file: Path | None, words: Sequence[str]) -> int:
 
 
 def read_request(file: Path | None, words: Sequence[str]) -> SubmissionRequest:
-    """What `words` and the job's `file` ask a cluster to do: the job, its options and those of `submit`, all checked here.
+    """The request in `words` and the job's `file`: the job, its options and those of `submit`, all checked here.
 
     The job joins the cluster that it runs in, unless its options name another. Raises ConfigError.
     """
@@ -78,7 +78,7 @@ def read_request(file: Path | None, words: Sequence[str]) -> SubmissionRequest:
 
 
 def _inside(folder: Path, file: Path) -> str:
-    """The path of `file` in `folder`, which is sent to the cluster."""
+    """The path of `file` relative to `folder`, which is sent to the cluster."""
     try:
         return str(file.resolve().relative_to(folder.resolve()))
     except ValueError:

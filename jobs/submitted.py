@@ -1,4 +1,4 @@
-"""What was submitted to a cluster: the state of all jobs, or of one, with its run's files where they can be seen from here."""
+"""Submitted jobs: the state of all, or of one with its run's files where this machine can see them."""
 
 from __future__ import annotations
 

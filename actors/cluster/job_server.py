@@ -1,4 +1,4 @@
-"""A cluster's job server, by Ray's own client: a job that was submitted runs there, whatever becomes of who submitted it."""
+"""A cluster's job server, by Ray's own client: a submitted job runs on after the process that submitted it has ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Options as a user gives them: a file, overrides over it, checked as one tree; and the resolved tree written back.
 
-What is written back begins with a line that holds its hash, which is compared on reading: a run that goes on must not do so
-under options that a damaged disk changed.
+The written tree begins with a line that holds its hash, compared on reading: a run must not continue under options that a
+damaged disk changed.
 """
 
 from __future__ import annotations

@@ -29,6 +29,6 @@ def run_lock(run: RunFolder) -> Iterator[None]:
 
 
 def lock_of(run: RunFolder) -> FileLock:
-    """The lock of a run's folder; it lies in the cache."""
+    """The lock of a run's folder, a file in the cache."""
     name = hashlib.sha256(str(run.path).encode()).hexdigest()[:16]
     return FileLock(run.cache.expanduser() / "locks" / f"{name}.lock")

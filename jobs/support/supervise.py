@@ -1,8 +1,8 @@
-"""The main job under supervision: where its driver dies, or loses a role that it needs, another goes on from the checkpoint.
+"""The main job under supervision: if its driver dies, or loses a role that it needs, another continues from the checkpoint.
 
 this process (light)  --Attempt, JSON on stdin-->  a driver
           ^                                           |
-          +---- exit status: 0, an error, a death ----+     a death: again, from the newest complete checkpoint
+          +---- exit status: 0, an error, a death ----+     a death: another one, from the newest complete checkpoint
 
 SIGTERM, as clouds send it before they take a machine back, is passed on: the driver ends its step, saves, and ends.
 """
@@ -30,7 +30,7 @@ from jobs.support.lock import run_lock
 
 ROOT = Path(__file__).parents[2]
 JOB = "jobs.train_policy"  # stands above this room, and is heavy: imported by name, in the process that runs it
-LOST = 75  # an attempt that lost a role (EX_TEMPFAIL): another may do better
+LOST = 75  # a driver that lost a role (EX_TEMPFAIL): another may succeed
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -50,7 +50,7 @@ def run(config: Config) -> int:
         )
     if config.loop.max_failures == 0 or config.cluster.address == IN_PROCESS:
         return importlib.import_module(JOB).run(config)
-    with run_lock(config.run):  # a refusal comes at once; the driver itself holds the lock, and lets go when it dies
+    with run_lock(config.run):  # a refusal comes at once; the driver itself holds the lock, and releases it when it dies
         pass
     attempt, failures = Attempt(config=config), 0
     before = _checkpoint(config)
@@ -105,9 +105,9 @@ def _checkpoint(config: Config) -> Path | None:
 
 
 def _was_death(status: int, before: Path | None, after: Path | None) -> bool:
-    """Whether another attempt may do better: the driver was killed, lost a role, or failed after it had got further.
+    """Whether another attempt may succeed: the driver was killed, lost a role, or failed after a new checkpoint.
 
-    A failure by an error of its own without a new checkpoint would be met again.
+    An error of its own without a new checkpoint would only occur again.
     """
     if status < 0:
         return -status not in (signal.SIGTERM, signal.SIGINT)
