@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from causalrm_ray.data.simulate import SimulatedLog, feature_quintiles, preferences, propensities, rescale, simulate, threshold
+from causalrm_ray.data.simulate import (
+    SimulatedLog,
+    feature_quintiles,
+    preferences,
+    propensities,
+    rate_scale,
+    rescale,
+    simulate,
+    threshold,
+)
 from causalrm_ray.errors import InputError
 from causalrm_ray.types import SCENARIOS, NoiseRates
 
@@ -33,6 +42,13 @@ def test_a_propensity_cut_at_one_keeps_the_mean() -> None:
     # of ten rows one scores 5 and nine score 4: k = 2 / (1 + 0.9) would make the first 1.05
     p = propensities(torch.tensor([5.0] + [4.0] * 9), 0.1)
     torch.testing.assert_close(p, torch.tensor([1.0] + [1 / 9] * 9, dtype=torch.float64))
+
+
+def test_a_scale_weighs_rows_by_their_shares() -> None:
+    weight, share = torch.tensor([4.0, 1.0, 0.0]).double(), torch.tensor([1.0, 6.0, 1.0]).double()
+    assert rate_scale(weight, share, 0.125) == pytest.approx(0.1)  # (4 k + 6 k) / 8
+    assert rate_scale(weight, share, 0.5) == pytest.approx(0.5)  # (1 + 6 k) / 8: the first row is cut at 1
+    assert rate_scale(torch.zeros(3).double(), share, 0.5) == 0.0
 
 
 @settings(max_examples=50)
