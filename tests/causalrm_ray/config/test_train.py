@@ -49,6 +49,9 @@ from causalrm_ray.types import Sampling
         ("learner.truncation=drop", ["learner.truncation", "'mask'", "'drop'"]),
         ("learner.save_memory=[offload]", ["learner.zero_stage must be at least 1 with learner.save_memory=offload, got 0"]),
         ("learner.save_memory=[disk]", ["learner.save_memory", "'checkpointing' or 'offload'", "'disk'"]),
+        ("learner.warmup=24", ["learner.warmup must be below loop.steps, got 24 >= 24"]),
+        ("learner.schedule=sine", ["learner.schedule", "'cosine'", "'sine'"]),
+        ("learner.max_grad_norm=-1", ["learner.max_grad_norm", "greater than or equal to 0", "-1"]),
         ("learner.lora=-1", ["learner.lora", "greater than or equal to 0", "-1"]),
     ],
 )
@@ -77,7 +80,7 @@ def test_evaluations_sample_as_training_does_unless_they_have_options_of_their_o
     assert own.sampling(evaluation=True) == Sampling(40, 1.0, top_p=0.9, stop=(7,))
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "gspo", "dapo", "dr_grpo", "cispo"])
 def test_algorithms_that_compare_answers_need_two_to_a_prompt(algorithm: str) -> None:
     with pytest.raises(ConfigError, match=rf"samples_per_prompt must be at least 2 with learner\.algorithm={algorithm}, got 1"):
         load_config(None, [f"learner.algorithm={algorithm}", "rollout.samples_per_prompt=1"])
