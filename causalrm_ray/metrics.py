@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score, roc_auc_score
 from torch import Tensor
 
 from causalrm_ray.checks import check_both_classes, check_finite, check_same_length, check_unit_interval
@@ -21,14 +23,12 @@ class CalibrationBin:
 
 def mse(predicted: Tensor, actual: Tensor) -> float:
     """Mean squared error of `predicted` [N] for `actual` [N]."""
-    _check(predicted, actual)
-    return float((predicted.double() - actual.double()).square().mean())
+    return float(mean_squared_error(*_vectors(predicted, actual)))
 
 
 def mae(predicted: Tensor, actual: Tensor) -> float:
     """Mean absolute error of `predicted` [N] for `actual` [N]."""
-    _check(predicted, actual)
-    return float((predicted.double() - actual.double()).abs().mean())
+    return float(mean_absolute_error(*_vectors(predicted, actual)))
 
 
 def r2(predicted: Tensor, actual: Tensor) -> float:
@@ -36,16 +36,17 @@ def r2(predicted: Tensor, actual: Tensor) -> float:
 
     Raises ValueError if `actual` [N] is constant.
     """
-    _check(predicted, actual)
-    return 1.0 - mse(predicted, actual) / _variance("actual", actual)
+    p, a = _vectors(predicted, actual)
+    _check_varies("actual", actual)
+    return float(r2_score(a, p))
 
 
 def pearson(predicted: Tensor, actual: Tensor) -> float:
     """Linear correlation in [-1, 1]. Raises ValueError if either vector is constant."""
-    _check(predicted, actual)
-    scale = (_variance("predicted", predicted) * _variance("actual", actual)) ** 0.5
-    p, a = predicted.double(), actual.double()
-    return float(((p - p.mean()) * (a - a.mean())).mean()) / scale
+    vectors = _vectors(predicted, actual)
+    _check_varies("predicted", predicted)
+    _check_varies("actual", actual)
+    return float(np.corrcoef(*vectors)[0, 1])
 
 
 def auroc(score: Tensor, label: Tensor) -> float:
@@ -53,18 +54,14 @@ def auroc(score: Tensor, label: Tensor) -> float:
 
     `score` [N] in any unit, `label` [N] in {0, 1}. Raises ValueError if `label` holds one class only.
     """
-    _check(score, label)
+    predicted, actual = _vectors(score, label)
     check_both_classes("label", label)
-    _, place, count = torch.unique(score, return_inverse=True, return_counts=True)
-    mean_rank = (count.cumsum(0) - (count - 1) / 2).double()[place]
-    positive = label == 1
-    n1, n0 = int(positive.sum()), int((~positive).sum())
-    return (float(mean_rank[positive].sum()) - n1 * (n1 + 1) / 2) / (n1 * n0)
+    return float(roc_auc_score(actual, predicted))
 
 
 def calibration_curve(prob: Tensor, label: Tensor, bins: int = 10) -> tuple[CalibrationBin, ...]:
     """Predicted against actual in `bins` >= 1 bins of equally many rows, ordered by `prob` [N] in [0, 1]; no bin is empty."""
-    _check(prob, label)
+    _vectors(prob, label)
     check_unit_interval("prob", prob)
     parts = torch.argsort(prob, stable=True).tensor_split(bins)
     return tuple(
@@ -83,16 +80,16 @@ def ece(prob: Tensor, label: Tensor, bins: int = 10) -> float:
     return sum(part.rows * abs(part.predicted - part.actual) for part in curve) / len(prob)
 
 
-def _check(predicted: Tensor, actual: Tensor) -> None:
+def _vectors(predicted: Tensor, actual: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both as NumPy vectors of double precision: as long as each other, finite, not empty; else ValueError."""
     check_same_length(predicted=predicted, actual=actual)
     check_finite("predicted", predicted)
     check_finite("actual", actual)
     if len(predicted) == 0:
         raise ValueError("predicted must hold at least one row, got none")
+    return predicted.double().numpy(), actual.double().numpy()
 
 
-def _variance(name: str, value: Tensor) -> float:
-    variance = float(value.double().var(correction=0))
-    if variance == 0:
+def _check_varies(name: str, value: Tensor) -> None:
+    if bool((value == value[0]).all()):
         raise ValueError(f"{name} must vary, got {value[0].item():.6g} in all {len(value)} rows")
-    return variance

@@ -159,7 +159,7 @@ def agreement_penalty(prob: Tensor, distribution: Tensor) -> Tensor:
 def clean_posterior(loss: Tensor) -> Tensor:
     """Chance that a row's label is clean: that its loss is of the lower of two Gaussians fitted to all losses, [N] in [0, 1].
 
-    Losses are scaled to [0, 1]; expectation-maximisation starts from their ends. Equal losses tell nothing: all clean. `loss` [N]
+    Losses are scaled to [0, 1]; expectation-maximisation starts from their ends. Equal losses: all clean. `loss` [N]
     finite, N >= 1. Li et al. 2020 (DivideMix, arXiv 2002.07394).
     """
     check_finite("loss", loss)

@@ -1,4 +1,4 @@
-"""Losses that see through slips: their mean over the noise is the loss on the true label."""
+"""Losses corrected for label noise: their mean over the noise is the loss on the true label."""
 
 from __future__ import annotations
 

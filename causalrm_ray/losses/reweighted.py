@@ -15,7 +15,7 @@ from causalrm_ray.checks import check_binary, check_finite, check_propensity, ch
 
 
 def naive_weights(o: Tensor) -> Tensor:
-    """w_i = o_i N / |O|, [N]. Raises ValueError if no row has feedback."""
+    """w_i = o_i N / |O|, [N]: unbiased only if feedback is given at random. Raises ValueError if no row has feedback."""
     check_binary("o", o)
     return o * (len(o) / _count(o))
 
@@ -33,16 +33,6 @@ def snips_weights(o: Tensor, propensity: Tensor) -> Tensor:
     weight = ips_weights(o, propensity)
     _count(o)
     return weight / weight.mean()
-
-
-def naive(loss: Tensor, o: Tensor) -> Tensor:
-    """The mean over the rows with feedback.
-
-        L = mean over D of (N / |O|) o_i l_i
-
-    Unbiased for the risk over D only if feedback is given at random.
-    """
-    return _weigh(naive_weights(o), loss)
 
 
 def ips(loss: Tensor, o: Tensor, propensity: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Who speaks up may depend on what they thought: likelihoods of the three outcomes of an impression.
+"""Selection may depend on the opinion: likelihoods of the three outcomes of an impression.
 
-r* ~ P(r* = 1 | x) = sigmoid(f)     o ~ P(o = 1 | x, r*)     r = r* with slips where o = 1
+r* ~ P(r* = 1 | x) = sigmoid(f)     o ~ P(o = 1 | x, r*)     r = r* with label noise where o = 1
 outcome: MISSING (o = 0), DISLIKED (r = 0) or LIKED (r = 1), which every row of a log shows
 """
 
@@ -24,7 +24,7 @@ def outcomes(o: Tensor, r: Tensor) -> Tensor:
 
 
 def graded_outcomes(f: Tensor, a: Tensor, c: Tensor, d: Tensor, rho_01: Tensor, rho_10: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Selection driven by the opinion: log-probabilities of the outcomes [..., 3], P(o=1, r*=1 | x) and P(o=1, r*=0 | x) [...].
+    """Selection by the opinion: log-probabilities of the outcomes [..., 3], P(o=1, r*=1 | x) and P(o=1, r*=0 | x) [...].
 
     A user's utility is f + logistic noise; r* = 1 above 0, and opinions beyond +-GRADE are strong. With s = sigmoid,
 
@@ -32,7 +32,7 @@ def graded_outcomes(f: Tensor, a: Tensor, c: Tensor, d: Tensor, rho_01: Tensor, 
         on0 = [s(f+1) - s(f)] s(a+d/2) + [1 - s(f+1)] s(a-d/2)
         P(LIKED | x) = on1 (1 - rho_01) + on0 rho_10      P(DISLIKED | x) = on1 rho_01 + on0 (1 - rho_10)
 
-    c is how much likelier (in log-odds) a satisfied user is to speak up, d how much the better grade of each opinion is; d = 0
+    c is how much likelier (in log-odds) a satisfied user gives feedback, d how much the better grade of each opinion is; d = 0
     is the model of two classes. All arguments broadcast; the rates lie in [0, 0.5). Ours.
     """
     s = torch.sigmoid
@@ -43,7 +43,7 @@ def graded_outcomes(f: Tensor, a: Tensor, c: Tensor, d: Tensor, rho_01: Tensor, 
 
 
 def observed_outcomes(on1: Tensor, on0: Tensor, rho_01: Tensor, rho_10: Tensor) -> Tensor:
-    """Log-probabilities [..., 3] of MISSING, DISLIKED, LIKED from on_k = P(o=1, r*=k | x) [...] and the rates of slips."""
+    """Log-probabilities [..., 3] of MISSING, DISLIKED, LIKED from on_k = P(o=1, r*=k | x) [...] and the noise rates."""
     disliked = on1 * rho_01 + on0 * (1 - rho_10)
     liked = on1 * (1 - rho_01) + on0 * rho_10
     return torch.stack([1 - on1 - on0, disliked, liked], dim=-1).clamp_min(FLOOR).log()

@@ -14,7 +14,7 @@ from causalrm_ray.types import NoiseRates
 
 
 def corrected_label(r: Tensor, rates: NoiseRates) -> Tensor:
-    """Feedback whose mean over the slips is the preference.
+    """Feedback whose mean over the label noise is the preference.
 
         y = (r - rho_10) / (1 - rho_01 - rho_10),   E[y | r*] = r*
 
@@ -77,7 +77,7 @@ def hidden_selection_bounds(label: Tensor, propensity: Tensor, gamma: Tensor) ->
 def sign_change(label: Tensor, propensity: Tensor, top: Tensor, most: float = 100.0) -> float | None:
     """Gamma from which the mean of `label` over the rows `top` need no longer be above that over the others.
 
-    The least strength of hidden selection that could have made the contrast: 1 if there is none, none if not even `most` could.
+    The least strength of hidden selection that could have made the contrast: 1 if there is none, None if not even `most` could.
     `label`, `propensity`, `top` (a mask) [N]; all rows have feedback, and both groups hold some (else ValueError). To 1e-6 of it.
     """
     check_same_length(label=label, propensity=propensity, top=top)

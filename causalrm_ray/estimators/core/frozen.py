@@ -1,9 +1,9 @@
-"""Fits on the frozen states of a backbone, and the one model that learns what they found.
+"""Fits on the frozen states of a backbone, and their distillation into one model.
 
 rows --backbone, once--> states [N, D] --method--> ensemble of small heads --distil--> the task's own scorer
 
-A few thousand noisy labels teach small heads on good states more than they teach a whole backbone, in a second instead of
-minutes; and what the heads say of every row, with feedback or without, is a target without noise for the backbone.
+From a few thousand noisy labels, small heads on good states learn more than a whole backbone does, in a second instead of
+minutes; and their predictions on all rows, with feedback or without, are targets without label noise for the backbone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FEW, MEMBERS, MANY_MEMBERS = 2_500, 5, 20  # fewer rows than FEW are shared by m
 
 
 class _States(nn.Module):
-    """A scorer as what it knows of a row, not what it thinks of it: states [B, D]."""
+    """A scorer's states [B, D] in place of its logits."""
 
     def __init__(self, scorer: nn.Module) -> None:
         super().__init__()
@@ -58,18 +58,18 @@ def on_states(task: FitTask, states: Tensor) -> FitTask:
 
 
 def distil(task: FitTask, teacher: Fitted, states: Tensor, start: nn.Module | None = None, caution: float = 0.0) -> Fitted:
-    """The task's own scorer, taught on every training row what `teacher` says of its state.
+    """The task's own scorer, fitted on every training row to what `teacher` predicts from its state.
 
         minimise  mean over D of  bce(s(x), P_teacher(r* = 1 | x))
 
     Cross-entropy to a probability has the teacher's as its only minimum, so calibration is kept, unless `caution` is asked for:
     then the target is a lower bound (see `lower_logit`). Hinton et al. 2015, arXiv 1503.02531. The student begins as `start`, an
-    earlier one, or fresh: the teacher alone decides what is true, so that a warm start saves steps and cannot hand on what labels
-    it saw. Ranks learn from the first one's teacher, should their arithmetic differ.
+    earlier one, or fresh: targets come from the teacher alone, so a warm start saves steps and passes on no labels that it saw.
+    Ranks learn from the first one's teacher, should their arithmetic differ.
     """
     scorer = Cautious(teacher.scorer, caution) if caution else teacher.scorer
-    told = torch.sigmoid(predict(scorer, FeatureRows(states)))
-    target = task.shard.sum(told if task.shard.rank == 0 else torch.zeros_like(told))
+    teaching = torch.sigmoid(predict(scorer, FeatureRows(states)))
+    target = task.shard.sum(teaching if task.shard.rank == 0 else torch.zeros_like(teaching))
     student = task.scorer() if start is None else copy.deepcopy(start)
     report = task.minimise(student, lambda rows: Objective(rows, lambda logit, index: bce(logit, target[index])))
     return replace(teacher, scorer=student, report=report)

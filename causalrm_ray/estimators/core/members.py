@@ -18,7 +18,7 @@ from causalrm_ray.models.heads import EnsembleScorer
 
 
 class Members(nn.Module):
-    """An ensemble as what its members say: logits [B, K]."""
+    """An ensemble's members: logits [B, K]."""
 
     def __init__(self, scorer: EnsembleScorer) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class Members(nn.Module):
 
 
 class Folds:
-    """Which member may learn from which row, and who measures it.
+    """Which member may learn from which row, and which measures it.
 
     Each member of an ensemble of K leaves out a fold of all rows, held-out ones included, and is measured there. Where the
-    task spares the held-out rows, these teach no member and measure all.
-    `learn` [L] and `measure` [M] number the rows that teach and that measure somebody.
+    task spares the held-out rows, no member learns from these and all are measured on them.
+    `learn` [L] and `measure` [M] number the rows that any member learns from, and those that measure any.
     """
 
     def __init__(self, task: FitTask, members: int) -> None:
@@ -43,8 +43,8 @@ class Folds:
         self.learn = task.train if task.spare_heldout else everyone
         self.measure = everyone
         fold = torch.full((len(task.inputs),), -1)
-        spoke = task.observations.o[self.learn] == 1
-        for rows in (self.learn[spoke], self.learn[~spoke]):  # feedback is shared out evenly, however little there is
+        labelled = task.observations.o[self.learn] == 1
+        for rows in (self.learn[labelled], self.learn[~labelled]):  # folds are balanced by feedback, however little there is
             few = len(rows) < members
             fold[rows] = torch.arange(len(rows)) if few else fold_of(len(rows), members, task.settings.seed)
         self._left_out = fold.unsqueeze(1) == torch.arange(members)  # [N, K]

@@ -29,7 +29,7 @@ class Inputs(Protocol):
 class Objective:
     """A mean of per-row risks: `rows` [M] are row numbers in the whole log, `risk` maps their logits to risks.
 
-    As what is trained on, `begin` is told the number of each epoch before it, for risks that follow a schedule. As what
+    As what is trained on, `begin` is called with the number of each epoch before it, for risks that follow a schedule. As what
     validates, `since` >= 1 is the first epoch that may be the best one (the last epoch, where fewer are run).
     """
 

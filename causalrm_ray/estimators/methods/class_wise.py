@@ -61,7 +61,7 @@ def _fit_weighted(task: FitTask, found: Averaged) -> Fitted:
     weights = found.class_weights(task.observations)
     fitted = cross_fit_members(task, Members(scorer), weighted_risk(*weights), folds, everyone)
     opinion = folds.out_of_fold(torch.sigmoid(fitted.output), fitted.rows)
-    return Fitted(scorer, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(everyone)), weights)
+    return Fitted(scorer, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(task.inputs)), weights)
 
 
 def _fit_residual(task: FitTask, found: Averaged) -> Fitted:
@@ -79,7 +79,7 @@ def _fit_residual(task: FitTask, found: Averaged) -> Fitted:
     fitted = cross_fit_members(task, Members(residual), risk, folds, torch.arange(len(start)))
     opinion = folds.out_of_fold(torch.sigmoid(start[fitted.rows].unsqueeze(1) + fitted.output), fitted.rows)
     corrected = Corrected(found.scorer(), residual)
-    return Fitted(corrected, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(start)), weights)
+    return Fitted(corrected, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(task.inputs)), weights)
 
 
 def _rates(found: Averaged) -> dict[str, float]:

@@ -51,8 +51,8 @@ class EpsSoftmax:
 
     The weights and `m` are those of the released code for class-dependent flips on CIFAR-10. Stopped by the same risk:
     the plain loss, which this one drives up, would stop it before it has begun. Absolute errors are least where every answer is
-    certain, so the scorer that they leave ranks rows and tells no probability; a temperature fitted on held-out feedback (ours)
-    makes it tell one.
+    certain, so the scorer that they leave ranks rows but is not calibrated; a temperature fitted on held-out feedback (ours)
+    calibrates it.
     """
 
     paper: str = "Wang et al. 2024, NeurIPS (epsilon-softmax)"

@@ -1,4 +1,4 @@
-"""What decides who speaks up: the opinion itself, or the features only? A joint model of a log's outcomes for either.
+"""What decides who gives feedback: the opinion itself, or the features only? A joint model of a log's outcomes for either.
 
     label      P(o=1 | x, r*) depends on the opinion: one likelihood of MISSING, DISLIKED, LIKED      (losses.selection)
     features   P(o=1 | x) and P(r=1 | x, o=1) apart, the latter through the noise channel
@@ -25,10 +25,10 @@ from causalrm_ray.losses.selection import class_weights, graded_outcomes, outcom
 from causalrm_ray.models.heads import EnsembleScorer, to_logit
 from causalrm_ray.types import NoiseRates
 
-CENTRE, STRENGTH = 0.15, 5.0  # prior of the rates of slips: a Gaussian on logit(2 rho), worth a few rows
+CENTRE, STRENGTH = 0.15, 5.0  # prior of the noise rates: a Gaussian on logit(2 rho), worth a few rows
 CLIP = 0.05  # lowest propensity of an opinion used in a weight
 START_GRADE = 0.1  # log-odds by which a strong opinion is assumed to matter at first
-START_ODDS = 2.0  # log-odds by which members assume at first that the pleased speak up more than others do, to either side of 0
+START_ODDS = 2.0  # log-odds by which feedback of the satisfied exceeds that of others at the members' start, to either side of 0
 FEW_LABELS = 250  # beyond these they assume FEW_LABELS / labels of it
 SPEED = 10.0  # how much faster the few scalars learn than the weights
 
@@ -69,14 +69,14 @@ class LabelNoise(nn.Module):
 
 
 class LabelSelection(nn.Module):
-    """Outcomes where the opinion drives selection: log-probabilities [B, K, 3] of K members (see losses.selection)."""
+    """Outcomes where selection depends on the opinion: log-probabilities [B, K, 3] of K members (see losses.selection)."""
 
     def __init__(self, scorer: EnsembleScorer, start: Tensor) -> None:
         """`start` [K, S, 3] are each member's (a, c, d) of each stratum at first."""
         super().__init__()
         self.scorer = scorer
         self.selection = ScalarParameters(start)
-        self.slips = LabelNoise(len(start))
+        self.noise = LabelNoise(len(start))
 
     def forward(self, stratum: Tensor, **batch: Tensor) -> Tensor:
         """Per row and member [B, K, 6]: the three log-probabilities, P(r*=1 | x), and P(o=1, r*=k | x), k = 1, 0.
@@ -85,16 +85,16 @@ class LabelSelection(nn.Module):
         """
         f = self.scorer.members(**batch)
         a, c, d = self.selection()[:, stratum].permute(2, 1, 0)
-        logprob, on1, on0 = graded_outcomes(f, a, c, d, *self.slips())
+        logprob, on1, on0 = graded_outcomes(f, a, c, d, *self.noise())
         return torch.cat([logprob, torch.stack([torch.sigmoid(f), on1, on0], dim=2)], dim=2)
 
     def penalty(self) -> Tensor:
-        """Minus the log-prior of the scalars: that of the slips, and a standard normal for each grade effect."""
-        return self.slips.penalty() + self.selection()[:, :, 2].square().sum(1).mean()
+        """Minus the log-prior of the scalars: that of the label noise, and a standard normal for each grade effect."""
+        return self.noise.penalty() + self.selection()[:, :, 2].square().sum(1).mean()
 
 
 class FeedbackByFeatures(nn.Module):
-    """Logits [B, K] of P(o = 1 | x, stratum): an ensemble on x, and a level for each stratum that x may not tell."""
+    """Logits [B, K] of P(o = 1 | x, stratum): an ensemble on x, and a level for each stratum that x may not show."""
 
     def __init__(self, scorer: EnsembleScorer, strata: int) -> None:
         super().__init__()
@@ -111,23 +111,23 @@ class FeedbackByFeatures(nn.Module):
 
 
 class NoisyLabel(nn.Module):
-    """The opinion e = P(r* = 1 | x) and P(r = 1 | x, o = 1) = rho_10 + (1 - rho_01 - rho_10) e, what the noise makes of it."""
+    """The opinion e = P(r* = 1 | x), and P(r = 1 | x, o = 1) = rho_10 + (1 - rho_01 - rho_10) e, its noisy label."""
 
     def __init__(self, scorer: EnsembleScorer) -> None:
         super().__init__()
         self.scorer = scorer
-        self.slips = LabelNoise(len(scorer.bias))
+        self.noise = LabelNoise(len(scorer.bias))
 
     def forward(self, **batch: Tensor) -> Tensor:
         """P(r = 1 | x, o = 1) and P(r* = 1 | x) of a batch."""
-        rho_01, rho_10 = self.slips()
+        rho_01, rho_10 = self.noise()
         opinion = torch.sigmoid(self.scorer.members(**batch))
         return torch.stack([rho_10 + (1 - rho_01 - rho_10) * opinion, opinion], dim=2)
 
 
 @dataclass(frozen=True, eq=False)
 class WithStrata:
-    """Inputs whose batches also tell the stratum [B] of each row."""
+    """Inputs whose batches also hold the stratum [B] of each row."""
 
     inputs: Inputs
     strata: Tensor
@@ -142,7 +142,7 @@ class WithStrata:
 
 @dataclass(frozen=True, eq=False)
 class Mechanism:
-    """One fitted explanation: its scorer and its rates; and what it says, out of fold, of the rows `rows` [M] that measure it.
+    """One fitted explanation: its scorer and its rates; and its out-of-fold predictions for the rows `rows` [M] that measure it.
 
     `heldout` [M] is the negative log-likelihood of their outcomes, `opinion` [M] P(r* = 1 | x), and `joint` [M, 2]
     P(o = 1, r* = k | x), k = 1, 0.
@@ -160,10 +160,10 @@ class Mechanism:
     def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
         """(v_1, v_0) [N] of losses.selection.class_weights; P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), clipped at CLIP."""
         m = spread(self.opinion, self.rows, len(observations), 0.5)
-        on = spread(self.joint, self.rows, len(observations), 0.0)
-        p1, p0 = (on[:, place] / share.clamp_min(1e-6) for place, share in ((0, m), (1, 1 - m)))
+        shares = torch.stack([m, 1 - m], dim=1)
+        p1, p0 = (spread(self.joint, self.rows, len(observations), 0.0) / shares.clamp_min(1e-6)).clamp(CLIP, 1).T
         rates = NoiseRates(self.rho_01, self.rho_10)
-        return class_weights(observations.o, observations.r, p1.clamp(CLIP, 1), p0.clamp(CLIP, 1), rates)
+        return class_weights(observations.o, observations.r, p1, p0, rates)
 
 
 def spread(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor:
@@ -179,7 +179,7 @@ def to_logits(opinion: Tensor, rows: Tensor, number: int) -> Tensor:
 
 
 def fit_label(task: FitTask) -> Mechanism:
-    """Maximum likelihood of all rows' outcomes, selection being driven by the opinion, in each stratum in its own way."""
+    """Maximum likelihood of all rows' outcomes, selection depending on the opinion, in each stratum in its own way."""
     strata = _strata(task)
     outcome = outcomes(task.observations.o, task.observations.r)
     scorer, liked = _scorer(task)
@@ -197,26 +197,26 @@ def fit_label(task: FitTask) -> Mechanism:
         return module.penalty().cpu() / len(folds.learn)
 
     fitted = cross_fit_members(task, module, nll, folds, torch.arange(len(outcome)), prior)
-    said = folds.out_of_fold(fitted.output, fitted.rows)
-    return Mechanism(scorer, *module.slips.means(), fitted.rows, fitted.risk, said[:, 3], said[:, 4:], fitted.report)
+    found = folds.out_of_fold(fitted.output, fitted.rows)
+    return Mechanism(scorer, *module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
 
 
 def _start_odds(labels: float, members: int) -> Tensor:
-    """log-odds(speak | r* = 1) - log-odds(speak | r* = 0) that each of K members assumes at first, [K].
+    """logit P(o=1 | r*=1) - logit P(o=1 | r*=0) that each of K members assumes at first, [K].
 
-    A few labels hardly tell how much rarer an opinion is than the feedback that voices it, so members begin all over the range
-    and their mean allows for it; many labels do tell, and then a far start would only cost steps.
+    A few labels hardly identify how much selection differs between opinions, so members start all over the range and their mean
+    allows for it; many labels identify it, and then a far start would only cost steps.
     """
     return torch.linspace(-1, 1, members) * START_ODDS * min(1, FEW_LABELS / labels)
 
 
 def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) -> Tensor:
-    """(a, c, d) [S, 3] under which the strata differ in who speaks up, not in what they like: P(r* = 1) = `liked` in each.
+    """(a, c, d) [S, 3] under which the strata differ in feedback rates, not in preferences: P(r* = 1) = `liked` in each.
 
         P(o=1 | r*=1, s) = P(o=1, r*=1 | s) / liked     P(o=1 | r*=0, s) = P(o=1, r*=0 | s) / (1 - liked)
 
-    From there a fit moves as far as the outcomes say. To start from like odds in all strata is to take a trait that moves who
-    speaks up for one that is liked, and the likelihood has a local optimum there.
+    Equal odds in all strata at the start would attribute differences in feedback to preference, and the likelihood has a local
+    optimum there.
     """
     start = []
     for stratum in range(int(strata.max()) + 1):
@@ -225,8 +225,8 @@ def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) 
         o = task.observations.o[among]
         labels = task.observations.r[among][o == 1]
         share = float(o.mean())
-        pleased = _denoised(float(labels.mean())) if len(labels) else 0.5
-        on1, on0 = (min(max(on, 0.005), 0.95) for on in (share * pleased / liked, share * (1 - pleased) / (1 - liked)))
+        satisfied = _denoised(float(labels.mean())) if len(labels) else 0.5
+        on1, on0 = (min(max(on, 0.005), 0.95) for on in (share * satisfied / liked, share * (1 - satisfied) / (1 - liked)))
         start.append([_logit(on0), _logit(on1) - _logit(on0), START_GRADE])
     return torch.tensor(start)
 
@@ -234,37 +234,37 @@ def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) 
 def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
     """Two stages: P(o | x, stratum) on all rows, P(r | x, o = 1) on those with feedback; also the first's likelihood, [M]."""
     o, r = task.observations.o, task.observations.r
-    speaker, _ = _scorer(task)
+    propensity, _ = _scorer(task)
     scorer, _ = _scorer(task)
     folds = Folds(task, len(scorer.bias))
-    speaker.start_at(_logit(float(o[folds.learn].mean())))
+    propensity.start_at(_logit(float(o[folds.learn].mean())))
 
-    def speaks(output: Tensor, index: Tensor) -> Tensor:
+    def feedback_risk(output: Tensor, index: Tensor) -> Tensor:
         return bce(output, o[index].unsqueeze(1).expand_as(output))
 
     everyone = torch.arange(len(o))
     strata = _strata(task)
     quiet = replace(with_settings(task, len(folds.learn)), inputs=WithStrata(task.inputs, strata), on_epoch=None)
-    levels = FeedbackByFeatures(speaker, int(strata.max()) + 1)
-    spoke = cross_fit_members(quiet, levels, speaks, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn))
+    levels = FeedbackByFeatures(propensity, int(strata.max()) + 1)
+    feedback = cross_fit_members(quiet, levels, feedback_risk, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn))
     module, seen = NoisyLabel(scorer), everyone[o == 1]
 
-    def says(output: Tensor, index: Tensor) -> Tensor:
+    def label_risk(output: Tensor, index: Tensor) -> Tensor:
         label = r[index].unsqueeze(1).expand(-1, output.shape[1])
         return o[index].unsqueeze(1) * nn.functional.binary_cross_entropy(output[:, :, 0], label, reduction="none")
 
-    teachers = int(o[folds.learn].sum())
+    labelled = int(o[folds.learn].sum())
 
     def prior() -> Tensor:
-        return module.slips.penalty().cpu() / teachers
+        return module.noise.penalty().cpu() / labelled
 
-    said = cross_fit_members(with_settings(task, teachers), module, says, folds, seen, prior)
-    nll = spoke.risk.clone()
-    nll[torch.isin(spoke.rows, said.rows)] += said.risk
-    opinion = folds.out_of_fold(predict(module, task.inputs, spoke.rows, shard=task.shard), spoke.rows)[:, 1]
-    speaking = folds.out_of_fold(torch.sigmoid(spoke.output), spoke.rows)
-    joint = speaking.unsqueeze(1) * torch.stack([opinion, 1 - opinion], dim=1)
-    return Mechanism(scorer, *module.slips.means(), spoke.rows, nll, opinion, joint, said.report), spoke.risk
+    labels = cross_fit_members(with_settings(task, labelled), module, label_risk, folds, seen, prior)
+    nll = feedback.risk.clone()
+    nll[torch.isin(feedback.rows, labels.rows)] += labels.risk
+    opinion = folds.out_of_fold(predict(module, task.inputs, feedback.rows, shard=task.shard), feedback.rows)[:, 1]
+    share = folds.out_of_fold(torch.sigmoid(feedback.output), feedback.rows)
+    joint = share.unsqueeze(1) * torch.stack([opinion, 1 - opinion], dim=1)
+    return Mechanism(scorer, *module.noise.means(), feedback.rows, nll, opinion, joint, labels.report), feedback.risk
 
 
 def _strata(task: FitTask) -> Tensor:
@@ -272,7 +272,7 @@ def _strata(task: FitTask) -> Tensor:
 
 
 def _scorer(task: FitTask) -> tuple[EnsembleScorer, float]:
-    """A fresh ensemble that starts at P(r* = 1) as if all spoke up alike: the share liked, denoised at CENTRE."""
+    """A fresh ensemble that starts at P(r* = 1) as if feedback were given at random: the share liked, denoised at CENTRE."""
     rows = task.train[task.observations.o[task.train] == 1]
     liked = _denoised(float(task.observations.r[rows].mean()))
     scorer = cast(EnsembleScorer, task.scorer())

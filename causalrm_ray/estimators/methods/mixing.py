@@ -1,4 +1,4 @@
-"""Methods that train on mixed rows: DivideMix (rows split by their losses, labels refined) and SelectMix (doubted rows mended).
+"""Methods that train on mixed rows: DivideMix (rows split by loss, labels refined) and SelectMix (doubtful rows relabelled).
 
 begin of an epoch: targets [N, K], partners [N], shares [N] drawn -> batch: row and partner -> states mixed -> head -> risk
 
@@ -99,7 +99,7 @@ class Division:
         return float(self._kept[self._rows, 0].float().mean())
 
     def begin(self, epoch: int) -> None:
-        """From epoch `warm_up` + 1 on: divide the rows anew, refine and guess labels, draw partners and shares."""
+        """From epoch `warm_up` + 1 on: divide the rows again, refine and guess labels, draw partners and shares."""
         self._warm = epoch <= self._warm_up
         if self._warm:
             return
@@ -191,7 +191,7 @@ class SelectMix:
     needs: frozenset[Need] = frozenset()
 
     def fit(self, task: FitTask) -> Fitted:
-        """A scorer trained on the mended rows."""
+        """A scorer trained on the relabelled rows."""
         rows, heldout, r = observed(task, task.train), observed(task, task.heldout), task.observations.r
         logit, _ = cross_fit_logits(
             task.scorer,

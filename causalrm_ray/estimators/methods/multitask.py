@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,8 +27,7 @@ MIN_SHARE = 0.01  # the propensity starts at least this far from 0 and 1
 PENALTY = 1.0  # of the squared constraint of stable DR
 ALPHA, GAMMA = 0.1, 0.01  # of CVIB's contrast and confidence penalty
 
-Outputs = tuple[Tensor, ...]  # the scorer's logit [B], then that of each further head
-Risk = Callable[[Loss, Outputs, Tensor, Tensor], Tensor]  # (loss, outputs, o [B], r [B]) -> per-row risk [B]
+Risk = Callable[..., Tensor]  # (loss, the scorer's logit [B], that of each further head, o [B], r [B]) -> per-row risk [B]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MultiTask:
             raise ValueError(f"o must hold at least one row with feedback, got none in {len(rows)} rows")
 
         def risk(outputs: Tensor, index: Tensor) -> Tensor:
-            return self.risk(loss, outputs.unbind(1), observations.o[index], observations.r[index])
+            return self.risk(loss, *outputs.unbind(1), observations.o[index], observations.r[index])
 
         return Objective(rows, risk)
 
@@ -93,25 +93,10 @@ class Cvib:
         return Objective(rows, risk)
 
 
-def _mt_ips(loss: Loss, outputs: Outputs, o: Tensor, r: Tensor) -> Tensor:
-    logit, propensity = outputs
-    return multitask.mt_ips(loss, logit, propensity, o, r, FLOOR)
-
-
-def _mt_dr(loss: Loss, outputs: Outputs, o: Tensor, r: Tensor) -> Tensor:
-    logit, propensity, imputation = outputs
-    return multitask.mt_dr(loss, logit, propensity, imputation, o, r, FLOOR)
-
-
-def _sdr(loss: Loss, outputs: Outputs, o: Tensor, r: Tensor) -> Tensor:
-    logit, propensity, imputation = outputs
-    return multitask.sdr(loss, logit, propensity, imputation, o, r, FLOOR, PENALTY)
-
-
 _ZHANG = "Zhang et al. 2020, arXiv 1910.09337"
 MULTITASK: dict[str, MultiTask | Cvib] = {
-    "mt_ips": MultiTask(_mt_ips, 1, _ZHANG),
-    "mt_dr": MultiTask(_mt_dr, 2, _ZHANG, subtracts=True),
-    "sdr": MultiTask(_sdr, 2, "Li et al. 2022, arXiv 2205.04701"),
+    "mt_ips": MultiTask(partial(multitask.mt_ips, floor=FLOOR), 1, _ZHANG),
+    "mt_dr": MultiTask(partial(multitask.mt_dr, floor=FLOOR), 2, _ZHANG, subtracts=True),
+    "sdr": MultiTask(partial(multitask.sdr, floor=FLOOR, penalty=PENALTY), 2, "Li et al. 2022, arXiv 2205.04701"),
     "cvib": Cvib(),
 }

@@ -66,7 +66,7 @@ def _weighted(weights: Callable[[Tensor, Tensor], Tensor], needs: frozenset[Need
 def _doubly_robust(needs: frozenset[Need]) -> Build:
     def build(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
         propensity, rates, imputation = _read(nuisances, needs, len(observations))
-        if "propensity" not in needs:  # everyone is as likely to speak up
+        if "propensity" not in needs:  # all rows are equally likely to have feedback
             propensity = observations.o[rows].mean().expand(len(observations))
         if loss in LINEAR:  # sums of losses are then the loss of the same sum of labels: one loss a step instead of three
             corrected = corrected_label(observations.r[rows], rates)

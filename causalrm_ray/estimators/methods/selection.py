@@ -1,7 +1,7 @@
-"""Methods that fit how selection works along with the opinion, and let held-out outcomes choose between mechanisms.
+"""Methods that fit the selection mechanism together with the opinion, and let held-out outcomes choose between mechanisms.
 
-    latent      selection is driven by the opinion            (mechanisms.fit_label)
-    two_stage   selection is driven by the features only      (mechanisms.fit_features)
+    latent      selection depends on the opinion              (mechanisms.fit_label)
+    two_stage   selection depends on the features only        (mechanisms.fit_features)
     auto        both, their probabilities averaged by how likely each makes the outcomes of rows that it did not learn from
 
 Only what a log shows is read: no propensity, rates or label from outside. Ours.
@@ -24,7 +24,7 @@ from causalrm_ray.models.heads import Mixture
 from causalrm_ray.types import NoiseRates
 
 REJECTED = 2.576  # standard errors: a two-sided test at 1 %
-MIN_SIGNAL = 2.0  # standard errors by which P(o | x) must beat a constant, for a likelihood of o to tell mechanisms apart
+MIN_SIGNAL = 2.0  # standard errors by which P(o | x) must beat a constant, for a likelihood of o to distinguish mechanisms
 
 
 def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
@@ -33,9 +33,9 @@ def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
         w_features = Phi(z - 2.576),   z = mean(label - features) over its standard error
 
     A test of a restricted model against a saturated one: two free stages can mimic any outcomes, selection by the opinion among
-    them, while one function of x that explains both who speaks and what is said can be as likely only if it is so. The restricted
-    model therefore stands until a test at 1 % rejects it (z = 0: 0.5 % for the features, 1: 6 %, 4: 92 %). That it stands is no
-    proof of it.
+    them, while one function of x that explains both whether feedback is given and what it says can be as likely only if it is so.
+    The restricted model therefore stands until a test at 1 % rejects it (z = 0: 0.5 % for the features, 1: 6 %, 4: 92 %). That it
+    stands is no proof of it.
     """
     gap = label - features
     z = gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp_min(1e-12)
@@ -43,16 +43,16 @@ def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
     return torch.stack([free, 1 - free])
 
 
-def propensity_signal(spoke: Tensor, o: Tensor) -> float:
-    """Standard errors by which P(o | x), of held-out negative log-likelihood `spoke` [M], beats the mean of `o` [M]."""
+def propensity_signal(nll: Tensor, o: Tensor) -> float:
+    """Standard errors by which P(o | x), of held-out negative log-likelihood `nll` [M], beats the mean of `o` [M]."""
     share = o.mean()
-    gain = bce(torch.logit(share).expand_as(o), o) - spoke
+    gain = bce(torch.logit(share).expand_as(o), o) - nll
     return float(gain.mean() / (gain.std() / math.sqrt(len(gain))).clamp_min(1e-12))
 
 
 @dataclass(frozen=True, eq=False)
 class Averaged:
-    """Mechanisms and what they say together, each weighing what held-out outcomes give it.
+    """Mechanisms and their average, weighted by held-out outcomes.
 
     `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `rows` [M].
     """
@@ -103,12 +103,12 @@ class Averaged:
 
 
 def fit_mechanisms(task: FitTask) -> Averaged:
-    """Both mechanisms, weighed by held-out likelihood; with equal weights where the log cannot tell."""
-    features, spoke = fit_features(task)
+    """Both mechanisms, weighed by held-out likelihood; with equal weights where the log does not distinguish them."""
+    features, feedback_nll = fit_features(task)
     found = {"features": features, "label": fit_label(task)}
-    signal = propensity_signal(spoke, task.observations.o[features.rows])
-    told = signal >= MIN_SIGNAL
-    weights = mechanism_weights(features.heldout, found["label"].heldout) if told else torch.full((2,), 0.5)
+    signal = propensity_signal(feedback_nll, task.observations.o[features.rows])
+    distinct = signal >= MIN_SIGNAL
+    weights = mechanism_weights(features.heldout, found["label"].heldout) if distinct else torch.full((2,), 0.5)
     return Averaged(found, weights, signal)
 
 

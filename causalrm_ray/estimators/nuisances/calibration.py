@@ -36,7 +36,7 @@ def fit_calibration(prob: Tensor, label: Tensor, weight: Tensor | None = None) -
     x, place = np.unique(prob.double().numpy(), return_inverse=True)  # rows of one probability share one outcome
     mass = np.bincount(place, weights)
     y = isotonic_regression(np.bincount(place, weights * label.double().numpy()) / mass, weights=mass).x
-    inner = np.r_[False, (y[1:-1] == y[:-2]) & (y[1:-1] == y[2:]), False][: len(y)]  # a level is told by its two ends
+    inner = np.r_[False, (y[1:-1] == y[:-2]) & (y[1:-1] == y[2:]), False][: len(y)]  # the two ends of a level are enough
     return Calibration(tuple(x[~inner].tolist()), tuple(np.clip(y[~inner], 0.0, 1.0).tolist()))
 
 

@@ -1,4 +1,4 @@
-"""How labels change along a proxy's ranks: flat at both ends, where the noise alone speaks, and rising between.
+"""How labels change along a proxy's ranks: flat at both ends, where only the noise varies labels, and rising between.
 
 feedback rows in order of the proxy -> counts per bin -> curve of P(r = 1 | rank, o = 1) -> its two ends are the rates
 

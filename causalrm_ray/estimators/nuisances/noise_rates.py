@@ -29,12 +29,12 @@ from causalrm_ray.estimators.nuisances.noise_curve import (
 )
 from causalrm_ray.types import NoiseRates
 
-MIN_ANCHORS = 10  # fewer labels than this say nothing of a rate
+MIN_ANCHORS = 10  # the fewest labels that a rate is estimated from
 MIN_GROUP = 50  # rows with feedback, below which a group has no curve of its own
 WIDEST = 0.3  # share of the rows at either end beyond which they are no anchors any more
 SURE = 0.01  # a row whose opinion is as sure as this is an anchor
-EVIDENCE = 2.0  # nats, about a 95 % likelihood-ratio test, that must speak for a flat end against one still rising
-WIDE = 0.2  # of an interval that says little
+EVIDENCE = 2.0  # nats, about a 95 % likelihood-ratio test, by which a flat end must be likelier than one still rising
+WIDE = 0.2  # width of an interval that a warning names
 LARGEST = 1.5  # standard deviation of the logits of groups' rates
 NORMAL = 1.96  # standard errors either side of a 95 % interval
 
@@ -64,7 +64,7 @@ class Curves:
         """Logit of (rho_01, rho_10) and the bootstrap's standard errors, [2, 2]."""
         places = [RHO_01, RHO_10]
         logit = self.point[0, places]
-        # Where no slip was seen, all draws agree: then half a slip among half of the labels is what can be excluded.
+        # Where no label contradicts, all draws agree: half a flip among half of the labels is what can be excluded.
         least = (self.counts.sum() / 2 * torch.sigmoid(logit) + 0.5).rsqrt()
         return torch.stack([logit, self.draws[:, places].std(0).maximum(least)])
 
@@ -107,11 +107,11 @@ def estimate_noise_rates(
     A curve of P(r = 1 | rank, o = 1) with flat ends of unknown lengths is fitted to the labels (noise_curve); its ends are
     rho_10 and 1 - rho_01. The proxy only ranks the rows, so it need not be calibrated: unlike `anchors`, this is not inflated by
     a proxy drawn to the middle, nor by wrong rows among the anchors, nor, as the labels of rows with feedback are compared among
-    themselves, by selection. Right where slips depend on the opinion only, and the ends of the proxy reach rows that are all
-    liked, and all disliked, or come so near that the curve's shape tells the rest. `prob` [N] must be out of fold, or its noise
-    would rank the rows as it flatters it. Intervals: rows are drawn anew and the curve, lengths of the ends included, is fitted
-    anew `draws` times; Gaussian on the logit. `warnings` say where the ends are not flat, or too few rows tell.
-    No estimator can tell from one log rows that are sure from rows that are all unsure alike.
+    themselves, by selection. Right where noise depends on the opinion only, and the ends of the proxy reach rows that are all
+    liked, and all disliked, or come so near that the curve's shape shows the rest. `prob` [N] must be out of fold, or it would
+    rank rows by their own labels. Intervals: the curve, lengths of the ends included, is refitted to `draws` bootstrap samples;
+    Gaussian on the logit. `warnings` say where the ends are not flat, or rows are too few.
+    One log cannot distinguish rows that are sure from rows that are all equally unsure.
     Raises InputError if the outer `quantile` of the impressions, or up to WIDEST of them, hold fewer than MIN_ANCHORS with
     feedback, or if the rates sum to 1 or more.
     """
@@ -120,9 +120,9 @@ def estimate_noise_rates(
     check_same_length(prob=prob, o=observations.o)
     top = observations.r[_anchor_rows("top", -prob, observations.o, quantile)].double().mean()
     bottom = observations.r[_anchor_rows("bottom", prob, observations.o, quantile)].double().mean()
-    _rates(1 - float(top), float(bottom))  # the plain shares: what does not even separate these has no curve
+    _rates(1 - float(top), float(bottom))  # the plain shares: a proxy that does not separate these has no curve
     curves = fit_label_curves(prob, observations, draws, seed)
-    return _told(curves, *curves.logits())
+    return _from_curve(curves, *curves.logits())
 
 
 def fit_label_curves(
@@ -165,11 +165,16 @@ def noise_rates_by(
         return {name: replace(pooled, warnings=(*pooled.warnings, few)) for name in names}
     found = torch.stack([fit.logits() for fit in fits.values()])  # [G, value and error, rate]
     logit, error, own, mean, spread = shrink(found[:, 0], found[:, 1])
-    few = "too few rows for rates of its own ({} with feedback): what the other groups have in common"
+    few = "too few rows for rates of its own ({} with feedback): what the other groups share"
     estimates = {name: replace(_estimate(mean, spread, (0, 0)), warnings=(few.format(labels[name]),)) for name in names}
     for place, (name, fit) in enumerate(fits.items()):
-        estimate = _told(fit, logit[place], error[place])
-        estimates[name] = replace(estimate, warnings=(*_borrowed(own[place], labels[name]), *estimate.warnings))
+        estimate = _from_curve(fit, logit[place], error[place])
+        borrowed = (
+            f"{rate}: {share:.0%} from the group's own {labels[name]} rows with feedback, the rest from what all groups share"
+            for rate, share in zip(("rho_01", "rho_10"), own[place].tolist(), strict=True)
+            if share < 0.5
+        )
+        estimates[name] = replace(estimate, warnings=(*borrowed, *estimate.warnings))
     return estimates
 
 
@@ -198,20 +203,12 @@ def shrink(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return centre, spread, (share * own).sum(0), common, unknown
 
 
-def _told(curves: Curves, logit: Tensor, error: Tensor) -> NoiseEstimate:
+def _from_curve(curves: Curves, logit: Tensor, error: Tensor) -> NoiseEstimate:
     """Rates with logits [2] and standard errors [2], the rows that the curve rests on, and what is doubtful."""
     score, rows = curves.ranks.score, curves.counts.sum(1)
     sure = sureness(curves.point, score)[0]
     estimate = _estimate(logit, error, (int(rows[sure >= 1 - SURE].sum()), int(rows[sure <= SURE].sum())))
     return replace(estimate, warnings=_doubts(estimate, *evidence_of_flat_ends(curves.point, score, curves.counts)))
-
-
-def _borrowed(own: Tensor, labels: int) -> tuple[str, ...]:
-    return tuple(
-        f"{name}: {share:.0%} from the group's own {labels} rows with feedback, the rest from what all groups have in common"
-        for name, share in zip(("rho_01", "rho_10"), own.tolist(), strict=True)
-        if share < 0.5
-    )
 
 
 def _estimate(logit: Tensor, error: Tensor, anchor_rows: tuple[int, int]) -> NoiseEstimate:
@@ -227,21 +224,21 @@ def _doubts(estimate: NoiseEstimate, top: float, bottom: float) -> tuple[str, ..
         ("rho_01", "liked", "top", top, estimate.rho_01_interval, estimate.rho_01_anchors),
         ("rho_10", "disliked", "bottom", bottom, estimate.rho_10_interval, estimate.rho_10_anchors),
     )
-    told = []
+    sentences = []
     for name, opinion, end, evidence, (low, high), rows in ends:
         if evidence < EVIDENCE:
-            told.append(
-                f"{name} may be too big: at the {end} end labels need not have settled ({evidence:.1f} nats speak for it, "
-                f"{EVIDENCE:.0f} are asked), so perhaps no rows are surely {opinion}"
+            sentences.append(
+                f"{name} may be too big: at the {end} end labels need not have settled (evidence {evidence:.1f} nats, "
+                f"at least {EVIDENCE:.0f} is wanted), so perhaps no rows are surely {opinion}"
             )
         if high - low > WIDE:
-            told.append(f"{name} lies anywhere in {low:.2f}..{high:.2f}: too few rows, {rows} of them surely {opinion}")
+            sentences.append(f"{name} lies anywhere in {low:.2f}..{high:.2f}: too few rows, {rows} of them surely {opinion}")
     if estimate.rho_01_interval[1] + estimate.rho_10_interval[1] >= 1:
-        told.append(
+        sentences.append(
             f"the ends may not differ: intervals of rho_01 up to {estimate.rho_01_interval[1]:.2f} and of rho_10 up to "
             f"{estimate.rho_10_interval[1]:.2f} reach a sum of 1"
         )
-    return tuple(told)
+    return tuple(sentences)
 
 
 def _anchor_rows(end: str, prob: Tensor, o: Tensor, quantile: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What each feedback signal says of the opinion behind it: the noise rates, split by signal.
+"""What each feedback signal shows of the opinion behind it: the noise rates, split by signal.
 
 P(signal = s | r*, o = 1) = P(r | r*, o = 1) P(signal = s | r*, r, o = 1):   the rates times a mixture within each label
 """
@@ -39,9 +39,9 @@ def signal_rates(
     """P(signal | r* = 1, o = 1) and P(signal | r* = 0, o = 1) of every signal in `names`.
 
     `signal` [N] is a place in `names`, or -1 without feedback; `labels` in {0, 1} is the r that each signal stands for; `prob`
-    [N] ranks the rows, out of fold. The curve of `estimate_noise_rates` tells, per rank, who gave a label; within a label, the
+    [N] ranks the rows, out of fold. The curve of `estimate_noise_rates` gives, per rank, who gave a label; within a label, the
     signals of the two kinds of users are a mixture with these known weights, fitted by expectation-maximisation. Curve and
-    mixture are fitted anew to `draws` resamples. Right where signals depend on the opinion only, and where that estimate is.
+    mixture are refitted to `draws` resamples. Right where signals depend on the opinion only, and where that estimate is.
     Raises ValueError for a signal without a name or a label not in {0, 1}, InputError where all feedback has one label.
     """
     check_same_length(prob=prob, signal=signal)
@@ -94,12 +94,12 @@ def _shares(theta: Tensor, score: Tensor, counts: Tensor, meaning: Tensor) -> Te
 
 
 def _mixture(weight: Tensor, counts: Tensor) -> Tensor:
-    """Shares [D, 2, K] of components 0 and 1 whose mixture, by `weight` [D, B] of component 1, best tells `counts` [D, B, K]."""
+    """Shares [D, 2, K] of components 0 and 1 whose mixture, by `weight` [D, B] of component 1, best fits `counts` [D, B, K]."""
     mixed = torch.stack([1 - weight, weight], 1)  # [D, 2, B]
     share = (counts.sum(1) + 0.5) / (counts.sum(1) + 0.5).sum(-1, keepdim=True)
     share = share[:, None].expand(-1, 2, -1)
     for _ in range(STEPS):
-        told = torch.einsum("dcb,dck->dbk", mixed, share).clamp_min(1e-12)
-        mass = share * torch.einsum("dcb,dbk->dck", mixed, counts / told)
+        expected = torch.einsum("dcb,dck->dbk", mixed, share).clamp_min(1e-12)
+        mass = share * torch.einsum("dcb,dbk->dck", mixed, counts / expected)
         share = mass / mass.sum(-1, keepdim=True).clamp_min(1e-12)
     return share

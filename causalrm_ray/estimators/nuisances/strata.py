@@ -21,13 +21,13 @@ from causalrm_ray.types import NoiseRates
 OTHER = "other"
 BINS = 50  # of P(r* = 1 | x) within a stratum
 STEPS, RESTEPS = 1000, 400  # of expectation-maximisation, from the start and from the log's own fit
-WIDE = 3.0  # ratio of the ends of an interval of the two probabilities' ratio beyond which nothing is told
+WIDE = 3.0  # ratio of the ends of an interval of the two probabilities' ratio beyond which there is a warning
 FLAT = 0.1  # standard deviation of P(r* = 1 | x) below which rates cannot be learned along
 
 
 @dataclass(frozen=True)
 class StratumSelection:
-    """Who speaks up in one stratum of `rows` impressions, of which `feedback_share` have feedback.
+    """Who gives feedback in one stratum of `rows` impressions, of which `feedback_share` have feedback.
 
     `liked` = P(o = 1 | r* = 1), `disliked` = P(o = 1 | r* = 0), and `ratio` = liked / disliked, each with a 95 % interval;
     `differ` where that of the ratio leaves out 1. `warnings` are sentences.
@@ -47,7 +47,7 @@ class StratumSelection:
 
 @dataclass(frozen=True)
 class SelectionByStratum:
-    """The strata by name, and the `rates` of slips, given or learned along."""
+    """The strata by name, and the noise `rates`, given or learned along."""
 
     strata: dict[str, StratumSelection]
     rates: NoiseRates
@@ -70,8 +70,8 @@ def stratify(
     seen = outcomes(observations.o, observations.r).tolist()
     labels = Counter(zip(names, seen, strict=True))
     ranked = [name for name, _ in Counter(names).most_common()]
-    told = [name for name in ranked if min(labels[name, LIKED], labels[name, DISLIKED]) >= least]
-    kept = told if len(told) == len(ranked) <= most else told[: most - 1]
+    enough = [name for name in ranked if min(labels[name, LIKED], labels[name, DISLIKED]) >= least]
+    kept = enough if len(enough) == len(ranked) <= most else enough[: most - 1]
     place = {name: number for number, name in enumerate(kept)}
     strata = torch.tensor([place.get(name, len(kept)) for name in names], dtype=torch.long)
     return strata, (*kept, OTHER) if len(kept) < len(ranked) else tuple(kept)
@@ -110,7 +110,7 @@ def selection_by_stratum(
 
     `f` [N] are logits of P(r* = 1 | x), calibrated over all impressions and out of fold; `strata` [N] in 0..len(names) - 1.
     `rates` are known, or learned along, shared by all strata. Counts in bins of f within each stratum are fitted by
-    expectation-maximisation, and anew for `draws` resamples of the rows; what f itself is uncertain by is not in the intervals.
+    expectation-maximisation, and again for `draws` resamples of the rows; the uncertainty of f is not in the intervals.
     Within a stratum selection depends on the opinion only. With known rates the labels' shares alone identify both
     probabilities; learned rates need an f that varies, and without (FLAT) ValueError asks for rates.
     """
@@ -124,10 +124,10 @@ def selection_by_stratum(
     if rates is None and float(sure.std()) < FLAT:
         raise ValueError(f"rates must be given where P(r* = 1 | x) hardly varies, got a standard deviation of {sure.std():.3f}")
     counts, sure = _cells(sure, outcomes(observations.o, observations.r), strata.long(), len(names))
-    point, slips = _fit(counts[None], sure, rates, None, STEPS)
-    drawn, _ = _fit(resample(counts, draws, seed), sure, rates, (point, slips), RESTEPS)
-    told = {name: _tell(counts[s], point[0, s], drawn[:, s]) for s, name in enumerate(names)}
-    return SelectionByStratum(told, rates or NoiseRates(*slips[0].tolist()))
+    point, noise = _fit(counts[None], sure, rates, None, STEPS)
+    drawn, _ = _fit(resample(counts, draws, seed), sure, rates, (point, noise), RESTEPS)
+    found = {name: _figures(counts[s], point[0, s], drawn[:, s]) for s, name in enumerate(names)}
+    return SelectionByStratum(found, rates or NoiseRates(*noise[0].tolist()))
 
 
 def _cells(sure: Tensor, outcome: Tensor, strata: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -150,9 +150,9 @@ def _fit(
     share = counts[..., [DISLIKED, LIKED]].sum((-1, -2)) / counts.sum((-1, -2)).clamp_min(1)
     on = share.clamp(0.01, 0.99)[..., None].expand(*share.shape, 2) if start is None else start[0].expand(*share.shape, 2)
     known = torch.tensor([0.15, 0.15] if rates is None else [rates.rho_01, rates.rho_10], dtype=torch.float64)
-    slips = (known[None] if start is None else start[1]).expand(len(counts), 2)
+    noise = (known[None] if start is None else start[1]).expand(len(counts), 2)
     for _ in range(steps):
-        rho_01, rho_10 = slips[:, 0, None, None], slips[:, 1, None, None]
+        rho_01, rho_10 = noise[:, 0, None, None], noise[:, 1, None, None]
         liked, disliked = sure * on[..., :1], (1 - sure) * on[..., 1:]  # P(o = 1, r*) [D, S, B]
         posterior = {}  # P(r* = 1 | outcome, x)
         for outcome, one, zero in (
@@ -167,21 +167,21 @@ def _fit(
         on = seen.clamp(1e-6, 1 - 1e-6)
         if rates is None:
             one, zero = ones.sum(1), zeros.sum(1)
-            slips = torch.stack([one[:, DISLIKED] / (one[:, 1:].sum(-1)), zero[:, LIKED] / (zero[:, 1:].sum(-1))], -1)
-    return on, slips
+            noise = torch.stack([one[:, DISLIKED] / (one[:, 1:].sum(-1)), zero[:, LIKED] / (zero[:, 1:].sum(-1))], -1)
+    return on, noise
 
 
-def _tell(counts: Tensor, point: Tensor, drawn: Tensor) -> StratumSelection:
+def _figures(counts: Tensor, point: Tensor, drawn: Tensor) -> StratumSelection:
     """One stratum's `counts` [B, 3], probabilities [2] and resampled ones [D, 2] as figures."""
     rows, labels = int(counts.sum()), int(counts[:, [DISLIKED, LIKED]].sum())
     values = torch.cat([drawn, drawn[:, :1] / drawn[:, 1:]], 1)
     low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
     warnings = []
     if labels == 0:
-        warnings.append(f"no feedback on any of {rows} rows: nothing is told of who speaks up")
+        warnings.append(f"no feedback on any of {rows} rows: selection is unknown here")
     elif high[2] > WIDE * low[2]:
         warnings.append(
-            f"too wide to tell: the liked get feedback {low[2]:.2f}..{high[2]:.2f} times as often as the disliked "
+            f"interval too wide: the liked get feedback {low[2]:.2f}..{high[2]:.2f} times as often as the disliked "
             f"({labels} of {rows} rows with feedback)"
         )
     intervals = list(zip(low, high, strict=True))

@@ -86,7 +86,7 @@ def test_variance_of_dr_is_below_ips_if_imputation_is_near(loss) -> None:
 def test_estimators_equal_hand_values() -> None:
     loss, o, p = torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 0.1, 0.25])
     imputed = torch.tensor([1.0, 3.0, 5.0])
-    torch.testing.assert_close(reweighted.naive(loss, o), torch.tensor([3.0, 0.0, 9.0]))  # mean 4 = (2 + 6) / 2
+    assert reweighted.naive_weights(o).tolist() == [1.5, 0.0, 1.5]
     torch.testing.assert_close(reweighted.ips(loss, o, p), torch.tensor([4.0, 0.0, 24.0]))
     torch.testing.assert_close(reweighted.snips(loss, o, p), torch.tensor([2.0, 0.0, 12.0]))  # weights 2, 4, of mean 2
     torch.testing.assert_close(reweighted.dr(loss, o, p, imputed), torch.tensor([3.0, 3.0, 9.0]))
@@ -108,13 +108,14 @@ def test_dr_reduces_to_ips_if_imputed_loss_is_zero() -> None:
 
 def test_ips_is_naive_if_propensity_is_the_observed_share() -> None:
     loss, o = bce(LOGIT, TRUE), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(reweighted.ips(loss, o, torch.full((3,), 2 / 3, dtype=torch.float64)), reweighted.naive(loss, o))
+    share = torch.full((3,), 2 / 3, dtype=torch.float64)
+    torch.testing.assert_close(reweighted.ips(loss, o, share), reweighted.naive_weights(o) * loss)
 
 
 def test_loss_without_feedback_is_never_read() -> None:
     o, p = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
     loss = torch.tensor([2.0, math.nan])
-    for value in (reweighted.naive(loss, o), reweighted.ips(loss, o, p), reweighted.snips(loss, o, p)):
+    for value in (reweighted.ips(loss, o, p), reweighted.snips(loss, o, p)):
         assert value.tolist() == [4.0, 0.0]
     assert reweighted.dr(loss, o, p, torch.tensor([1.0, 1.0])).tolist() == [3.0, 1.0]
 
@@ -126,12 +127,12 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="propensity must be finite, got nan at position 1"):
         reweighted.dr(loss, o, torch.tensor([0.5, math.nan]), loss)
     with pytest.raises(ValueError, match="loss where o = 1 must be finite, got nan"):
-        reweighted.naive(torch.tensor([math.nan, 1.0]), o)
+        reweighted.ips(torch.tensor([math.nan, 1.0]), o, p)
     with pytest.raises(ValueError, match=r"o must be 0 or 1, got 0\.5 at position 0"):
-        reweighted.naive(loss, torch.tensor([0.5, 1.0]))
+        reweighted.naive_weights(torch.tensor([0.5, 1.0]))
     with pytest.raises(ValueError, match="at least one row with feedback, got none in 2 rows"):
         reweighted.snips(loss, torch.zeros(2), p)
     with pytest.raises(ValueError, match=r"rows must match, got \{'o': 2, 'propensity': 3\}"):
         reweighted.ips(loss, o, torch.ones(3))
     with pytest.raises(ValueError, match=r"rows must match, got \{'o': 2, 'loss': 3\}"):
-        reweighted.naive(torch.ones(3), o)
+        reweighted.ips(torch.ones(3), o, p)

@@ -120,9 +120,9 @@ def test_the_propensity_is_learned_beside_the_reward(name: str) -> None:
     method, seen = MULTITASK[name], []
     assert isinstance(method, MultiTask)
 
-    def spy(loss, outputs, o: Tensor, r: Tensor) -> Tensor:
-        seen.append((outputs[1].detach(), o))
-        return method.risk(loss, outputs, o, r)
+    def spy(loss, *given: Tensor) -> Tensor:
+        seen.append((given[1].detach(), given[-2]))
+        return method.risk(loss, *given)
 
     MultiTask(spy, method.heads, method.paper, method.subtracts).fit(WORLD.task())
     first, _ = seen[0]

@@ -34,14 +34,14 @@ def expected(name: str, loss: Loss) -> Tensor:
     o, r, p, m, s = O[ROWS], R[ROWS], P[ROWS], M[ROWS], LOGIT[ROWS]
     clean, corrected = loss(s, r), surrogate(loss, s, r, RATES)
     return {
-        "naive": reweighted.naive(clean, o),
+        "naive": reweighted.naive_weights(o) * clean,
         "ips": reweighted.ips(clean, o, p),
         "snips": reweighted.snips(clean, o, p),
         "dr": reweighted.dr(clean, o, p, loss(s, m)),
         "causalrm_ips": reweighted.ips(corrected, o, p),
         "causalrm_snips": reweighted.snips(corrected, o, p),
         "causalrm_dr": reweighted.dr(corrected, o, p, loss(s, m)),
-        "causalrm_ips_surrogate": reweighted.naive(corrected, o),
+        "causalrm_ips_surrogate": reweighted.naive_weights(o) * corrected,
         "causalrm_dr_surrogate": reweighted.dr(corrected, o, torch.full_like(p, 3 / 5), loss(s, m)),
     }[name].mean()
 

@@ -75,10 +75,10 @@ def test_estimate_is_the_maximum_of_the_likelihood() -> None:
 
 def test_what_cannot_be_told_is_said() -> None:
     f, log, strata = world(2, 300)
-    assert "too wide to tell" in selection_by_stratum(f, log, strata, NAMES, RATES).strata["mail"].warnings[0]
+    assert "interval too wide" in selection_by_stratum(f, log, strata, NAMES, RATES).strata["mail"].warnings[0]
     silent = Observations(torch.where(strata == 1, 0.0, log.o), log.r)
     one = selection_by_stratum(f, silent, strata, NAMES, RATES).strata["phone"]
-    assert one.warnings == (f"no feedback on any of {int((strata == 1).sum())} rows: nothing is told of who speaks up",)
+    assert one.warnings == (f"no feedback on any of {int((strata == 1).sum())} rows: selection is unknown here",)
     assert not one.differ
     with pytest.raises(ValueError, match=r"rates must be given where P\(r\* = 1 \| x\) hardly varies"):
         selection_by_stratum(torch.zeros_like(f), log, strata, NAMES)
