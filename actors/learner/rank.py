@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -29,6 +29,7 @@ from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.models.policy import ActorCritic, Reference, load_policy
 from causalrm_ray.models.token_batch import TokenRow, make_batch
 from causalrm_ray.registry import ALGORITHMS
+from causalrm_ray.rl.algorithms import KLEstimator, Reduction
 from causalrm_ray.rl.experience import TRAINING, Answers, Experience, Objective, make_experience, stack_rows
 from causalrm_ray.rl.policy import Clip, adapt_kl_coefficient
 from causalrm_ray.rl.reward_scaling import RunningMoments
@@ -259,8 +260,14 @@ class LearnerRank(PolicyExport):
 
 
 def make_objective(config: LearnerConfig, max_new_tokens: int) -> Objective:
-    """The algorithm, and what the configuration chooses for it: its own clip and KL estimator where that names none."""
+    """The algorithm, and what the configuration chooses for it: its own clip and KL estimator where that names none.
+
+    Raises ValueError for another package's algorithm whose reduction or KL estimator is unknown.
+    """
     algorithm = ALGORITHMS.load(config.algorithm)
+    for field, choices in (("reduction", get_args(Reduction)), ("kl", get_args(KLEstimator))):
+        if (value := getattr(algorithm, field)) not in choices:
+            raise ValueError(f"{field} of algorithm {config.algorithm!r} must be one of {', '.join(choices)}, got {value!r}")
     clip = Clip(config.clip or algorithm.clip.low, config.clip_high or config.clip or algorithm.clip.high)
     estimator = config.kl.estimator or algorithm.kl
     return Objective(algorithm, clip, estimator, config.lam, config.truncation, max_new_tokens)
