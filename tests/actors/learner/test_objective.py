@@ -45,7 +45,7 @@ def test_another_package_s_algorithm_brings_its_own_loss(tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match=r"samples_per_prompt must be at least 2 with learner\.algorithm=vanilla:VANILLA"):
         load_config(None, ["learner.algorithm=vanilla:VANILLA", "rollout.samples_per_prompt=1"])
     objective = make_objective(load_config(None, ["learner.algorithm=vanilla:VANILLA"]).learner, 8)
-    with pytest.raises(ValueError, match="reduction of algorithm 'vanilla:WRONG' must be one of token_mean, .*, got 'mean'"):
+    with pytest.raises(ValueError, match=r"reduction of algorithm 'vanilla:WRONG' must be one of token_mean, .*, got 'mean'"):
         make_objective(LearnerConfig(algorithm="vanilla:WRONG"), 8)
     one = torch.ones(1, 1)
     assert objective.algorithm.loss(-3 * one, one, 2 * one, objective.clip).tolist() == [[6.0]]
