@@ -12,7 +12,8 @@ import numpy as np
 
 from actors.cluster.telemetry import event, record
 from actors.cluster.wait import resolve
-from actors.reward.propensity import read_propensities
+from actors.reward.report import Refit
+from actors.reward.snapshot_rows import write_clean_labels
 
 
 class Refitter:
@@ -30,12 +31,11 @@ class Refitter:
         as_of: float | None,
         methods: Sequence[str],
         clean_labels: Callable[[Path], np.ndarray] | None = None,
-    ) -> dict[str, Any]:
+    ) -> Refit:
         """Fit propensity, noise rates and reward models on the log as of a time; promote the configured method's behind its gate.
 
         `name` names the snapshot and the candidate; `clean_labels` gives r* [N] of a snapshot to the method "oracle". A refit
-        starts from models that serve where these hand on no label (see the roles). Returns the reports of both fits and of the
-        gate, as JSON; folders are relative to the run's.
+        starts from models that serve where these pass on no label (see the roles).
         """
         position = self._wait(self._log.position.remote(), "snapshot the log")
         snapshot = self._folder / "snapshots" / f"{name}.parquet"
@@ -44,20 +44,21 @@ class Refitter:
         began = time.perf_counter()
         propensity = self._wait(self._propensity.fit.remote(snapshot, folder), "fit propensity")
         record("fit_seconds", "propensity", time.perf_counter() - began)
-        record("version", "propensity", propensity["version"])
-        labels = clean_labels(snapshot) if clean_labels else None
+        record("version", "propensity", propensity.version)
+        labels = None
+        if clean_labels is not None:
+            labels = snapshot.with_suffix(".labels.safetensors")
+            write_clean_labels(labels, clean_labels(snapshot))
         self._propensity_folder, self._fitted_position = folder, position
-        weights = read_propensities(folder).numpy()
         options = {"candidate": name, "start": folder / "fold-0", "clean_labels": labels}
-        report = self._wait(self._reward.fit.remote(snapshot, weights, list(methods), **options), "fit reward")
+        fit = self._wait(self._reward.fit.remote(snapshot, folder, list(methods), **options), "fit reward")
         promotion = self._wait(self._reward.promote.remote(name), "promote reward")
-        record("fit_seconds", "reward", report.seconds)
+        record("fit_seconds", "reward", fit.seconds)
         record("version", "reward", promotion.version)
-        event("refit", "reward", candidate=name, seconds=report.seconds, log_position=position)
+        event("refit", "reward", candidate=name, seconds=fit.seconds, log_position=position)
         event("gate", "reward", candidate=name, **asdict(promotion))
-        folders = {method: str((report.folder / method).relative_to(self._folder)) for method in methods}
-        reward = {**report.figures, "folders": folders, "seconds": report.seconds, "train_seconds": report.train_seconds}
-        return {"propensity": propensity, "reward": reward, "promotion": asdict(promotion)}
+        folders = {method: str((fit.folder / method).relative_to(self._folder)) for method in methods}
+        return Refit(propensity, fit.report, folders, fit.seconds, fit.train_seconds, promotion)
 
     def end_fits(self) -> None:
         """End the processes that wait for the reward model's next fit; a later fit starts new ones."""

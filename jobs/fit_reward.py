@@ -35,6 +35,6 @@ def run(config: Config) -> int:
     summary = {"import": imported, **fit_summary(fit)}
     run.summarise(summary)
     write_report(run.path, [], summary)
-    model = run.path / fit["reward"]["folders"][config.reward.method]
+    model = run.path / fit.folders[config.reward.method]
     Console().print(f"reward model: {model}; see {run.path / 'report.html'}", soft_wrap=True)
     return 0

@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from actors.cluster.place import restarted
-from actors.reward.snapshot_rows import load_rows
+from actors.reward.report import REPORT, VersionedPropensity, to_json
+from actors.reward.snapshot_rows import FOLDS, load_rows
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.estimators.core.training import FitSettings
@@ -30,19 +32,17 @@ from causalrm_ray.estimators.nuisances.propensity import Propensity, calibrate, 
 from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import load_tokenizer
 
-FOLDS = 2
 PROPENSITIES = "propensity.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class _Serving:
-    """What predicts: the fold models, the calibration of their mean, the version, the diagnostics."""
+    """What predicts: the fold models, the calibration of their mean, the report with the version."""
 
     models: Sequence[SequenceScorer]
     calibration: Calibration
     clip: float
-    version: int
-    report: dict[str, Any]
+    report: VersionedPropensity
 
 
 class PropensityActor:
@@ -59,7 +59,7 @@ class PropensityActor:
         memory: Path | None = None,
     ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens; `clip` in (0, 1) is the
-        lowest propensity used in a weight. In the file `memory` is noted what is served, for a role that restarts."""
+        lowest propensity used in a weight. The file `memory` records what is served, for a role that restarts."""
         torch.set_num_threads(1)  # sums in one order, so that a repeated fit repeats its bits
         self._backbone = backbone
         self._settings, self._clip = settings, clip
@@ -74,13 +74,13 @@ class PropensityActor:
     @property
     def version(self) -> int:
         """Version that predicts now; 0 before the first fit."""
-        return self._serving.version if self._serving else 0
+        return self._serving.report.version if self._serving else 0
 
-    def fit(self, snapshot: Path, folder: Path) -> dict[str, Any]:
+    def fit(self, snapshot: Path, folder: Path) -> VersionedPropensity:
         """Cross-fit on all impressions of `snapshot`, write everything to `folder`, serve it, and return its diagnostics.
 
         A refit starts from the models that serve: a row stays in its fold in every snapshot, so none of them has seen the rows
-        that it tells the propensity of. Raises InputError for a log that cannot be fitted (see `load_rows`).
+        whose propensity it predicts. Raises InputError for a log that cannot be fitted (see `load_rows`).
         """
         log = load_rows(snapshot, self._tokenizer, self._max_length)
         o = log.observations.o
@@ -90,7 +90,7 @@ class PropensityActor:
         )
         propensity = calibrate(raw, o, self._clip, seed=self._settings.seed)
         version = self.version + 1
-        report = {"version": version, **asdict(propensity.report)}
+        report = VersionedPropensity(**vars(propensity.report), version=version)
         self._save(folder, models, propensity, report)
         self.load(folder)
         return self.diagnostics()
@@ -104,8 +104,8 @@ class PropensityActor:
         raw = torch.stack([torch.sigmoid(score_rows(model, sequences)) for model in serving.models]).mean(0)
         return serving.calibration(raw).clamp(min=serving.clip).numpy()
 
-    def diagnostics(self) -> dict[str, Any]:
-        """Overlap, effective sample size, calibration error of the serving version (PropensityReport as JSON) and `version`."""
+    def diagnostics(self) -> VersionedPropensity:
+        """Overlap, effective sample size and calibration error of the serving version."""
         return self._require().report
 
     def load(self, folder: Path) -> int:
@@ -124,22 +124,20 @@ class PropensityActor:
     def _fresh(self) -> SequenceScorer:
         return SequenceScorer.from_pretrained(self._backbone).to(self._device)
 
-    def _save(self, folder: Path, models: Sequence[Any], propensity: Propensity, report: dict[str, Any]) -> None:
-        with atomic_folder(folder) as aside:
+    def _save(self, folder: Path, models: Sequence[Any], propensity: Propensity, report: VersionedPropensity) -> None:
+        with atomic_folder(folder) as temporary:
             for number, model in enumerate(models):
-                model.save_pretrained(aside / f"fold-{number}", self._tokenizer)
-            write_json(aside / "calibration.json", {**asdict(propensity.calibration), "clip": propensity.clip})
-            write_json(aside / "report.json", report)
-            save_file({"propensity": propensity.prob.numpy().astype(np.float32)}, aside / PROPENSITIES)
+                model.save_pretrained(temporary / f"fold-{number}", self._tokenizer)
+            write_json(temporary / "calibration.json", {**asdict(propensity.calibration), "clip": propensity.clip})
+            write_json(temporary / REPORT, to_json(report))
+            save_file({"propensity": propensity.prob.numpy().astype(np.float32)}, temporary / PROPENSITIES)
 
     def _read(self, folder: Path) -> _Serving:
         calibration = read_json(folder / "calibration.json")
-        report = read_json(folder / "report.json")
+        report = TypeAdapter(VersionedPropensity).validate_python(read_json(folder / REPORT))
         models = [SequenceScorer.from_pretrained(folder / f"fold-{number}").to(self._device) for number in range(FOLDS)]
         clip = calibration.pop("clip")
-        return _Serving(
-            models, Calibration(**{name: tuple(values) for name, values in calibration.items()}), clip, report["version"], report
-        )
+        return _Serving(models, Calibration(**{name: tuple(values) for name, values in calibration.items()}), clip, report)
 
 
 def read_propensities(folder: Path) -> Tensor:

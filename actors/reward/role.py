@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 
 from actors.cluster.place import restarted
-from actors.reward.fit_spec import REPORT, FitSpec
+from actors.reward.fit_spec import FitSpec
+from actors.reward.report import CandidateFit, Promotion, RewardReport
 from actors.reward.trainer import RewardTrainer
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.config.train import RewardConfig
@@ -29,29 +29,6 @@ from causalrm_ray.models.text import load_tokenizer
 GATE_TOLERANCE = 0.01  # a refit serves if its held-out observed risk is at most this above the serving model's
 SERVING = "serving.json"
 SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
-
-
-@dataclass(frozen=True)
-class RewardReport:
-    """What a fit made: models in `folder`/METHOD, and `figures` (JSON, see train_workers.describe).
-
-    `seconds` in all, `train_seconds` of them by the worker of rank 0: the first fit starts the workers besides.
-    """
-
-    candidate: str
-    folder: Path
-    figures: dict[str, Any]
-    seconds: float
-    train_seconds: float
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """Whether a candidate serves now, why, and the version that serves."""
-
-    promoted: bool
-    reason: str
-    version: int
 
 
 class RewardActor:
@@ -97,33 +74,34 @@ class RewardActor:
     def fit(
         self,
         snapshot: Path,
-        propensity: np.ndarray,
+        propensities: Path,
         methods: Sequence[str],
         *,
         candidate: str,
         start: Path | None = None,
-        clean_labels: np.ndarray | None = None,
-    ) -> RewardReport:
+        clean_labels: Path | None = None,
+    ) -> CandidateFit:
         """Fit `methods` on `snapshot` and write them to `folder`/`candidate`, whole or not at all; nothing is promoted.
 
-        `propensity` [N] is out of fold and clipped; `clean_labels` [N] are for the method "oracle" only. Fits begin from the
-        states of the model in `start` (none: the backbone) under a blank head. The propensity model is a good start: it has
+        `propensities` is the folder of the propensity model's version that was fitted on `snapshot`; `clean_labels` a file of
+        `write_clean_labels`, for the method "oracle" only. Fits begin from the states of the model in `start` (None: the
+        backbone) under a blank head. The propensity model is a good start: it has
         learned from all impressions what moves users, the labels only from a few. The serving model is none: its states have
-        seen the labels. Only methods that fit heads on the backbone's own states and then teach a model go on from the one that
-        serves, which learns from those heads alone. The serving model's risk is measured on the same held-out rows.
+        seen the labels. Only methods that fit heads on the backbone's own states and then distil them into a model go on from the
+        one that serves, which learns from those heads only. The serving model's risk is measured on the same held-out rows.
         Raises InputError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
         """
         check_log(read_snapshot(snapshot))
         if self._config.method not in methods:
             raise ValueError(f"methods must include the one that serves, {self._config.method!r}, got {list(methods)}")
-        order = FitSpec(
+        spec = FitSpec(
             snapshot=Path(snapshot).resolve(),
+            propensities=Path(propensities).resolve(),
+            clean_labels=clean_labels and Path(clean_labels).resolve(),
             backbone=self._backbone,
             start=str(start or self._backbone),
             serving=str(self._serving) if self._serving else None,
             serving_version=self._version,
-            propensity=propensity,
-            clean_labels=clean_labels,
             methods=tuple(methods),
             config=self._config,
             max_length=self._max_length,
@@ -131,8 +109,8 @@ class RewardActor:
         )
         started = time.perf_counter()
         folder = self._folder / candidate
-        train_seconds = self._trainer.fit(order, folder) if self._config.workers else self._fit_here(order, folder)
-        return RewardReport(candidate, folder, _figures(folder), time.perf_counter() - started, train_seconds)
+        train_seconds = self._trainer.fit(spec, folder) if self._config.workers else self._fit_here(spec, folder)
+        return CandidateFit(folder, RewardReport.read(folder), time.perf_counter() - started, train_seconds)
 
     def promote(self, candidate: str) -> Promotion:
         """Let `candidate` serve if its held-out observed risk is at most the serving model's plus GATE_TOLERANCE.
@@ -141,14 +119,14 @@ class RewardActor:
         """
         folder = self._folder / candidate
         verify_folder(folder)
-        figures = _figures(folder)
+        report = RewardReport.read(folder)
         if self._serving == (folder / self._config.method).resolve():  # asked again after a restart
             return Promotion(True, "it serves already", self._version)
-        if figures["serving_version"] != self._version:
+        if report.serving_version != self._version:
             raise ValueError(
-                f"{candidate} must have been measured against serving version {self._version}, got {figures['serving_version']}"
+                f"{candidate} must have been measured against serving version {self._version}, got {report.serving_version}"
             )
-        risk, serving_risk = figures["methods"][self._config.method]["heldout_risk"], figures["serving_risk"]
+        risk, serving_risk = report.methods[self._config.method].heldout_risk, report.serving_risk
         if serving_risk is None:
             return self._promoted(folder, f"first model, held-out risk {risk:.4f}")
         limit = serving_risk + GATE_TOLERANCE
@@ -179,7 +157,7 @@ class RewardActor:
         return {"folder": str(self._serving) if self._serving else None, "version": self._version}
 
     def load(self, folder: str | Path, version: int) -> None:
-        """Serve the model saved in `folder` (of one method) as `version`; what is served is noted for a role that restarts."""
+        """Serve the model saved in `folder` (of one method) as `version`; recorded for a role that restarts."""
         verify_folder(Path(folder).resolve().parent)
         self._scorers.clear()
         self._serving, self._version = Path(folder).resolve(), version
@@ -187,19 +165,15 @@ class RewardActor:
         write_json(self._folder / SERVING, self.state())
 
     def end_fits(self) -> None:
-        """End the workers, which otherwise wait for the next fit until this process ends; one that comes starts new ones."""
+        """End the workers, which otherwise wait for the next fit until this process ends; a later fit starts new ones."""
         self._trainer.close()
 
     def _promoted(self, folder: Path, reason: str) -> Promotion:
         self.load(folder / self._config.method, self._version + 1)
         return Promotion(True, reason, self._version)
 
-    def _fit_here(self, order: FitSpec, folder: Path) -> float:
+    def _fit_here(self, spec: FitSpec, folder: Path) -> float:
         from actors.reward.workers import fit_into
 
-        with atomic_folder(folder) as aside:
-            return fit_into(aside, order, Shard(), torch.device(self._device))
-
-
-def _figures(folder: Path) -> dict[str, Any]:
-    return read_json(folder / REPORT)
+        with atomic_folder(folder) as temporary:
+            return fit_into(temporary, spec, Shard(), torch.device(self._device))

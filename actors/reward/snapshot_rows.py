@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.data.log.snapshot import check_log, read_snapshot
@@ -18,11 +19,13 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals
 from causalrm_ray.estimators.nuisances.strata import length_buckets, stratify
+from causalrm_ray.files import write_whole
 from causalrm_ray.models.text import encode_pair
 
-HELD_OUT_ONE_IN = 5
 MOST_VALUES = 8  # of a trait; more, and it is an id
-STOPS_ONE_IN = 10  # rows that decide when a propensity model stops
+# Digits of a hash of the row's id, from the lowest: of 5, whether reward fits hold it out; of 10, whether it decides when a
+# propensity model stops; of 2, its fold otherwise.
+HELD_OUT_ONE_IN, STOPS_ONE_IN, FOLDS = 5, 10, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +34,8 @@ class SnapshotRows:
 
     `heldout` are the row numbers that reward fits never train on: about a fifth, by a hash of the impression's id, so that an
     impression stays on its side in every later snapshot, and a gate compares models on rows that neither has seen. `fold` [N]
-    tells likewise which propensity model never trains on a row, 0 or 1, or that none does, -1. `traits` groups the rows by what
-    their contexts hold of few values, `lengths` by the answers' characters; `signals` tells which signal each got.
+    is likewise the propensity model that never trains on a row, 0 or 1, or that none does, -1. `traits` groups the rows by what
+    their contexts hold of few values, `lengths` by the answers' characters; `signals` names the signal that each got.
     """
 
     token_rows: Sequence[tuple[int, ...]]
@@ -60,7 +63,8 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
     label = [0 if label is None else label for label in log["label"]]
     observations = Observations(torch.tensor(log["observed"][:]), torch.tensor(label))
     places = np.array([zlib.crc32(name.encode()) for name in log["impression_id"]])
-    heldout, fold = places % HELD_OUT_ONE_IN == 0, np.where(places // 5 % STOPS_ONE_IN == 0, -1, places // 50 % 2)
+    heldout, rest = places % HELD_OUT_ONE_IN == 0, places // HELD_OUT_ONE_IN
+    fold = np.where(rest % STOPS_ONE_IN == 0, -1, rest // STOPS_ONE_IN % FOLDS)
     if heldout.all() or not heldout.any() or set(fold.tolist()) != {-1, 0, 1}:
         raise InputError(f"the log must hold enough impressions to share them out for training and testing, got {len(log)}")
     lengths = length_buckets(torch.tensor([len(response) for response in log["response"]]))
@@ -73,6 +77,16 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
         Groups(*stratify([{"length": bucket} for bucket in lengths], observations)),
         _signals(log["signal"], log["label"]),
     )
+
+
+def write_clean_labels(path: Path, labels: np.ndarray) -> None:
+    """Write r* [N] of a snapshot's rows, for the method "oracle"."""
+    write_whole(path, lambda unfinished: save_file({"labels": labels.astype(np.float32)}, unfinished))
+
+
+def read_clean_labels(path: Path) -> torch.Tensor:
+    """What `write_clean_labels` wrote."""
+    return torch.from_numpy(load_file(path)["labels"])
 
 
 def _traits(contexts: Sequence[str]) -> list[dict[str, str]]:

@@ -27,13 +27,13 @@ POLL_S = 0.5  # between two looks at whether the workers still run
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the default polls so rarely that the workers take 20 s more to start
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: a fit that loses a worker begins anew, warned or not
-    "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "1e9",  # workers wait for orders as long as it takes
+    "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "1e9",  # workers wait for a fit as long as it takes
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patched print breaks the hashing that `datasets` does of what it reads
 }
 
 
 class RewardTrainer:
-    """Ray Train workers that take one order after another; they start with the first and end with `close` or this process."""
+    """Ray Train workers that do one fit after another; they start with the first and end with `close` or this process."""
 
     def __init__(self, workers: int, scratch: Path, *, use_gpu: bool, timeout_s: float) -> None:
         """`scratch`, on storage that all nodes share, is for Ray Train's own files; with `use_gpu` each worker has a GPU;
@@ -42,19 +42,19 @@ class RewardTrainer:
         self._scratch = scratch
         self._use_gpu = use_gpu
         self._timeout_s = timeout_s
-        self._orders: Any = None
+        self._queue: Any = None
         self._running: Future[Result] | None = None
 
-    def fit(self, order: FitSpec, folder: Path) -> float:
-        """Have `order` fitted and written to `folder`, whole or not at all. Returns the seconds that rank 0 worked.
+    def fit(self, spec: FitSpec, folder: Path) -> float:
+        """Have `spec` fitted and written to `folder`, whole or not at all. Returns the seconds that rank 0 worked.
 
-        A fit whose workers die begins anew, up to DEATHS times, after other errors once: a death may show first as a peer's lost
+        A fit whose workers die begins again, up to DEATHS times, after other errors once: a death may show first as a peer's lost
         connection. Raises InputError for what cannot be fitted, WorkerGroupError for other errors of workers.
         """
         failures = 0
         while True:
             try:
-                return self._fit(order, folder)
+                return self._fit(spec, folder)
             except (WorkerGroupError, RayActorError) as error:
                 self._leave()
                 failures += 1
@@ -66,30 +66,30 @@ class RewardTrainer:
                     raise
 
     def close(self) -> None:
-        """End the workers, if there are any, and wait for that. A fit that comes all the same starts new ones."""
+        """End the workers, if there are any, and wait for that. A later fit starts new ones."""
         if self._running is not None and not self._running.done():
-            ray.get(self._orders.close.remote())
+            ray.get(self._queue.close.remote())
             self._running.exception(self._timeout_s)
         self._leave()
 
-    def _fit(self, order: FitSpec, folder: Path) -> float:
+    def _fit(self, spec: FitSpec, folder: Path) -> float:
         if self._running is not None and self._running.done():  # they died while there was nothing to do
             self._leave()
         if self._running is None:
-            self._orders = place(FitQueue, Placement(concurrency=CALLERS, beside_driver=True))
+            self._queue = place(FitQueue, Placement(concurrency=CALLERS, beside_driver=True))
             self._running = self._start()
-        fitted = self._orders.fitted.remote(order, folder.resolve())
+        fitted = self._queue.fitted.remote(spec, folder.resolve())
         while not ray.wait([fitted], timeout=POLL_S)[0]:
             if self._running.done():
                 raise self._running.exception() or RuntimeError("the Ray Train workers ended in the middle of a fit")
         return ray.get(fitted)
 
     def _leave(self) -> None:
-        """End what is left of the workers and their orders: who waits at these for one gets an error, and ends."""
-        orders, running = self._orders, self._running
-        self._orders = self._running = None
-        if orders is not None:
-            end(orders)
+        """End what is left of the workers and their queue: a worker that waits there gets an error, and ends."""
+        queue, running = self._queue, self._running
+        self._queue = self._running = None
+        if queue is not None:
+            end(queue)
         if running is not None:
             running.exception(self._timeout_s)
 
@@ -102,11 +102,11 @@ class RewardTrainer:
             # Defined here, it travels by value: Ray Train's controller need not import what only workers use.
             from actors.reward.workers import work
 
-            work(loop["orders"])
+            work(loop["queue"])
 
         trainer = TorchTrainer(
             train_function,
-            train_loop_config={"orders": self._orders},
+            train_loop_config={"queue": self._queue},
             scaling_config=ScalingConfig(
                 num_workers=self._workers,
                 use_gpu=self._use_gpu,

@@ -92,7 +92,7 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
             serving = roles.save(folder)
         fresh = [done for done in roles.sample(task.evaluation_requests()) if done.response]
         for method in METHODS:
-            serving["reward"]["folder"] = fit["reward"]["folders"][method]
+            serving["reward"]["folder"] = fit.folders[method]
             verify_folder(start)
             roles.load(start, serving)
             judged = truth.judge(roles.score(fresh), task.impressions(fresh, task.clock(0)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.reward.report import Refit, RewardReport, to_json
 from actors.system import Roles
 from causalrm_ray.config.train import Config, WorldConfig
 from causalrm_ray.data.log.store import FeedbackLog
@@ -19,34 +20,33 @@ from jobs.support.prompts import Task
 from jobs.support.run_folder import Run
 
 
-def fit_summary(fit: Mapping[str, Any], world: WorldConfig | None = None) -> dict[str, Any]:
+def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
     """What a fit of propensity, noise rates and reward model found, next to the truth where users of a known `world` reacted."""
-    reward, propensity = fit["reward"], fit["propensity"]
     truth = {} if world is None else dict(zip(("rho_01", "rho_10"), world.rho, strict=True))
-    rates = {name: {**_rate(reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
+    rates = {name: {**_rate(fit.reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
     return {
         "noise_rates": rates,
-        "propensity": propensity,
-        "diagnostics": _diagnostics(reward, propensity, rates),
+        "propensity": to_json(fit.propensity),
+        "diagnostics": _diagnostics(fit, rates),
         "reward_fit": {
-            "heldout_risk": {name: figures["heldout_risk"] for name, figures in reward["methods"].items()},
-            "best_epoch": {name: figures["best_epoch"] for name, figures in reward["methods"].items()},
-            "seconds": reward["seconds"],
-            "train_seconds": reward["train_seconds"],
-            "folders": reward["folders"],
+            "heldout_risk": {name: method.heldout_risk for name, method in fit.reward.methods.items()},
+            "best_epoch": {name: method.best_epoch for name, method in fit.reward.methods.items()},
+            "seconds": fit.seconds,
+            "train_seconds": fit.train_seconds,
+            "folders": dict(fit.folders),
         },
     }
 
 
-def _diagnostics(reward: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+def _diagnostics(fit: Refit, rates: Mapping[str, Any]) -> dict[str, Any]:
     """All that a user may want to check before trusting a fit, and what it means in words."""
-    found = reward["diagnostics"]
+    found, propensity = to_json(fit.reward.diagnostics), to_json(fit.propensity)
     return {
         **found,
-        "propensity": {"clip": propensity["clip"], "clipped_share": propensity["clipped_share"], "curve": propensity["curve"]},
+        "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "curve")},
         "rates": rates,
         "verdict": verdict(found),
-        "warnings": [*advise(found, propensity, rates), *_doubts(reward)],
+        "warnings": [*advise(found, propensity, rates), *_doubts(fit.reward)],
     }
 
 
@@ -55,37 +55,36 @@ def with_drift(diagnostics: Mapping[str, Any], rows: Sequence[Mapping[str, float
     return {**diagnostics, "warnings": [*diagnostics["warnings"], *drift_warnings(rows)]}
 
 
-def _doubts(reward: Mapping[str, Any]) -> list[str]:
+def _doubts(reward: RewardReport) -> list[str]:
     """What the estimates of the noise rates say against themselves."""
-    if reward["rates_by"] is None:
-        return list(reward["noise"]["warnings"]) if reward["noise"] else []
-    rates = ", ".join(f"{name} {value:.2f}" for name, value in reward["rates"].items())
-    return [f"No rows are surely liked and surely disliked: rates are those that {reward['rates_by']} found along, {rates}."]
+    if reward.rates_by is None:
+        return list(reward.noise.warnings) if reward.noise else []
+    rates = f"rho_01 {reward.rates.rho_01:.2f}, rho_10 {reward.rates.rho_10:.2f}"
+    return [f"No rows are surely liked and surely disliked: rates are those that {reward.rates_by} found along, {rates}."]
 
 
-def _rate(reward: Mapping[str, Any], name: str) -> dict[str, float | None]:
-    low, high = reward["noise"][f"{name}_interval"] if reward["noise"] else (None, None)
-    return {"estimate": reward["rates"][name], "low": low, "high": high}
+def _rate(reward: RewardReport, name: str) -> dict[str, float | None]:
+    low, high = getattr(reward.noise, f"{name}_interval") if reward.noise else (None, None)
+    return {"estimate": getattr(reward.rates, name), "low": low, "high": high}
 
 
-def promotion_metrics(refit: Mapping[str, Any]) -> dict[str, float]:
+def promotion_metrics(refit: Refit) -> dict[str, float]:
     """What the step's metrics say of a refit."""
-    promotion = refit["promotion"]
     return {
-        "refit_promoted": float(promotion["promoted"]),
-        "promoted_version": float(promotion["version"]),
-        "propensity_ece": refit["propensity"]["ece"],
-        "propensity_ess_fraction": refit["propensity"]["ess_fraction"],
+        "refit_promoted": float(refit.promotion.promoted),
+        "promoted_version": float(refit.promotion.version),
+        "propensity_ece": refit.propensity.ece,
+        "propensity_ess_fraction": refit.propensity.ess_fraction,
     }
 
 
-def judge_start(config: Config, roles: Roles, task: Task, truth: Oracle, fit: Mapping[str, Any], shown: int) -> dict[str, Any]:
+def judge_start(config: Config, roles: Roles, task: Task, truth: Oracle, fit: Refit, shown: int) -> dict[str, Any]:
     """What is measured once, before the first step: the starting policy, and the reward models on its fresh answers."""
     before = roles.sample(task.evaluation_requests())
     facts: dict[str, Any] = {
         "shown": shown,
         "fit": fit_summary(fit, config.world if truth.known else None),
-        "promotion": fit["promotion"],
+        "promotion": asdict(fit.promotion),
     }
     if truth.known:
         facts["before"] = truth.scores(before).tolist()
@@ -137,12 +136,12 @@ def summarise(config: Config, run: Run, roles: Roles, task: Task, truth: Oracle,
 
 
 def _judge_rewards(
-    config: Config, roles: Roles, task: Task, truth: Oracle, fit: Mapping[str, Any], fresh: list[Completion]
+    config: Config, roles: Roles, task: Task, truth: Oracle, fit: Refit, fresh: list[Completion]
 ) -> dict[str, Any]:
     """R2 and AUROC of each fitted method's model on fresh answers about held-out topics, against the users' preferences."""
     answers = [done for done in fresh if done.response]  # what users would see
     impressions = task.impressions(answers, task.clock(0))
-    folders = {name: config.run.path / folder for name, folder in fit["reward"]["folders"].items()}
+    folders = {name: config.run.path / folder for name, folder in fit.folders.items()}
     judged = {name: truth.judge(roles.score(answers, folder), impressions) for name, folder in folders.items()}
     own = judged[config.reward.method]
     result: dict[str, Any] = {"method": config.reward.method, "answers": len(answers), **own}

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from actors.reward.propensity import PropensityActor, read_propensities
+from actors.reward.report import VersionedPropensity, to_json
 from causalrm_ray.checkpoint import CheckpointError
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.text import encode_pair, load_tokenizer
@@ -30,12 +31,14 @@ def pairs(backbone: str) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture
-def fitted(backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path) -> tuple[PropensityActor, Path, dict]:
+def fitted(
+    backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path
+) -> tuple[PropensityActor, Path, VersionedPropensity]:
     actor, folder = make_actor(backbone), tmp_path / "propensity"
     return actor, folder, actor.fit(make_snapshot(ROWS), folder)
 
 
-def test_propensities_find_who_speaks_up(fitted: tuple[PropensityActor, Path, dict], backbone: str):
+def test_propensities_find_who_gives_feedback(fitted: tuple[PropensityActor, Path, VersionedPropensity], backbone: str):
     actor, folder, report = fitted
     out_of_fold = read_propensities(folder).numpy()
     assert out_of_fold.shape == (ROWS,)
@@ -44,16 +47,16 @@ def test_propensities_find_who_speaks_up(fitted: tuple[PropensityActor, Path, di
     assert abs(out_of_fold[1::2].mean() - 0.2) < 0.054
     liked, disliked = actor.predict(pairs(backbone))
     assert liked > disliked + 0.2
-    assert report["version"] == actor.version == 1
+    assert report.version == actor.version == 1
 
 
-def test_diagnostics_are_json_and_name_overlap_ess_and_ece(fitted: tuple[PropensityActor, Path, dict]):
+def test_diagnostics_are_json_and_name_overlap_ess_and_ece(fitted: tuple[PropensityActor, Path, VersionedPropensity]):
     actor, _, report = fitted
-    assert {"overlap", "ess", "ess_fraction", "ece", "clipped_share", "warnings"} <= set(json.loads(json.dumps(report)))
+    assert {"overlap", "ess", "ess_fraction", "ece", "clipped_share", "warnings"} <= set(json.loads(json.dumps(to_json(report))))
     assert actor.diagnostics() == report
 
 
-def test_loaded_version_predicts_the_same_bits(fitted: tuple[PropensityActor, Path, dict], backbone: str):
+def test_loaded_version_predicts_the_same_bits(fitted: tuple[PropensityActor, Path, VersionedPropensity], backbone: str):
     actor, folder, _ = fitted
     other = make_actor(backbone)
     assert other.load(folder) == 1
@@ -61,7 +64,9 @@ def test_loaded_version_predicts_the_same_bits(fitted: tuple[PropensityActor, Pa
     AutoModelForSequenceClassification.from_pretrained(folder / "fold-1")
 
 
-def test_repeated_fit_gives_the_same_bits(fitted: tuple[PropensityActor, Path, dict], backbone: str, tmp_path: Path):
+def test_repeated_fit_gives_the_same_bits(
+    fitted: tuple[PropensityActor, Path, VersionedPropensity], backbone: str, tmp_path: Path
+):
     _, folder, _ = fitted
     make_actor(backbone).fit(tmp_path / "snapshot.parquet", tmp_path / "again")
     for file in ("propensity.safetensors", "calibration.json", "fold-0/model.safetensors"):
@@ -103,8 +108,10 @@ def test_a_refit_goes_on_from_the_models_that_serve(backbone: str, make_snapshot
     trained = make_actor(backbone)
     trained.fit(grown, tmp_path / "trained")
     warm.load(tmp_path / "trained")
-    assert warm.fit(grown, tmp_path / "warm")["version"] == 2
-    starts, told, untold = (load_file(tmp_path / name / "fold-0" / "model.safetensors") for name in ("trained", "warm", "fresh"))
+    assert warm.fit(grown, tmp_path / "warm").version == 2
+    starts, warm_start, cold_start = (
+        load_file(tmp_path / name / "fold-0" / "model.safetensors") for name in ("trained", "warm", "fresh")
+    )
     for name, start in starts.items():  # a few steps of 1e-9 each
-        np.testing.assert_allclose(told[name], start, rtol=0, atol=1e-7)
-    assert max(abs(untold[name] - start).max() for name, start in starts.items()) > 1e-3
+        np.testing.assert_allclose(warm_start[name], start, rtol=0, atol=1e-7)
+    assert max(abs(cold_start[name] - start).max() for name, start in starts.items()) > 1e-3

@@ -12,23 +12,36 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.reward.propensity import PROPENSITIES
+from actors.reward.report import LogDiagnostics, MethodReport, RewardReport
 from actors.reward.role import GATE_TOLERANCE, RewardActor
-from causalrm_ray.checkpoint import atomic_folder, write_json
+from causalrm_ray.checkpoint import CheckpointError, atomic_folder, write_json
 from causalrm_ray.config.train import RewardConfig
+from causalrm_ray.estimators.diagnostics.diagnose import GammaBounds, LabelBin, Overlap, RhoPoint, RhoSensitivity, WeightSpread
 from causalrm_ray.metrics import auroc
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import encode_pair, load_tokenizer
+from causalrm_ray.types import NoiseRates
 
 CONFIG = RewardConfig(method="causalrm_dr", epochs=8, lr=1e-2, workers=2, rho=(0.1, 0.1))
 FILLER = ("garden", "stone", "winter", "lamp")
-PROPENSITY = np.tile(np.array([0.6, 0.2], dtype=np.float32), 200)
 
 
 def make_actor(backbone: str, folder: Path, max_length: int = 64) -> RewardActor:
     return RewardActor(backbone, CONFIG, max_length=max_length, seed=0, folder=folder, timeout_s=120)
+
+
+@pytest.fixture
+def propensities(tmp_path: Path) -> Path:
+    """What a propensity model leaves of the snapshot's 400 rows: its folder, with propensities of 0.6 and 0.2 in turn."""
+    folder = tmp_path / "propensities"
+    folder.mkdir()
+    save_file({"propensity": np.tile(np.array([0.6, 0.2], dtype=np.float32), 200)}, folder / PROPENSITIES)
+    return folder
 
 
 def fresh_pairs(backbone: str) -> tuple[list[tuple[int, ...]], torch.Tensor]:
@@ -45,14 +58,26 @@ def write_candidate(
     """A candidate as a fit leaves it, with a constant head and the given figures."""
     scorer = SequenceScorer.from_pretrained(backbone)
     torch.nn.init.constant_(scorer.head.weight, head)
-    figures = {
-        "methods": {CONFIG.method: {"heldout_risk": risk}},
-        "serving_risk": serving_risk,
-        "serving_version": serving_version,
-    }
-    with atomic_folder(actor_folder / name) as aside:
-        scorer.save_pretrained(aside / CONFIG.method, load_tokenizer(backbone))
-        write_json(aside / "report.json", figures)
+    point = RhoPoint(0.1, 0.1, 0.5, risk)
+    weights = WeightSpread(1, (1.0,), (0.0, 1.0), (1,), 1.0, 1.0, 1.0)
+    diagnostics = LogDiagnostics(
+        method=CONFIG.method,
+        overlap=Overlap((0.0, 1.0), (1,), (1,), 0.1, 0.9),
+        weights=weights,
+        calibration=(LabelBin(0.5, 0.5, 0.1, 1),),
+        rho=RhoSensitivity(point, (), (point,)),
+        gamma=(GammaBounds(1.0, 0.5, 0.5, 0.4, 0.6),),
+        ranking=None,
+        mechanisms=None,
+        groups={},
+        signals=None,
+    )
+    methods = {CONFIG.method: MethodReport(risk, 1)}
+    report = RewardReport(methods, diagnostics, NoiseRates(0.1, 0.1), None, None, 1, serving_risk, serving_version)
+    with atomic_folder(actor_folder / name) as temporary:
+        scorer.save_pretrained(temporary / CONFIG.method, load_tokenizer(backbone))
+        report.write(temporary)
+    assert RewardReport.read(actor_folder / name) == report
 
 
 def workers() -> set[int]:
@@ -67,22 +92,22 @@ def workers() -> set[int]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
-    backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path
+    backbone: str, make_snapshot: Callable[..., Path], propensities: Path, tmp_path: Path
 ):
     actor = make_actor(backbone, tmp_path / "reward")
     rows, liked = fresh_pairs(backbone)
-    report = actor.fit(make_snapshot(), PROPENSITY, ["causalrm_dr", "naive", "auto"], candidate="first")
-    assert set(report.figures["methods"]) == {"causalrm_dr", "naive", "auto"}
-    assert report.figures["rates"] == {"rho_01": 0.1, "rho_10": 0.1}
+    first = actor.fit(make_snapshot(), propensities, ["causalrm_dr", "naive", "auto"], candidate="first")
+    assert set(first.report.methods) == {"causalrm_dr", "naive", "auto"}
+    assert first.report.rates == NoiseRates(0.1, 0.1)
     assert actor.promote("first").version == 1
     logits, version = actor.score(rows)
     assert version == 1
     assert auroc(torch.from_numpy(logits), liked) > 0.95
-    learned = torch.from_numpy(actor.score_with(str(report.folder / "auto"), rows))  # by two ranks, from heads on frozen states
+    learned = torch.from_numpy(actor.score_with(str(first.folder / "auto"), rows))  # by two ranks, from heads on frozen states
     assert auroc(learned, liked) > 0.95
 
-    stock = AutoModelForSequenceClassification.from_pretrained(report.folder / "causalrm_dr")
-    padded = AutoTokenizer.from_pretrained(report.folder / "causalrm_dr").pad(
+    stock = AutoModelForSequenceClassification.from_pretrained(first.folder / "causalrm_dr")
+    padded = AutoTokenizer.from_pretrained(first.folder / "causalrm_dr").pad(
         {"input_ids": [list(row) for row in rows]}, return_tensors="pt"
     )
     with torch.inference_mode():
@@ -90,25 +115,26 @@ def test_two_workers_fit_a_model_that_ranks_is_repeatable_and_loads_anywhere(
 
     first_workers = workers()
     assert len(first_workers) == 2
-    again = actor.fit(tmp_path / "snapshot.parquet", PROPENSITY, ["causalrm_dr"], candidate="again")
-    first_risk = report.figures["methods"]["causalrm_dr"]["heldout_risk"]
-    assert again.figures["methods"]["causalrm_dr"]["heldout_risk"] == first_risk
-    found = again.figures["diagnostics"]
-    assert found["method"] == "causalrm_dr"
-    assert found["weights"]["rows"] == sum(found["overlap"]["with_feedback"])
-    assert sum(found["overlap"]["with_feedback"] + found["overlap"]["without_feedback"]) == 400
-    assert found["rho"]["estimate"]["risk"] == pytest.approx(first_risk, abs=1e-6)
-    assert found["ranking"]["contrast"] > 3 * found["ranking"]["stderr"]
-    assert found == report.figures["diagnostics"]
-    assert again.figures["serving_risk"] == pytest.approx(first_risk, abs=1e-6)
-    weights = [load_file(folder / "causalrm_dr" / "model.safetensors") for folder in (report.folder, again.folder)]
+    again = actor.fit(tmp_path / "snapshot.parquet", propensities, ["causalrm_dr"], candidate="again")
+    first_risk = first.report.methods["causalrm_dr"].heldout_risk
+    assert again.report.methods["causalrm_dr"].heldout_risk == first_risk
+    found = again.report.diagnostics
+    assert found.method == "causalrm_dr"
+    assert found.weights.rows == sum(found.overlap.with_feedback)
+    assert sum(found.overlap.with_feedback + found.overlap.without_feedback) == 400
+    assert found.rho.estimate.risk == pytest.approx(first_risk, abs=1e-6)
+    assert found.ranking is not None
+    assert found.ranking.contrast > 3 * found.ranking.stderr
+    assert found == first.report.diagnostics
+    assert again.report.serving_risk == pytest.approx(first_risk, abs=1e-6)
+    weights = [load_file(folder / "causalrm_dr" / "model.safetensors") for folder in (first.folder, again.folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert actor.promote("again").version == 2
     assert workers() == first_workers
 
     os.kill(min(first_workers), signal.SIGKILL)  # one that died at rest is missed by the next fit, which starts new ones
-    third = actor.fit(tmp_path / "snapshot.parquet", PROPENSITY, ["causalrm_dr"], candidate="third")
-    assert third.figures["methods"]["causalrm_dr"]["heldout_risk"] == first_risk
+    third = actor.fit(tmp_path / "snapshot.parquet", propensities, ["causalrm_dr"], candidate="third")
+    assert third.report.methods["causalrm_dr"].heldout_risk == first_risk
     assert len(workers()) == 2
     assert not workers() & first_workers
     actor.end_fits()
@@ -127,6 +153,12 @@ def test_first_candidate_serves_and_a_worse_one_does_not(backbone: str, tmp_path
     np.testing.assert_array_equal(actor.score(rows)[0], served)
     assert actor.promote("c").version == 2
     assert not np.array_equal(actor.score(rows)[0], served)
+
+
+def test_a_report_with_other_fields_is_refused_by_name(tmp_path: Path):
+    write_json(tmp_path / "report.json", {"methods": {"auto": {"heldout_risk": "low"}}})
+    with pytest.raises(CheckpointError, match=r"report\.json must be the report of a reward fit(.|\n)*heldout_risk"):
+        RewardReport.read(tmp_path)
 
 
 def test_candidate_measured_against_another_version_is_refused(backbone: str, tmp_path: Path):
@@ -169,10 +201,10 @@ def test_log_that_cannot_be_fitted_is_refused_before_any_worker_starts(
     backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path, log: dict, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        make_actor(backbone, tmp_path).fit(make_snapshot(40, **log), PROPENSITY[:40], ["causalrm_dr"], candidate="a")
+        make_actor(backbone, tmp_path).fit(make_snapshot(40, **log), tmp_path, ["causalrm_dr"], candidate="a")
 
 
 def test_fit_without_the_serving_method_is_refused(backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path):
     actor, snapshot = make_actor(backbone, tmp_path), make_snapshot()
     with pytest.raises(ValueError, match=r"methods must include the one that serves, 'causalrm_dr', got \['naive'\]"):
-        actor.fit(snapshot, PROPENSITY, ["naive"], candidate="a")
+        actor.fit(snapshot, tmp_path, ["naive"], candidate="a")

@@ -6,7 +6,6 @@ import base64
 import html
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from actors.reward.report import LogDiagnostics, MethodReport, Promotion, Refit, RewardReport, VersionedPropensity
 from causalrm_ray.config.options import load_config
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import Epoch, FitReport
@@ -32,8 +32,8 @@ AUTO = {"weight_features": 0.97, "weight_label": 0.03, "heldout_features": 0.61,
 RATES = NoiseRates(0.1, 0.2)
 
 
-def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> dict[str, Any]:
-    """A fit as Roles.refit returns it, of a model that knows the truth."""
+def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> Refit:
+    """A fit as Refitter.refit returns it, of a model that knows the truth."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2000, generator=generator)
     propensity = torch.sigmoid(2 * torch.randn(2000, generator=generator) - 1)
@@ -49,19 +49,12 @@ def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> dict[str, Any
     groups = Groups((torch.arange(2000) % 2), ("style=flashy", "style=plain"))
     place = torch.where(o == 1, observations.r * 2 + (torch.arange(2000) % 3 == 0), -1).long()
     signals = diagnose_signals(ranking, Signals(place, ("downvote", "regenerate", "upvote", "copy"), (0, 0, 1, 1)))
-    by_group = asdict(diagnose_groups(ranking, 6 * x if figures else None, observations, RATES, groups))
-    told = {"groups": {"traits": by_group}, "signals": {name: asdict(rate) for name, rate in (signals or {}).items()}}
-    reward = {
-        "methods": {"auto": {"heldout_risk": 0.6, "best_epoch": 1}, "naive": {"heldout_risk": 0.7, "best_epoch": 1}},
-        "rates": asdict(RATES),
-        "rates_by": None,
-        "noise": None if noise is None else asdict(noise),
-        "diagnostics": {**asdict(found), **told},
-        "folders": {"auto": "reward/log/auto"},
-        "seconds": 2.0,
-        "train_seconds": 1.0,
-    }
-    return {"reward": reward, "propensity": {"version": 1, **asdict(diagnose(propensity, o, 0.1))}}
+    groups = {"traits": diagnose_groups(ranking, 6 * x if figures else None, observations, RATES, groups)}
+    methods = {"auto": MethodReport(0.6, 1), "naive": MethodReport(0.7, 1)}
+    diagnostics = LogDiagnostics(**vars(found), groups=groups, signals=signals)
+    reward = RewardReport(methods, diagnostics, RATES, None, noise, len(heldout), None, 0)
+    report = VersionedPropensity(**vars(diagnose(propensity, o, 0.1)), version=1)
+    return Refit(report, reward, {"auto": "reward/log/auto"}, 2.0, 1.0, Promotion(True, "first model", 1))
 
 
 @pytest.fixture(scope="module")

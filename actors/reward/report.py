@@ -1,0 +1,114 @@
+"""What a reward fit found: written once, by the worker of rank 0, and read as this type by role, driver and summary.
+
+workers.fit_into --write--> CANDIDATE/report.json --read--> the gate, Refit, summary.json, report.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from causalrm_ray.checkpoint import CheckpointError, read_json, write_json
+from causalrm_ray.estimators.core.training import Epoch
+from causalrm_ray.estimators.diagnostics.diagnose import FitDiagnostics
+from causalrm_ray.estimators.diagnostics.groups import GroupReport
+from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
+from causalrm_ray.estimators.nuisances.propensity import PropensityReport
+from causalrm_ray.estimators.nuisances.signals import SignalRate
+from causalrm_ray.types import NoiseRates
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """One method's fit: its held-out observed risk, the epoch that was kept, what else it estimated, and all epochs."""
+
+    heldout_risk: float
+    best_epoch: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+    epochs: tuple[Epoch, ...] = ()
+
+
+@dataclass(frozen=True)
+class LogDiagnostics(FitDiagnostics):
+    """Diagnostics of the model that may serve, and of parts of the log: `groups` by traits and by lengths, and by signal (None
+    without a ranking)."""
+
+    groups: Mapping[str, GroupReport]
+    signals: Mapping[str, SignalRate] | None
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found along by the method `rates_by`;
+    `serving_risk` is the held-out risk of the model that served as `serving_version` on the same rows (None: none served)."""
+
+    methods: Mapping[str, MethodReport]
+    diagnostics: LogDiagnostics
+    rates: NoiseRates
+    rates_by: str | None
+    noise: NoiseEstimate | None
+    heldout_rows: int
+    serving_risk: float | None
+    serving_version: int
+
+    def write(self, folder: Path) -> None:
+        """Write `folder`/report.json."""
+        write_json(folder / REPORT, to_json(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> RewardReport:
+        """The report in `folder`. Raises CheckpointError for one that is missing or has other fields."""
+        try:
+            return TypeAdapter(cls).validate_python(read_json(folder / REPORT))
+        except ValidationError as error:
+            raise CheckpointError(f"{folder / REPORT} must be the report of a reward fit: {error}") from error
+
+
+@dataclass(frozen=True)
+class CandidateFit:
+    """A fit's models in `folder`/METHOD and its report; `seconds` in all, `train_seconds` of them by the worker of rank 0: the
+    first fit starts the workers besides."""
+
+    folder: Path
+    report: RewardReport
+    seconds: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Whether a candidate serves now, why, and the version that serves."""
+
+    promoted: bool
+    reason: str
+    version: int
+
+
+@dataclass(frozen=True)
+class VersionedPropensity(PropensityReport):
+    """The report of a propensity model, and its version: fits are counted from 1."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Refit:
+    """All that a refit found; `folders` of the methods' models are relative to the run's, which may move."""
+
+    propensity: VersionedPropensity
+    reward: RewardReport
+    folders: Mapping[str, str]
+    seconds: float
+    train_seconds: float
+    promotion: Promotion
+
+
+def to_json(report: Any) -> Any:
+    """A report as JSON, by its fields' names."""
+    return TypeAdapter(type(report)).dump_python(report, mode="json")
