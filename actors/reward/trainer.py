@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import Result
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # how a worker that died is told
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # a worker that died
 from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig  # ray.train names a union of both versions
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -21,12 +21,12 @@ from actors.cluster.place import Placement, end, place
 from actors.reward.fit_spec import FitQueue, FitSpec
 from causalrm_ray.errors import InputError
 
-DEATHS = 3  # of workers, after each of which a fit begins anew
+DEATHS = 3  # of workers, after each of which a fit begins again
 CALLERS = 8  # of the orders' methods at once: a fit that waits, a worker that waits, one that is done
 POLL_S = 0.5  # between two looks at whether the workers still run
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the default polls so rarely that the workers take 20 s more to start
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: a fit that loses a worker begins anew, warned or not
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: a fit that loses a worker begins again, warned or not
     "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "1e9",  # workers wait for a fit as long as it takes
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patched print breaks the hashing that `datasets` does of what it reads
 }

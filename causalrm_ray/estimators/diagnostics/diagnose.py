@@ -3,7 +3,7 @@
 overlap, weights                who gives feedback, and how much each counts
 calibration                     the model's P(r* = 1 | x) against held-out feedback
 sensitivity to rho, to Gamma    what becomes of the mean preference, the risk and the ranking if a nuisance is wrong
-mechanisms                      what the log says of who speaks up
+mechanisms                      what decides who gives feedback, by the log
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Mechanisms:
-    """What a method found on who speaks up: `weights` of the mechanisms, and their held-out negative log-likelihood, nats a row.
+    """What a method found on who gives feedback: `weights` of the mechanisms, and their held-out negative log-likelihood, nats a row.
 
     `gap` is the next likely's minus that of the greatest weight, below 0 where this is less likely, and `gap_stderr` its standard
-    error (none: the method does not tell); `signal` standard errors by which P(o | x) beats a constant.
+    error (None: the method has none); `signal` standard errors by which P(o | x) beats a constant.
     """
 
     weights: Mapping[str, float]
@@ -130,7 +130,7 @@ class Mechanisms:
 
 @dataclass(frozen=True)
 class FitDiagnostics:
-    """Of the model of `method`; `dataclasses.asdict` gives its JSON. None where the log or the method cannot tell."""
+    """Of the model of `method`; `dataclasses.asdict` gives its JSON. None where the log or the method has none."""
 
     method: str
     overlap: Overlap
@@ -269,7 +269,7 @@ def ranking(label: Tensor, propensity: Tensor, top: Tensor) -> Ranking | None:
 
 
 def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
-    """What a method's `figures` say of who speaks up ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); none if nothing."""
+    """What a method's `figures` say of who gives feedback ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); none if nothing."""
     weights = {name.removeprefix("weight_"): value for name, value in figures.items() if name.startswith("weight_")}
     if not weights:
         return None

@@ -33,7 +33,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """By group: rates of slips, and P(o = 1 | r*); either none, and `fault` says why, where the log does not tell it."""
+    """By group: noise rates, and P(o = 1 | r*); either none, and `fault` says why, where the log does not identify it."""
 
     rates: dict[str, NoiseEstimate] | None
     selection: dict[str, StratumSelection] | None
@@ -47,15 +47,15 @@ def diagnose_groups(
 
     Without a ranking, or an opinion, there is none of it.
     """
-    found = told = fault = None
+    found = selection = fault = None
     try:
         if ranking is not None:
             found = noise_rates_by(ranking, observations, groups.number, groups.names, seed=seed)
     except InputError as error:
         fault = str(error)
     if opinion is not None:
-        told = selection_by_stratum(opinion, observations, groups.number, groups.names, rates, seed=seed).strata
-    return GroupReport(found, told, fault)
+        selection = selection_by_stratum(opinion, observations, groups.number, groups.names, rates, seed=seed).strata
+    return GroupReport(found, selection, fault)
 
 
 def diagnose_signals(ranking: Tensor | None, signals: Signals, seed: int = 0) -> dict[str, SignalRate] | None:
