@@ -115,7 +115,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Mechanisms:
-    """What a method found on who gives feedback: `weights` of the mechanisms, and their held-out negative log-likelihood, nats a row.
+    """Who gives feedback, by a method: `weights` of the mechanisms, their held-out negative log-likelihood in nats a row.
 
     `gap` is the next likely's minus that of the greatest weight, below 0 where this is less likely, and `gap_stderr` its standard
     error (None: the method has none); `signal` standard errors by which P(o | x) beats a constant.
@@ -269,7 +269,7 @@ def ranking(label: Tensor, propensity: Tensor, top: Tensor) -> Ranking | None:
 
 
 def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
-    """What a method's `figures` say of who gives feedback ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); none if nothing."""
+    """Who gives feedback, of a method's `figures` ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); none if nothing."""
     weights = {name.removeprefix("weight_"): value for name, value in figures.items() if name.startswith("weight_")}
     if not weights:
         return None
