@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     table.add_row("accelerator", ", ".join(_gpus()) or "none: CPU engines", "")
     with ThreadPoolExecutor(1) as beside:
         failing = beside.submit(import_errors)
-        resources = _cluster_resources(config) if _installed("ray") else {}
+        resources = _cluster_resources(config)
     reasons = failing.result()
     faults = {}
     for name, (distributions, remedy) in LIBRARIES.items():
@@ -101,9 +101,12 @@ def _gpus() -> list[str]:
 
 
 def _cluster_resources(config: Config) -> dict[str, float]:
-    from actors.cluster.resources import ray_resources  # at the top, a missing Ray would hide all else
-    from actors.cluster.runtime import ray_cluster
-
+    """What the cluster has; nothing where Ray is missing or broken, which `import_errors` names."""
+    try:
+        from actors.cluster.resources import ray_resources
+        from actors.cluster.runtime import ray_cluster
+    except ImportError:
+        return {}
     with ray_cluster(config.cluster, config.run.cache):
         return ray_resources()
 

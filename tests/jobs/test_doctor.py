@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from causalrm_ray.config.train import Config
 from jobs import doctor
 
 
@@ -38,3 +41,12 @@ def test_the_engines_that_work_are_named() -> None:
     assert doctor.rollout_engines([]) == ["vllm", "hf"]
     assert doctor.rollout_engines(["vllm", "deepspeed"]) == ["hf"]
     assert doctor.rollout_engines(["transformers"]) == []
+
+
+def test_a_broken_ray_is_a_finding_among_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "_import_error", lambda name: "broken" if name == "ray" else "")
+    monkeypatch.setitem(sys.modules, "actors.cluster.runtime", None)
+    assert doctor.run(Config()) == 1
+    shown = capsys.readouterr()
+    assert "rollout.engine" in shown.out
+    assert "ray cannot be imported (broken)" in shown.err
