@@ -69,7 +69,7 @@ class FitTask:
     `make_scorer` returns a fresh scorer: a module whose forward gives a logit [B], and that can be given further heads
     (models.heads.WithHeads). Only the rows numbered in `train` are trained on; those in `heldout` decide when to stop. An
     ensemble that cross-fits trains on held-out rows as well, unless `spare_heldout`, and gives back their out-of-fold logits.
-    `strata` [N] numbers from 0 the observed traits within which selection may work in its own way (none: all alike).
+    `strata` [N] numbers from 0 the observed traits within which selection may work in its own way (None: all alike).
     """
 
     make_scorer: Callable[[], nn.Module]
@@ -98,7 +98,7 @@ class FitTask:
 class Fitted:
     """A scorer whose logit is that of P(r* = 1 | x), how its training went, and what else was learned (JSON figures).
 
-    `opinion` [N] are logits of all rows by those members of an ensemble that did not learn from them (none: no ensemble; the
+    `opinion` [N] are logits of all rows by those members of an ensemble that did not learn from them (None: no ensemble; the
     scorer learned from no held-out row, and what it says of these is honest). `weights` (v_1, v_0) [N] are what a row's feedback
     says for and against r* = 1 under the selection that was found (losses.selection.class_weights; none: propensities say it).
     """

@@ -31,7 +31,7 @@ def plain_risk(task: FitTask) -> Risk:
 def minimise(
     task: FitTask, module: nn.Module, train: Objective, heldout: Objective | None = None, inputs: Inputs | None = None
 ) -> FitReport:
-    """Train `module` in place on `train`; `heldout` says when to stop (none: the plain loss on held-out rows with feedback)."""
+    """Train `module` in place on `train`; `heldout` says when to stop (None: the plain loss on held-out rows with feedback)."""
     if heldout is None:
         heldout = Objective(observed(task, task.heldout), plain_risk(task), since=train.since)
     inputs = task.inputs if inputs is None else inputs

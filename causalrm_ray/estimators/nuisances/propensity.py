@@ -101,7 +101,7 @@ def cross_fit(
     """Raw probabilities of feedback [N], none by a model that trained on its row, and the `folds` >= 2 models.
 
     Fitted by cross-entropy on `o` [N] in {0, 1} over all impressions. A new row's raw probability is the models' mean.
-    `fold` [N] in -1..folds-1 says which model leaves out which row, -1 which rows only decide when to stop (none: at random,
+    `fold` [N] in -1..folds-1 says which model leaves out which row, -1 which rows only decide when to stop (None: at random,
     a tenth to stop). Only where `fold` keeps a row in its place may `starts`, one for each model, be models of an earlier fit.
     Raises ValueError if `o` holds one class only: without a row of each kind there is nothing to learn a propensity from.
     """

@@ -118,7 +118,7 @@ def test_agreement_penalty_is_the_log_of_disagreement() -> None:
     close(label_noise.agreement_penalty(PROB, distribution), naive(lambda p, r: math.log(1 - 0.4 * (1 - p) - 0.6 * p)))
 
 
-def test_clean_posterior_tells_two_heaps_apart() -> None:
+def test_clean_posterior_separates_two_heaps() -> None:
     generator = torch.Generator().manual_seed(0)
     low, high = 0.3 + 0.05 * torch.randn(300, generator=generator), 1.6 + 0.1 * torch.randn(100, generator=generator)
     clean = label_noise.clean_posterior(torch.cat([high, low]))

@@ -60,7 +60,7 @@ def test_surrogate_is_the_loss_if_noise_free() -> None:
     torch.testing.assert_close(surrogate(bce, logit, r, NoiseRates(0, 0)), bce(logit, r))
 
 
-def test_surrogate_tells_the_two_rates_apart() -> None:
+def test_surrogate_distinguishes_the_two_rates() -> None:
     # by hand, at logit 0 under mse both losses are 1/4: [(1 - rho_10) - rho_01] / 4 / (1 - rho_01 - rho_10) = 1/4;
     # at probability 3/4: l(1) = 1/16, l(0) = 9/16, rates (0.2, 0.1): (0.9 / 16 - 0.2 * 9 / 16) / 0.7 = -0.9 / 16 / 0.7
     logit = double(math.log(3.0))

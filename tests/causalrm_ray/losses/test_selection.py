@@ -1,4 +1,4 @@
-"""Likelihoods of outcomes against sums over grades, opinions and slips; the pseudo-label against exact enumeration."""
+"""Likelihoods of outcomes against sums over grades, opinions and label noise; the pseudo-label against exact enumeration."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def sigmoid(x: float) -> float:
 
 
 def naive(f: float, a: float, c: float, d: float) -> list[float]:
-    """P(missing), P(disliked), P(liked), added up over grades, whether the user speaks, and whether the user slips."""
+    """P(missing), P(disliked), P(liked), added up over grades, whether feedback is given, and whether its label is flipped."""
     cuts = [0.0, 1 - sigmoid(f + 1), 1 - sigmoid(f), 1 - sigmoid(f - 1), 1.0]  # of the utility's distribution at -1, 0, +1
     total = [0.0, 0.0, 0.0]
     for grade, (low, high) in enumerate(itertools.pairwise(cuts)):
         liked = grade >= 2
         better = grade in (1, 3)
-        speaks = sigmoid(a + c * liked + (d / 2 if better else -d / 2))
-        slip = RATES.rho_01 if liked else RATES.rho_10
-        total[MISSING] += (high - low) * (1 - speaks)
-        total[LIKED] += (high - low) * speaks * (1 - slip if liked else slip)
-        total[DISLIKED] += (high - low) * speaks * (slip if liked else 1 - slip)
+        gives = sigmoid(a + c * liked + (d / 2 if better else -d / 2))
+        rho = RATES.rho_01 if liked else RATES.rho_10
+        total[MISSING] += (high - low) * (1 - gives)
+        total[LIKED] += (high - low) * gives * (1 - rho if liked else rho)
+        total[DISLIKED] += (high - low) * gives * (rho if liked else 1 - rho)
     return total
 
 
@@ -68,15 +68,15 @@ def test_feedback_that_was_not_given_is_never_read() -> None:
 
 
 def population(e: float, p1: float, p0: float, rows: int = 10_000) -> tuple[Tensor, Tensor]:
-    """(o, r) of `rows` rows, in which every combination of opinion, speaking and slip is exactly as frequent as it is likely."""
+    """(o, r) of `rows` rows, in which every combination of opinion, feedback and label noise is exactly as frequent as it is likely."""
     o, r = [], []
-    for clean, speaks, slips in itertools.product((1, 0), (1, 0), (1, 0)):
-        speaking, slip = (p1, RATES.rho_01) if clean else (p0, RATES.rho_10)
-        chance = (e if clean else 1 - e) * (speaking if speaks else 1 - speaking) * (slip if slips else 1 - slip)
+    for clean, gives, flips in itertools.product((1, 0), (1, 0), (1, 0)):
+        propensity, rho = (p1, RATES.rho_01) if clean else (p0, RATES.rho_10)
+        chance = (e if clean else 1 - e) * (propensity if gives else 1 - propensity) * (rho if flips else 1 - rho)
         count = round(chance * rows)
         assert count == pytest.approx(chance * rows)
-        o += [float(speaks)] * count
-        r += [float(clean != slips) if speaks else math.nan] * count
+        o += [float(gives)] * count
+        r += [float(clean != flips) if gives else math.nan] * count
     return torch.tensor(o, dtype=torch.float64), torch.tensor(r, dtype=torch.float64)
 
 

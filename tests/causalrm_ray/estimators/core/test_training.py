@@ -120,13 +120,13 @@ def test_epochs_before_the_first_that_counts_are_neither_best_nor_waited_for() -
     assert scripted_fit([3.0, 1.0, 2.0], patience=1, since=9)[1].best.number == 3  # fewer epochs than that: the last one
 
 
-def test_an_objective_is_told_the_number_of_each_epoch_before_it() -> None:
+def test_an_objective_gets_the_number_of_each_epoch_before_it() -> None:
     inputs, label = problem()
     train, validation = objectives(label)
-    told: list[tuple[str, int]] = []
-    heard = replace(train, begin=lambda number: told.append(("begin", number)))
-    fit(head(), inputs, heard, validation, SETTINGS, on_epoch=lambda epoch: told.append(("end", epoch.number)))
-    assert told == [(what, number) for number in (1, 2, 3) for what in ("begin", "end")]
+    calls: list[tuple[str, int]] = []
+    scheduled = replace(train, begin=lambda number: calls.append(("begin", number)))
+    fit(head(), inputs, scheduled, validation, SETTINGS, on_epoch=lambda epoch: calls.append(("end", epoch.number)))
+    assert calls == [(what, number) for number in (1, 2, 3) for what in ("begin", "end")]
 
 
 def test_a_risk_that_is_not_finite_stops_the_fit() -> None:

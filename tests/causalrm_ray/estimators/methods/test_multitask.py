@@ -25,7 +25,7 @@ methods = pytest.mark.parametrize("name", MULTITASK)
 
 
 class World:
-    """Rows whose liking and whose chance of feedback both depend on the features; feedback slips one time in eight."""
+    """Rows whose liking and whose chance of feedback both depend on the features; one label in eight is flipped."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -33,8 +33,8 @@ class World:
         self.clean = (self.features[:, 0] + 0.5 * self.features[:, 1] > 0).float()
         chance = torch.sigmoid(self.features[:, 0] + self.features[:, 2] - 0.8)
         self.o = (torch.rand(ROWS, generator=generator) < chance).float()
-        slip = torch.rand(ROWS, generator=generator) < 0.125
-        self.r = torch.where(slip, 1 - self.clean, self.clean)
+        flipped = torch.rand(ROWS, generator=generator) < 0.125
+        self.r = torch.where(flipped, 1 - self.clean, self.clean)
 
     def task(self, hidden: Tensor | float = 0.0, nuisances: Nuisances | None = None, **changes) -> FitTask:
         r = torch.where(self.o == 1, self.r, torch.as_tensor(hidden))

@@ -110,7 +110,7 @@ def test_selection_that_hangs_on_a_trait_needs_its_strata() -> None:
 
 @pytest.mark.parametrize("spare", [True, False])
 def test_the_gate_does_not_fall_for_what_was_learned_from_held_out_rows(spare: bool) -> None:
-    """Where features are mostly marks of their rows, a fit tells the label of a row better if it learned from it."""
+    """Where features are mostly marks of their rows, a fit predicts the label of a row better if it learned from it."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(200, 300, generator=generator)
     coin = (3 * x[:, 0] + torch.randn(200, generator=generator) > 0).float()

@@ -72,8 +72,8 @@ def test_warnings_where_labels_never_settle_and_none_where_they_do() -> None:
     good = [estimate_noise_rates(*simulate_feedback("features", 20000, TRUTH, seed), draws=100) for seed in range(5)]
     assert [estimate.warnings for estimate in good] == [()] * 5
     weak = [estimate_noise_rates(*simulate_feedback("weak", 20000, TRUTH, seed), draws=100) for seed in range(5)]
-    told = [" ".join(estimate.warnings) for estimate in weak]
-    assert sum("end labels need not have settled" in text for text in told) >= 4
+    texts = [" ".join(estimate.warnings) for estimate in weak]
+    assert sum("end labels need not have settled" in text for text in texts) >= 4
     few = estimate_noise_rates(*simulate_feedback("features", 1200, TRUTH, 0), draws=100)
     assert any("too few rows" in text for text in few.warnings)
 
@@ -178,8 +178,8 @@ def test_a_rate_of_zero_has_an_interval_and_groups_bear_it() -> None:
     generator = torch.Generator().manual_seed(0)
     prob = torch.linspace(0.01, 0.99, 4000)
     liked = (prob > 0.5).float()
-    slipped = liked * (torch.rand(4000, generator=generator) < 0.2)
-    observations = Observations(torch.ones(4000), liked - slipped)
+    flipped = liked * (torch.rand(4000, generator=generator) < 0.2)
+    observations = Observations(torch.ones(4000), liked - flipped)
     whole = estimate_noise_rates(prob, observations)
     low, high = whole.rho_10_interval
     assert 0 <= low < whole.rates.rho_10 < 0.003 < high < 0.05  # none in 2,000 leaves 0.0018 possible

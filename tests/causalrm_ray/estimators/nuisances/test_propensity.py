@@ -157,7 +157,7 @@ def test_given_folds_and_starts_keep_a_row_from_the_model_that_saw_it() -> None:
     raw, _ = cross_fit(lambda: start(0.0), inputs, o, settings, fold=fold, starts=starts)
     expected = torch.where(
         fold == 0, -1.0, torch.where(fold == 1, 2.0, 0.5)
-    ).sigmoid()  # model k tells of fold k, both of the rest
+    ).sigmoid()  # model k predicts fold k, both of the rest
     torch.testing.assert_close(raw, expected, atol=1e-4, rtol=0)
 
 

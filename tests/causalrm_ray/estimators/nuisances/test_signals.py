@@ -27,7 +27,7 @@ def world(seed: int, rows: int = 20000) -> tuple[Tensor, Tensor]:
     return prob, torch.where(clean.o == 1, signal, -1)
 
 
-def test_signals_of_liked_and_disliked_are_told_apart() -> None:
+def test_signals_of_liked_and_disliked_are_distinguished() -> None:
     found = signal_rates(*world(0), NAMES, LABELS, draws=100)
     for name, liked, disliked in zip(NAMES, LIKED, DISLIKED, strict=True):
         assert abs(found[name].liked - liked) < 3 * math.sqrt(max(liked * (1 - liked), 0.01) / 800)

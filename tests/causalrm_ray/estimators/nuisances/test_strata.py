@@ -1,4 +1,4 @@
-"""Strata of observed traits, and who speaks up in each."""
+"""Strata of observed traits, and who gives feedback in each."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def world(seed: int, rows: int = 12000) -> tuple[Tensor, Observations, Tensor]:
     liked = torch.rand(rows, generator=generator) < torch.sigmoid(f)
     chance = torch.where(liked, torch.tensor(LIKED)[strata], torch.tensor(DISLIKED)[strata])
     o = torch.rand(rows, generator=generator) < chance
-    slip = torch.rand(rows, generator=generator) < torch.where(liked, RATES.rho_01, RATES.rho_10)
-    return f, Observations(o.float(), (liked ^ slip).float()), strata
+    flipped = torch.rand(rows, generator=generator) < torch.where(liked, RATES.rho_01, RATES.rho_10)
+    return f, Observations(o.float(), (liked ^ flipped).float()), strata
 
 
 @pytest.mark.parametrize("rates", [RATES, None])
@@ -73,7 +73,7 @@ def test_estimate_is_the_maximum_of_the_likelihood() -> None:
     assert (step.abs() < 0.05 * error).all()  # the maximum lies within a twentieth of a standard error
 
 
-def test_what_cannot_be_told_is_said() -> None:
+def test_what_the_log_does_not_show_is_said() -> None:
     f, log, strata = world(2, 300)
     assert "interval too wide" in selection_by_stratum(f, log, strata, NAMES, RATES).strata["mail"].warnings[0]
     silent = Observations(torch.where(strata == 1, 0.0, log.o), log.r)
