@@ -68,7 +68,7 @@ def test_feedback_that_was_not_given_is_never_read() -> None:
 
 
 def population(e: float, p1: float, p0: float, rows: int = 10_000) -> tuple[Tensor, Tensor]:
-    """(o, r) of `rows` rows, in which every combination of opinion, feedback and label noise is exactly as frequent as it is likely."""
+    """(o, r) of `rows` rows, in which every combination of opinion, feedback and flip is exactly as frequent as likely."""
     o, r = [], []
     for clean, gives, flips in itertools.product((1, 0), (1, 0), (1, 0)):
         propensity, rho = (p1, RATES.rho_01) if clean else (p0, RATES.rho_10)

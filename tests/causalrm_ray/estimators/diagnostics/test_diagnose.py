@@ -194,9 +194,9 @@ def test_mechanisms_are_read_from_figures() -> None:
     assert found.weights == {"label": 0.9, "features": 0.1}
     assert found.heldout == {"label": 0.5, "features": 0.52}
     assert (found.gap, found.gap_stderr, found.signal) == (pytest.approx(0.02), None, 4.0)
-    told = mechanisms({**figures, "gap_stderr": 0.01})
-    assert told is not None
-    assert told.gap_stderr == 0.01
+    known = mechanisms({**figures, "gap_stderr": 0.01})
+    assert known is not None
+    assert known.gap_stderr == 0.01
     assert mechanisms({"rho_01": 0.2}) is None
 
 
