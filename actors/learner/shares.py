@@ -100,10 +100,9 @@ class Sharder:
         Raises ValueError, naming the id, for an answer of another policy version, without tokens, too long, or known.
         """
         ids = [completion.prompt.id for completion in completions]
-        for place, completion in enumerate(completions):
+        for completion in completions:
             check_answer(completion, self.version, self._config.staleness, self._max_length)
-            if completion.prompt.id in self._owners or completion.prompt.id in ids[:place]:
-                raise ValueError(f"ids must be unique within a step, got {completion.prompt.id!r} twice")
+        check_unique([*self._owners, *ids])
         lengths = [_length(completion) for completion in completions]
         owners = balance_lengths(lengths, self._ranks)
         self._owners.update(zip(ids, owners, strict=True))
@@ -141,15 +140,11 @@ class Sharder:
     def _check(self, scored: Sequence[Scored]) -> None:
         if len(scored) < self._config.minibatches:
             raise ValueError(f"update needs an answer per minibatch, got {len(scored)} answers for {self._config.minibatches}")
-        seen: set[str] = set()
         for answer in scored:
-            name = answer.completion.prompt.id
             check_answer(answer.completion, self.version, self._config.staleness, self._max_length)
-            if name not in self._owners:
-                raise ValueError(f"answer {name!r} was never prepared in this step")
-            if name in seen:
-                raise ValueError(f"ids must be unique within a step, got {name!r} twice")
-            seen.add(name)
+            if answer.completion.prompt.id not in self._owners:
+                raise ValueError(f"answer {answer.completion.prompt.id!r} was never prepared in this step")
+        check_unique([answer.completion.prompt.id for answer in scored])
         if ALGORITHMS.load(self._config.algorithm).grouped:
             check_groups(self._config.algorithm, [answer.completion for answer in scored])
         check_finite("reward", torch.tensor([answer.reward for answer in scored]))
@@ -195,6 +190,13 @@ def groups_of(completions: Sequence[Completion]) -> np.ndarray:
     """The number of each answer's group, int64 [N]: answers to prompts of the same tokens share one."""
     numbers: dict[tuple[int, ...], int] = {}
     return np.array([numbers.setdefault(answer.prompt.token_ids, len(numbers)) for answer in completions], dtype=np.int64)
+
+
+def check_unique(ids: Sequence[str]) -> None:
+    """Raise ValueError, naming it, for an id that comes twice."""
+    for name, count in Counter(ids).items():
+        if count > 1:
+            raise ValueError(f"ids must be unique within a step, got {name!r} twice")
 
 
 def check_groups(algorithm: str, completions: Sequence[Completion]) -> None:
