@@ -100,9 +100,17 @@ ALGORITHMS = Registry(
     ("advantages", "loss", "ratio", "reduction", "clip", "kl", "critic", "grouped"),
 )
 FORMATS = Registry("feedback format", "causalrm_ray.formats", {"native": "causalrm_ray.data.formats.native:Native"})
-ENGINES = Registry(  # in words only: engines stand on the floor above
+ENGINES = Registry(  # by import path: engines and trackers are on the floors above
     "engine",
     "causalrm_ray.engines",
     {"vllm": "actors.rollout.vllm_engine:VllmEngine", "hf": "actors.rollout.hf_engine:HfEngine"},
 )
-TRACKERS = Registry("tracker", "causalrm_ray.trackers", {})
+TRACKERS = Registry(
+    "tracker",
+    "causalrm_ray.trackers",
+    {
+        "tensorboard": "jobs.support.trackers:TensorBoard",
+        "wandb": "jobs.support.trackers:WandB",
+        "mlflow": "jobs.support.trackers:MlFlow",
+    },
+)

@@ -70,9 +70,9 @@ def _run_folder(job: Job, config: Section) -> Iterator[None]:
         if run is not None and job.uses_run == "writes":
             held.enter_context(run_lock(run))
         if learning:
-            from jobs.support.log import RunLog  # only now: it loads Ray
+            from jobs.support.log import run_log  # only now: it loads Ray
 
-            held.enter_context(RunLog(learning.run))
+            held.enter_context(run_log(learning.run))
         if run is not None:
             held.enter_context(naming_full_disks(run))
         if learning:

@@ -14,7 +14,7 @@ from causalrm_ray.config.train import EMBEDDED, Config
 from causalrm_ray.errors import ConfigError
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
-from jobs.support.prompts import Task, find_models
+from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import Run
 
 
@@ -28,7 +28,7 @@ def run(config: Config) -> int:
     judged = config.model.reward != EMBEDDED
     with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
         models = find_models(config, progress.pretraining)
-        task, truth = Task(config, models), Oracle(config)
+        task, truth = PromptSource(config, models), Oracle(config)
         progress.phase("starting roles")
         roles = start_roles(config, models.policy, models.reward, parts=("generators", "reward") if judged else ("generators",))
         progress.phase("answering held-out prompts")

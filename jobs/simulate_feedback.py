@@ -14,7 +14,7 @@ from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.errors import ConfigError
 from jobs.support.feedback import simulate_feedback
 from jobs.support.progress import Progress
-from jobs.support.prompts import Task, find_models
+from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import Run
 
 
@@ -25,7 +25,7 @@ def run(config: Config) -> int:
     run = Run(config)
     with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
         models = find_models(config, progress.pretraining)
-        task = Task(config, models)
+        task = PromptSource(config, models)
         progress.phase("starting roles")
         roles = start_roles(config, models.policy, models.reward, parts=("log", "users", "generators"))
         progress.phase("filling the feedback log")

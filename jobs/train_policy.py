@@ -17,123 +17,126 @@ from actors.system import Roles, start_roles
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import FeedbackLog
-from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import Scored
 from jobs.support.errors import discarding_refused_import
 from jobs.support.feedback import import_feedback, simulate_feedback
 from jobs.support.lock import run_lock
-from jobs.support.log import RunLog
+from jobs.support.log import run_log
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
-from jobs.support.prompts import Task, find_models
-from jobs.support.run_folder import STOPPED, MemoryMonitor, Run, StopRequest, read_facts
+from jobs.support.prompts import PromptSource, find_models
+from jobs.support.run_folder import STOPPED, MemoryMonitor, RolloutWriter, Run, StopRequest, read_facts
 from jobs.support.summary import judge_start, promotion_metrics, summarise
+from jobs.support.trackers import Trackers
 
 
-def run(config: Config, again: bool = False) -> int:
-    """Run the job; its artefacts are in runs/<name>. `again`: begin anew over what is left of an attempt without a checkpoint."""
+def run(config: Config, fresh_start: bool = False) -> int:
+    """Run the job; its artefacts are in runs/<name>. `fresh_start`: replace what an attempt without a checkpoint has left."""
     began = time.perf_counter()
     with (
         run_lock(config.run),
-        RunLog(config.run),
+        run_log(config.run),
+        Trackers(config.loop.trackers) as trackers,
         discarding_refused_import(config),
         MemoryMonitor() as memory,
         Progress() as progress,
     ):
-        run = Run(config, again)
+        run = Run(config, fresh_start, trackers)
         models = find_models(config, progress.pretraining)
-        task = Task(config, models)
+        prompts = PromptSource(config, models)
         if not config.has_truth:
-            import_feedback(config, task.tokenizer)
+            import_feedback(config, prompts.tokenizer)
         elif config.feedback.url:  # simulated users will fill it: can it be opened?
             FeedbackLog(config.feedback.url, config.feedback.signals).close()
+        run.start_tracking(config)
         with ray_cluster(config.cluster, config.run.cache):
             progress.phase("starting roles")
             roles = start_roles(config, models.policy, models.reward, on_plan=progress.plan, on_replacement=progress.phase)
-            summary = train(config, run, task, roles, progress)
+            summary = train(config, run, prompts, roles, progress)
             roles.refitter.end_fits()
-    if summary is None:
-        return STOPPED
-    summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
-    run.summarise(summary)
-    write_report(run.path, run.metrics(), summary)
-    progress.conclude(run.path, summary)
+        if summary is None:
+            return STOPPED
+        summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
+        run.summarise(summary)
+        write_report(run.path, run.metrics(), summary)
+        progress.conclude(run.path, summary)
     return 0
 
 
-def train(config: Config, run: Run, task: Task, roles: Roles, progress: Progress) -> dict[str, Any] | None:
-    """The loop. Returns the summary; none where SIGTERM ended it after a checkpoint."""
-    truth = Oracle(config)
+def train(config: Config, run: Run, prompts: PromptSource, roles: Roles, progress: Progress) -> dict[str, Any] | None:
+    """The loop. Returns the summary, or None if SIGTERM ended it after a checkpoint."""
+    oracle = Oracle(config)
     if run.checkpoint:
         facts = read_facts(run.checkpoint)
         roles.load(run.checkpoint, facts["serving"])
     else:
-        facts = prepare(config, task, truth, roles, progress)
+        facts = prepare(config, prompts, oracle, roles, progress)
         save(run, roles, facts, 0)
 
-    saved, stop = run.first_step, StopRequest()
-    for step in progress.steps(run.first_step, config.loop.steps):
-        ahead = config.learner.staleness > 0 and step + 1 < config.loop.steps
-        keep = partial(write_rollout, path=rollout_path(run.path, step))
-        metrics = policy_step(task, truth, roles, step, ahead=ahead, keep=keep)
-        if due(step, config.reward.refit_every) and step + 1 < config.loop.steps and roles.refitter.log_has_grown():
-            progress.phase("refitting propensity and reward")
-            refit = roles.refitter.refit(f"step-{step + 1}", task.as_of(step + 1), [config.reward.method])
-            metrics |= promotion_metrics(refit)
-        run.log(step, metrics)
-        progress.step(step, metrics)
-        if due(step, config.loop.checkpoint_every) or step + 1 == config.loop.steps or stop.asked:
-            save(run, roles, facts, step + 1)
-            forget_rollouts(run.path, before=saved)  # those since the checkpoint before this one can be replayed
-            saved = step + 1
-            progress.phase(f"checkpoint step-{step + 1}")
-        if stop.asked and step + 1 < config.loop.steps:
-            progress.phase("stopped by SIGTERM; go on with resume=true")
-            return None
+    stop = StopRequest()
+    with RolloutWriter(run) as rollouts:
+        for step in progress.steps(run.first_step, config.loop.steps):
+            last = step + 1 == config.loop.steps
+            ahead = config.learner.staleness > 0 and not last
+            metrics = policy_step(prompts, oracle, roles, step, ahead=ahead, keep=partial(rollouts.write, step))
+            if due(step, config.reward.refit_every) and not last and roles.refitter.log_has_grown():
+                progress.phase("refitting propensity and reward")
+                refit = roles.refitter.refit(f"step-{step + 1}", prompts.as_of(step + 1), [config.reward.method])
+                metrics |= promotion_metrics(refit)
+            run.log(step, metrics)
+            progress.step(step, metrics)
+            if due(step, config.loop.checkpoint_every) or last or stop.asked:
+                rollouts.wait()
+                save(run, roles, facts, step + 1)
+                rollouts.forget(checkpoint=step + 1)  # those since the previous checkpoint can be replayed
+                progress.phase(f"checkpoint step-{step + 1}")
+            if stop.asked and not last:
+                progress.phase("stopped by SIGTERM; continue with resume=true")
+                return None
 
     progress.phase("evaluating")
-    return summarise(config, run, roles, task, truth, facts)
+    return summarise(config, run, roles, prompts, oracle, facts)
 
 
-def prepare(config: Config, task: Task, truth: Oracle, roles: Roles, progress: Progress) -> dict[str, Any]:
+def prepare(config: Config, prompts: PromptSource, oracle: Oracle, roles: Roles, progress: Progress) -> dict[str, Any]:
     """Fill the log, fit propensity, noise rates and reward models on it, and measure where the policy starts."""
     shown = 0
     if config.has_truth:
         progress.phase("filling the feedback log")
-        shown = simulate_feedback(config, task, roles)
+        shown = simulate_feedback(config, prompts, roles)
     progress.phase("fitting propensity and reward")
     methods = list(dict.fromkeys((config.reward.method, *config.reward.compare)))
-    if not truth.known and "oracle" in methods:
+    if not oracle.known and "oracle" in methods:
         methods.remove("oracle")
-    fit = roles.refitter.refit("log", task.as_of(0), methods, truth.preferences if "oracle" in methods else None)
+    fit = roles.refitter.refit("log", prompts.as_of(0), methods, oracle.preferences if "oracle" in methods else None)
     if not config.reward.refit_every:
         roles.refitter.end_fits()
     progress.phase("measuring the start")
-    return judge_start(config, roles, task, truth, fit, shown)
+    return judge_start(config, roles, prompts, oracle, fit, shown)
 
 
 def policy_step(
-    task: Task,
-    truth: Oracle,
+    prompts: PromptSource,
+    oracle: Oracle,
     roles: Roles,
     step: int,
     shown: bool = True,
     ahead: bool = False,
     keep: Callable[[Sequence[Scored]], None] = lambda scored: None,
 ) -> dict[str, float]:
-    """Answers stream to reward model, learner and (if `shown`) users; the learner updates; the generators take its weights.
+    """Answers stream to reward model, learner and (if `shown`) users; the learner updates; the generators get its weights.
 
-    `ahead`: meanwhile the generators begin on the next step, and go on with the new weights when they come. `keep` gets what
-    the learner learns from.
+    `ahead`: meanwhile the generators begin the next step, and continue under the new weights when these arrive. `keep` gets the
+    scored answers that the learner trains on; it must not block.
     """
     began = time.perf_counter()
-    show = (lambda done: task.impressions(done, task.clock(step))) if shown else (lambda done: [])
-    scored = roles.stream.rollout(task.step_requests(step), show)
+    show = (lambda done: prompts.impressions(done, prompts.clock(step))) if shown else (lambda done: [])
+    scored = roles.stream.rollout(prompts.step_requests(step), show)
     keep(scored)
     if ahead:
-        roles.stream.begin(task.step_requests(step + 1))
-    metrics = {**truth.rollout_metrics(scored), **roles.learner.update(scored), **roles.publish()}
+        roles.stream.begin(prompts.step_requests(step + 1))
+    metrics = {**oracle.rollout_metrics(scored), **roles.learner.update(scored), **roles.publish()}
     return {**metrics, "seconds": time.perf_counter() - began}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, FORMATS, Registry
+from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, FORMATS, TRACKERS, Registry
 
 IN_PROCESS = "in-process"  # the address of no cluster at all
 
@@ -40,6 +40,7 @@ ComparedName = chosen_from(ESTIMATORS, "oracle")
 AlgorithmName = chosen_from(ALGORITHMS)
 EngineName = chosen_from(ENGINES)
 FormatName = chosen_from(FORMATS)
+TrackerName = chosen_from(TRACKERS)
 
 
 class Section(BaseModel):

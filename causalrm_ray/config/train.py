@@ -16,6 +16,7 @@ from causalrm_ray.config.base import (
     FormatName,
     RunConfig,
     Section,
+    TrackerName,
 )
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS
 from causalrm_ray.types import NoiseEstimator, NoiseRates, Sampling
@@ -253,6 +254,9 @@ class LoopConfig(Section):
         3, ge=0, description="deaths that are tolerated: of generators, and of the whole job, which continues from its checkpoint"
     )
     evaluation_prompts: int = Field(240, ge=20, description="held-out prompts of the oracle evaluation")
+    trackers: tuple[TrackerName, ...] = Field(
+        ("tensorboard",), description="where metrics are tracked: tensorboard, wandb, mlflow, or import paths of your own"
+    )
 
 
 class Config(Section):

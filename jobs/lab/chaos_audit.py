@@ -16,7 +16,7 @@ from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.types import Impression
 from causalrm_ray.world.users import SimulatedUsers
-from jobs.support.prompts import Task, find_models
+from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import TIMINGS, Run
 
 KNOWN = ("prompt", "response", "policy_version", "time")  # what its user knows of an impression
@@ -66,7 +66,7 @@ def _final_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def audit_log(config: Config) -> list[str]:
     """Is every prompt of the log and of each step shown exactly once, and every reaction of its user logged exactly once?"""
-    task = Task(config, find_models(config))
+    task = PromptSource(config, find_models(config))
     requests = [*task.log_requests(), *(request for step in range(config.loop.steps) for request in task.step_requests(step))]
     log = FeedbackLog(config.log_url, config.feedback.signals)
     rows, logged = log.snapshot().to_list(), [event for _, event in log.stream()]

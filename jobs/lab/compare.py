@@ -24,7 +24,7 @@ from causalrm_ray.report.benchmark_figures import draw_comparison
 from jobs.support.feedback import simulate_feedback
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
-from jobs.support.prompts import Models, Task, find_models
+from jobs.support.prompts import Models, PromptSource, find_models
 from jobs.support.run_folder import Run
 from jobs.support.tables import show, summarize, with_spread, write_csv, write_markdown
 from jobs.train_policy import policy_step
@@ -81,7 +81,7 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
     """One log, one fit, and a policy tuned from the start on each method's model."""
     shutil.rmtree(config.run.path, ignore_errors=True)  # left by an interrupted comparison
     run = Run(config)
-    task, truth = Task(config, models), Oracle(config)
+    task, truth = PromptSource(config, models), Oracle(config)
     with ray_cluster(config.cluster, config.run.cache):
         roles = start_roles(config, models.policy, models.reward)
         simulate_feedback(config, task, roles)

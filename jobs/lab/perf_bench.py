@@ -24,7 +24,7 @@ from causalrm_ray.types import Completion, Scored
 from causalrm_ray.world.random_models import ensure_random_model
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
-from jobs.support.prompts import Models, Task
+from jobs.support.prompts import Models, PromptSource
 from jobs.train_policy import policy_step
 
 PROMPT_TOKENS = 32  # room for the longest prompt and the end
@@ -40,7 +40,7 @@ class Bench:
         self.name = f"{size} {self.answers}x{self.tokens}"
         self.model = str(ensure_random_model(options.run.cache, size))
         self.config = self._loop_config()
-        self.task, self.truth = Task(self.config, Models(self.model, self.model)), Oracle(self.config)
+        self.task, self.truth = PromptSource(self.config, Models(self.model, self.model)), Oracle(self.config)
         self.timeout_s = options.cluster.timeout_s
 
     @cached_property

@@ -15,7 +15,7 @@ from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import encode_pair
-from jobs.support.prompts import Task
+from jobs.support.prompts import PromptSource
 
 
 def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
@@ -38,7 +38,7 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     return report
 
 
-def simulate_feedback(config: Config, task: Task, roles: Roles) -> int:
+def simulate_feedback(config: Config, task: PromptSource, roles: Roles) -> int:
     """Let the policy answer `world.impressions` prompts and simulated users react; returns the number of impressions.
 
     Raises InputError if the log holds anything but this run's own impressions: real feedback is never mixed with simulated.

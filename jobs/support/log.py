@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from actors.cluster.telemetry import LOGGER, event, run_name, step_now
@@ -17,10 +20,20 @@ from causalrm_ray.config.base import RunFolder
 from causalrm_ray.errors import ConfigError, InputError
 
 FILE = "log.jsonl"
+SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$")  # names of environment variables
+USER_INFO = re.compile(r"""://[^\s"']+@""")  # of a URL
 
 
-class JsonLines(logging.Formatter):
-    """A record as one line of JSON."""
+def without_secrets(text: str) -> str:
+    """`text` with the user part of URLs and the values of secret environment variables masked."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return USER_INFO.sub("://***@", text)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -32,44 +45,39 @@ class JsonLines(logging.Formatter):
             "event": record.getMessage(),
             "fields": getattr(record, "fields", {}),
         }
-        return json.dumps(line, default=str)
+        return without_secrets(json.dumps(line, default=str))
 
 
-class _File(logging.FileHandler):
-    """A file that is opened, and its folder made, for the first line."""
+class _LazyFile(logging.FileHandler):
+    """A file that is created, with its folder, for the first line."""
 
     def _open(self) -> Any:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
 
 
-class RunLog:
-    """While the block lasts, events go to `log.jsonl` of the run; an error that ends it is one of them.
+@contextlib.contextmanager
+def run_log(run: RunFolder) -> Iterator[None]:
+    """While the block lasts, append events to `log.jsonl` of the run, among them an error that ends it.
 
-    A run that goes on appends. What the command line refuses (ConfigError, InputError) before anything happened leaves no file.
+    ConfigError and InputError before the first event leave no file.
     """
-
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
-        self._handler = _File(run.path / FILE, encoding="utf-8", delay=True)
-        self._handler.setFormatter(JsonLines())
-
-    def __enter__(self) -> RunLog:
-        self._token, self._step = run_name.set(self._run.name), step_now.set(None)
-        logger = logging.getLogger(LOGGER)
-        self._level, self._passes_on = logger.level, logger.propagate
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-        logger.addHandler(self._handler)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and (self._handler.stream is not None or not isinstance(error, ConfigError | InputError)):
+    handler, logger = _LazyFile(run.path / FILE, encoding="utf-8", delay=True), logging.getLogger(LOGGER)
+    handler.setFormatter(JsonFormatter())
+    name, step, level, propagate = run_name.set(run.name), step_now.set(None), logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        if handler.stream is not None or not isinstance(error, ConfigError | InputError):
             event("failure", level=logging.ERROR, kind=type(error).__name__, error=str(error))
-        logger = logging.getLogger(LOGGER)
-        logger.removeHandler(self._handler)
-        self._handler.close()
-        logger.setLevel(self._level)
-        logger.propagate = self._passes_on
-        run_name.reset(self._token)
-        step_now.reset(self._step)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(level)
+        logger.propagate = propagate
+        run_name.reset(name)
+        step_now.reset(step)

@@ -52,7 +52,7 @@ def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | 
     return str(folder.resolve())
 
 
-class Task:
+class PromptSource:
     """Prompts of a run, tokenized and checked before anything heavy starts."""
 
     def __init__(self, config: Config, models: Models) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: resolved configuration, metrics, TensorBoard, summary, checkpoints, and how much memory it all took."""
+"""A run's folder: resolved configuration, metrics, kept rollouts, summary, checkpoints; and the run's peak memory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import psutil
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from actors.cluster.telemetry import event
 from causalrm_ray.checkpoint import newest_complete, read_json, write_json
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.config.train import Config
+from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
+from causalrm_ray.types import Scored
+from jobs.support.log import without_secrets
+from jobs.support.trackers import TrackedRun, Trackers
 
 TIMINGS = frozenset(("seconds", "sync_seconds", "sync_gb_per_s"))  # figures of a step that no other run repeats
 STOPPED = 128 + signal.SIGTERM  # exit status of a job that was asked to stop, and saved
@@ -30,35 +34,39 @@ console = Console(highlight=False)
 
 
 class Run:
-    """One run's artefacts. A new run must not exist yet, unless it is begun `again`; with `run.resume` it goes on from its
-    newest complete checkpoint."""
+    """One run's artefacts. A new run must not exist yet, unless it is a `fresh_start` over an attempt without a checkpoint;
+    with `run.resume` it continues from its newest complete checkpoint."""
 
-    def __init__(self, config: Config, again: bool = False) -> None:
+    def __init__(self, config: Config, fresh_start: bool = False, trackers: Trackers | None = None) -> None:
         self.path = config.run.path
+        self._trackers, self._has_logged = trackers or Trackers(()), False
         self.checkpoint: Path | None = None
         if config.run.resume:
             self._find_checkpoint()
-        elif not again and any((self.path / mark).exists() for mark in ("checkpoints", "summary.json", "feedback.db")):
+        elif not fresh_start and any((self.path / mark).exists() for mark in ("checkpoints", "summary.json", "feedback.db")):
             resume = "continue it with resume=true, " if (self.path / "checkpoints").exists() else ""
             raise InputError(f"{self.path} holds a run already: {resume}remove it, or choose another run.name")
         self.path.mkdir(parents=True, exist_ok=True)
         dump_config(config, self.path / "config.yaml")
-        self._tensorboard: SummaryWriter | None = None
 
     @property
     def first_step(self) -> int:
-        """The step to begin with: 0, or the one after the checkpoint."""
+        """The first step to do: 0, or the one after the checkpoint."""
         return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl and the same to TensorBoard."""
-        if self._tensorboard is None:
-            self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step)
-            self._forget_metrics_from(step)
+        """Append one line to metrics.jsonl, without those that this run repeats, and log the same to the trackers."""
+        if not self._has_logged:
+            self._drop_metrics_from(step)
+            self._has_logged = True
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._trackers.log(step, metrics)
+
+    def start_tracking(self, config: Config) -> None:
+        """Start the trackers; what they get of the configuration holds no secrets."""
+        tree = json.loads(without_secrets(config.model_dump_json()))
+        self._trackers.start(TrackedRun(config.run.name, self.path, tree, self.first_step))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -70,26 +78,25 @@ class Run:
         return [row for _, row in _lines(folder / "metrics.jsonl")]
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json, and the diagnostics of a fit, if there was one, as diagnostics.json, too."""
+        """Write summary.json, and the diagnostics of a fit, if there was one, also as diagnostics.json."""
         write_json(self.path / "summary.json", dict(summary))
         if "diagnostics" in summary:
             write_json(self.path / "diagnostics.json", summary["diagnostics"])
             for text in summary["diagnostics"]["warnings"]:
                 event("warning", level=logging.WARNING, text=text)
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._trackers.summarise(summary)
 
     def _find_checkpoint(self) -> None:
-        self.checkpoint, passed_over = newest_complete(self.path / "checkpoints")
-        for reason in passed_over:
-            event("warning", level=logging.WARNING, text=f"passed over: {reason}")
-            console.print(f"passed over: {reason}", style="yellow", markup=False)
+        self.checkpoint, skipped = newest_complete(self.path / "checkpoints")
+        for reason in skipped:
+            event("warning", level=logging.WARNING, text=f"skipped checkpoint: {reason}")
+            console.print(f"skipped checkpoint: {reason}", style="yellow", markup=False)
         if self.checkpoint is None:
             raise InputError(f"resume=true, but {self.path / 'checkpoints'} holds no complete checkpoint")
         console.print(f"continuing from {self.checkpoint}", markup=False)
 
-    def _forget_metrics_from(self, step: int) -> None:
-        """Drop the lines of steps that will be done again; a half-written last line is one of them."""
+    def _drop_metrics_from(self, step: int) -> None:
+        """Drop the lines of steps that will be repeated, and a half-written last line."""
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return
@@ -99,12 +106,12 @@ class Run:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """What a verified checkpoint says of its run: the first fit, the starting evaluation, the serving versions."""
+    """The facts of a run in a verified checkpoint: the first fit, the starting evaluation, the serving versions."""
     return read_json(checkpoint / "facts.json")
 
 
 def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(line, its figures) of metrics.jsonl but for a last line that was half written. Raises InputError for a damaged one."""
+    """(line, its metrics) of metrics.jsonl; a half-written last line is ignored. Raises InputError for a damaged one."""
     found = []
     try:
         lines = file.read_bytes().decode().splitlines(keepends=True) if file.exists() else []
@@ -118,13 +125,49 @@ def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file} line {number} must be JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise InputError(f"{file} line {number} must hold figures and a whole number `step`, got {line.strip()[:80]!r}")
+            raise InputError(f"{file} line {number} must hold metrics and a whole number `step`, got {line.strip()[:80]!r}")
         found.append((line, row))
     return found
 
 
+class RolloutWriter:
+    """Writes each step's scored answers beside the learner's update, and deletes those that no replay needs.
+
+    An error in writing is raised by the next call, or at the end of the block.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._folder, self._kept_from = run.path, run.first_step
+        self._pool = ThreadPoolExecutor(1, "rollout-writer")
+        self._pending: Future[None] | None = None
+
+    def write(self, step: int, scored: Sequence[Scored]) -> None:
+        """Begin to write a step's answers."""
+        self.wait()
+        self._pending = self._pool.submit(write_rollout, scored, rollout_path(self._folder, step))
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def forget(self, checkpoint: int) -> None:
+        """Step `checkpoint` was saved: delete the rollouts before the previous checkpoint."""
+        forget_rollouts(self._folder, before=self._kept_from)
+        self._kept_from = checkpoint
+
+    def __enter__(self) -> RolloutWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self.wait()
+
+
 class StopRequest:
-    """SIGTERM from now on: noted, so that a step can be ended and saved."""
+    """Catches SIGTERM from now on, so that the step can be completed and saved."""
 
     def __init__(self) -> None:
         self.asked = False

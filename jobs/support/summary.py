@@ -16,7 +16,7 @@ from causalrm_ray.estimators.diagnostics.advice import advise, verdict
 from causalrm_ray.rl.drift import drift_warnings
 from causalrm_ray.types import Completion
 from jobs.support.oracle import Oracle
-from jobs.support.prompts import Task
+from jobs.support.prompts import PromptSource
 from jobs.support.run_folder import Run
 
 
@@ -78,26 +78,28 @@ def promotion_metrics(refit: Refit) -> dict[str, float]:
     }
 
 
-def judge_start(config: Config, roles: Roles, task: Task, truth: Oracle, fit: Refit, shown: int) -> dict[str, Any]:
+def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Oracle, fit: Refit, shown: int) -> dict[str, Any]:
     """What is measured once, before the first step: the starting policy, and the reward models on its fresh answers."""
-    before = roles.sample(task.evaluation_requests())
+    before = roles.sample(prompts.evaluation_requests())
     facts: dict[str, Any] = {
         "shown": shown,
-        "fit": fit_summary(fit, config.world if truth.known else None),
+        "fit": fit_summary(fit, config.world if oracle.known else None),
         "promotion": asdict(fit.promotion),
     }
-    if truth.known:
-        facts["before"] = truth.scores(before).tolist()
-        facts["reward_model"] = _judge_rewards(config, roles, task, truth, fit, before)
+    if oracle.known:
+        facts["before"] = oracle.scores(before).tolist()
+        facts["reward_model"] = _judge_rewards(config, roles, prompts, oracle, fit, before)
     else:
         facts["before_reward"] = roles.score(before).tolist()
     return facts
 
 
-def summarise(config: Config, run: Run, roles: Roles, task: Task, truth: Oracle, facts: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(
+    config: Config, run: Run, roles: Roles, prompts: PromptSource, oracle: Oracle, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The summary after the last step: what `facts` said at the start against what is now."""
     rows = run.metrics()
-    after = roles.sample(task.evaluation_requests())
+    after = roles.sample(prompts.evaluation_requests())
     tokens = sum(row["tokens"] for row in rows)
     last = rows[-1]
     summary = {
@@ -121,13 +123,13 @@ def summarise(config: Config, run: Run, roles: Roles, task: Task, truth: Oracle,
         },
         "answers": _examples(after),
     }
-    if truth.known:
-        before, now = np.array(facts["before"]), truth.scores(after)
+    if oracle.known:
+        before, now = np.array(facts["before"]), oracle.scores(after)
         stderr = float(np.sqrt(before.var(ddof=1) / len(before) + now.var(ddof=1) / len(now)))
         summary["oracle_reward"] = {"before": float(before.mean()), "after": float(now.mean()), "stderr": stderr}
         summary["reward_model"] = facts["reward_model"]
         shown = facts["shown"] + int(sum(row["shown"] for row in rows))
-        summary["feedback"] = asdict(truth.audit(FeedbackLog(config.log_url, config.feedback.signals), config.run.name, shown))
+        summary["feedback"] = asdict(oracle.audit(FeedbackLog(config.log_url, config.feedback.signals), config.run.name, shown))
     else:
         first = run.path / facts["fit"]["reward_fit"]["folders"][config.reward.method]  # one judge for both
         now = roles.score(after, first)
@@ -136,13 +138,13 @@ def summarise(config: Config, run: Run, roles: Roles, task: Task, truth: Oracle,
 
 
 def _judge_rewards(
-    config: Config, roles: Roles, task: Task, truth: Oracle, fit: Refit, fresh: list[Completion]
+    config: Config, roles: Roles, prompts: PromptSource, oracle: Oracle, fit: Refit, fresh: list[Completion]
 ) -> dict[str, Any]:
     """R2 and AUROC of each fitted method's model on fresh answers about held-out topics, against the users' preferences."""
     answers = [done for done in fresh if done.response]  # what users would see
-    impressions = task.impressions(answers, task.clock(0))
+    impressions = prompts.impressions(answers, prompts.clock(0))
     folders = {name: config.run.path / folder for name, folder in fit.folders.items()}
-    judged = {name: truth.judge(roles.score(answers, folder), impressions) for name, folder in folders.items()}
+    judged = {name: oracle.judge(roles.score(answers, folder), impressions) for name, folder in folders.items()}
     own = judged[config.reward.method]
     result: dict[str, Any] = {"method": config.reward.method, "answers": len(answers), **own}
     for name, figures in judged.items():

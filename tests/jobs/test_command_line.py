@@ -20,7 +20,7 @@ from jobs.__main__ import main
 from jobs.catalog import JOBS
 from jobs.support.errors import discarding_refused_import
 from jobs.support.lock import lock_of
-from jobs.support.prompts import Task, find_models
+from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import Run
 
 ROOT = Path(__file__).parents[2]
@@ -238,31 +238,31 @@ def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest
 
 
 @pytest.fixture(scope="module")
-def task() -> Task:
+def task() -> PromptSource:
     config = load_config(None, ["run.name=t"])
-    return Task(config, find_models(config))
+    return PromptSource(config, find_models(config))
 
 
-def test_the_requests_of_a_step_are_a_function_of_seed_and_step(task: Task) -> None:
+def test_the_requests_of_a_step_are_a_function_of_seed_and_step(task: PromptSource) -> None:
     assert task.step_requests(3) == task.step_requests(3)
     assert [r.prompt.text for r in task.step_requests(3)] != [r.prompt.text for r in task.step_requests(4)]
     ids = [request.prompt.id for step in range(3) for request in task.step_requests(step)]
     assert len(set(ids)) == len(ids) == 3 * 64 * 2
 
 
-def test_samples_of_one_prompt_have_seeds_of_their_own(task: Task) -> None:
+def test_samples_of_one_prompt_have_seeds_of_their_own(task: PromptSource) -> None:
     first, second = task.step_requests(0)[:2]
     assert first.prompt.text == second.prompt.text
     assert first.seed != second.seed
 
 
-def test_an_empty_answer_is_not_shown_and_nobody_sees_anything_without_users(task: Task) -> None:
+def test_an_empty_answer_is_not_shown_and_nobody_sees_anything_without_users(task: PromptSource) -> None:
     prompt = Prompt("t/1", "hello", (1,))
     answers = [Completion(prompt, text, (1,), (0.0,), "stop", 0) for text in ("", "hi")]
     assert [impression.response for impression in task.impressions(answers, 0.0)] == ["hi"]
 
 
-def test_a_repeated_answer_is_the_same_impression_and_another_answer_another(task: Task) -> None:
+def test_a_repeated_answer_is_the_same_impression_and_another_answer_another(task: PromptSource) -> None:
     prompt = Prompt("t/1", "hello", (1,))
     answers = [Completion(prompt, text, (1,), (0.0,), "stop", 0) for text in ("hi", "hi", "ho")]
     ids = [impression.id for impression in task.impressions(answers, 0.0)]

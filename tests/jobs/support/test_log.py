@@ -12,7 +12,7 @@ import pytest
 from actors.cluster.telemetry import LOGGER, METRICS, event, exported, record
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.errors import InputError
-from jobs.support.log import FILE, RunLog
+from jobs.support.log import FILE, run_log
 from jobs.support.progress import Progress
 
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
@@ -25,7 +25,7 @@ def lines(run: RunFolder) -> list[dict]:
 def test_every_event_is_a_line_that_says_where_it_belongs(tmp_path: Path) -> None:
     run = RunFolder(name="mine", dir=tmp_path)
     progress = Progress()
-    with RunLog(run):
+    with run_log(run):
         progress.phase("starting roles")
         for step in progress.steps(3, 5):
             event("sync", "learner", version=step, seconds=0.5)
@@ -49,7 +49,7 @@ def test_every_event_is_a_line_that_says_where_it_belongs(tmp_path: Path) -> Non
 def test_what_ends_a_run_is_its_last_line_and_a_run_that_goes_on_appends(tmp_path: Path) -> None:
     run = RunFolder(name="mine", dir=tmp_path)
     for text in ("first", "second"):
-        with pytest.raises(RuntimeError, match=text), RunLog(run):
+        with pytest.raises(RuntimeError, match=text), run_log(run):
             raise RuntimeError(text)
     assert [line["fields"] for line in lines(run)] == [{"kind": "RuntimeError", "error": text} for text in ("first", "second")]
     assert {line["level"] for line in lines(run)} == {"error"}
@@ -57,7 +57,7 @@ def test_what_ends_a_run_is_its_last_line_and_a_run_that_goes_on_appends(tmp_pat
 
 def test_a_refused_command_leaves_no_log(tmp_path: Path) -> None:
     run = RunFolder(name="mine", dir=tmp_path)
-    with pytest.raises(InputError), RunLog(run):
+    with pytest.raises(InputError), run_log(run):
         raise InputError("no such prompts")
     assert not run.path.exists()
     assert logging.getLogger(LOGGER).handlers[1:] == []
@@ -76,3 +76,13 @@ def test_the_dashboard_asks_for_the_metrics_that_there_are_and_for_all_of_them()
 def test_a_metric_that_is_not_listed_is_refused() -> None:
     with pytest.raises(KeyError, match="tokens_written"):
         record("tokens_written", "generator-0", 1)
+
+
+def test_secrets_never_reach_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(name="mine", dir=tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    text = "no answer from https://me:pass-word@host/api with key 0123456789abcdef"
+    with pytest.raises(RuntimeError, match="no answer"), run_log(run):
+        raise RuntimeError(text)
+    (line,) = lines(run)
+    assert line["fields"]["error"] == "no answer from https://***@host/api with key ***"
