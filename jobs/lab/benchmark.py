@@ -33,8 +33,8 @@ from causalrm_ray.estimators.studies.semisynthetic import Bias
 from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
 from causalrm_ray.types import NoiseRates
+from jobs.lab.tables import show, summarize, with_spread, write_csv, write_markdown
 from jobs.support.progress import Progress
-from jobs.support.tables import show, summarize, with_spread, write_csv, write_markdown
 
 SETTING = ["alpha", "scenario", "selection"]
 FIGURES = [*METRICS, "rho_01_hat", "rho_10_hat", "fit_s"]

@@ -29,10 +29,10 @@ from causalrm_ray.config.options import dump_config, load_tree
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import InputError
 from jobs.lab.chaos_audit import audit, audit_reward, differing
+from jobs.lab.tables import show, write_markdown
 from jobs.support.progress import Progress, console
 from jobs.support.run_folder import Run
 from jobs.support.supervise import ROOT
-from jobs.support.tables import show, write_markdown
 
 LONGEST_PAUSE_S = 4.0  # between a step and the next kill: it may hit any phase of the steps that follow
 REFIT_EVERY = 20  # steps, at most, so that some kills happen during refits

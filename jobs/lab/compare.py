@@ -21,12 +21,12 @@ from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.report.benchmark_figures import draw_comparison
+from jobs.lab.tables import show, summarize, with_spread, write_csv, write_markdown
 from jobs.support.feedback import simulate_feedback
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
 from jobs.support.prompts import Models, PromptSource, find_models
 from jobs.support.run_folder import Run
-from jobs.support.tables import show, summarize, with_spread, write_csv, write_markdown
 from jobs.train_policy import policy_step
 
 METHODS = ("naive", "causalrm_dr", "auto", "oracle")

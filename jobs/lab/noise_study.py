@@ -19,8 +19,8 @@ from causalrm_ray.config.options import dump_config
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.studies.noise_study import StudyResult
 from causalrm_ray.types import NoiseRates
+from jobs.lab.tables import show, write_csv, write_markdown
 from jobs.support.progress import Progress
-from jobs.support.tables import show, write_csv, write_markdown
 
 PAIRS = ("bias", "mean_error", "max_error", "coverage", "width")  # of rho_01 and of rho_10
 TRUTH = ["setting", "rows", "rho_01", "rho_10"]

@@ -27,8 +27,8 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.report.speed import Figure, draw_figures
 from jobs.lab.perf_bench import Bench
 from jobs.lab.perf_parts import MEASURES
+from jobs.lab.tables import show, write_markdown
 from jobs.support.progress import Progress
-from jobs.support.tables import show, write_markdown
 
 
 def run(config: PerfConfig) -> int:

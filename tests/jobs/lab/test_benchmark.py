@@ -25,7 +25,7 @@ from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, dra
 from causalrm_ray.types import NoiseRates
 from jobs.__main__ import main
 from jobs.lab import benchmark
-from jobs.support.tables import write_markdown
+from jobs.lab.tables import write_markdown
 
 HEAD = HeadConfig(hidden=(8,), dropout=0.0, epochs=12, lr=0.02, batch_size=64, patience=3)
 NOISE = ("scenario", "rho_01", "rho_10")

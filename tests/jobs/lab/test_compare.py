@@ -11,7 +11,7 @@ from causalrm_ray.config.options import load_config
 from causalrm_ray.report.benchmark_figures import draw_comparison
 from jobs.__main__ import main
 from jobs.lab.compare import COLUMNS, METHODS, SEEDS, USERS, for_world, read_results, table_texts, tabulate
-from jobs.support.tables import show, write_csv, write_markdown
+from jobs.lab.tables import show, write_csv, write_markdown
 
 ROWS = pd.DataFrame(
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jobs.support.tables import summarize, with_spread, write_csv, write_markdown
+from jobs.lab.tables import summarize, with_spread, write_csv, write_markdown
 
 ROWS = pd.DataFrame(
     [("b", 1, 2.0), ("b", 2, 4.0), ("a", 1, None), ("b", 3, None), ("c", 1, 0.125)], columns=["method", "seed", "score"]
