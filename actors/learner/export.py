@@ -67,15 +67,12 @@ class PolicyExport:
 
         With LoRA its weights are merged, and `adapter/` in it holds the adapter as peft loads it onto the first model.
         """
-        named = self._engine.gathered(weights_of(self._base, self._policy))
+        named = dict(self._engine.gathered(weights_of(self._base, self._policy)))
+        factors = dict(self._engine.gathered(adapter_of(self._policy))) if self._lora else {}
         if self._rank == 0:
-            self._base.save_pretrained(folder, state_dict=dict(named))
+            self._base.save_pretrained(folder, state_dict=named)
             load_tokenizer(self._model).save_pretrained(folder)
-        else:
-            deque(named, maxlen=0)
-        if self._lora:
-            factors = dict(self._engine.gathered(adapter_of(self._policy)))
-            if self._rank == 0:
+            if self._lora:
                 save_adapter(Path(folder) / "adapter", self._policy, factors)
 
     def _packed(self, parts: Iterable[tuple[str, Weight]]) -> Weights | None:
