@@ -161,6 +161,48 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert not np.array_equal(first, other)
 
 
+THIRD_PARTY = """
+import torch
+from causalrm_ray.estimators.core.task import Fitted
+from causalrm_ray.estimators.core.training import Objective
+
+class Tanh(torch.nn.Module):
+    def __init__(self, scorer):
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, **batch):
+        return 4 * torch.tanh(self.scorer(**batch))
+
+class Plain:
+    paper, needs, wrap = "-", frozenset(), staticmethod(lambda scorer: scorer)
+
+    def fit(self, task):
+        scorer, o, r = self.wrap(task.scorer()), task.observations.o, task.observations.r
+        report = task.minimise(scorer, lambda rows: Objective(rows, lambda logit, index: o[index] * task.loss(logit, r[index])))
+        return Fitted(scorer, report)
+
+class Bounded(Plain):
+    wrap = Tanh
+"""
+
+
+def test_an_estimator_of_another_package_is_named_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other_estimators.py").write_text(THIRD_PARTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    X, y, _, log = world(600)
+    model = RewardEstimator(**FAST | {"method": "other_estimators:Plain", "epochs": 20}).fit(X, y)
+    assert roc_auc_score(log.preference, model.predict_proba(X)[:, 1]) > 0.7
+    model.save(tmp_path / "model")
+    monkeypatch.setattr(sys, "path", sys.path[1:])
+    again = RewardEstimator.load(tmp_path / "model")  # imports nothing
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
+    bounded = RewardEstimator(**FAST | {"method": "other_estimators:Bounded"}).fit(X, y)
+    with pytest.raises(ValueError, match="a scorer of type Tanh cannot be saved"):
+        bounded.save(tmp_path / "bounded")
+    assert not (tmp_path / "bounded").exists()
+
+
 @pytest.mark.parametrize(
     ("parameters", "given", "message"),
     [

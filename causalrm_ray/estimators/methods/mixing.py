@@ -236,7 +236,3 @@ def _in_two(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`rows` [M] in two random parts of even chance."""
     second = torch.rand(len(rows), generator=generator) < 0.5
     return rows[~second], rows[second]
-
-
-ROBUST_DIVIDEMIX = DivideMix()
-SELECTMIX = SelectMix()

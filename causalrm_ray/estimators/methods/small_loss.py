@@ -91,7 +91,3 @@ class SmallLoss:
         exchange = Exchange(task.loss, r, level, ramp, self.discrepancy)
         report = minimise(task, Networks(first, second), Objective(rows, exchange.risk, exchange.begin, since=ramp))
         return Fitted(first, report, {"forget_rate": level, "temperature": cool(task, first)})
-
-
-CO_TEACHING = SmallLoss("Han et al. 2018, arXiv 1804.06872")
-CODIS = SmallLoss("Xia et al. 2023, ICCV", discrepancy=0.1)
