@@ -1,4 +1,4 @@
-"""What all pictures share: colours, and a row of panels as an HTML image that needs no file."""
+"""Shared by all pictures: colours, and a row of panels as a data URI."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 
 
-def picture(panels: Sequence[Callable[[Axes], None]], alt: str) -> str:
-    """An <img> of panels side by side, each drawn by its function; `alt` says what they show."""
+def picture(panels: Sequence[Callable[[Axes], None]]) -> str:
+    """A PNG, as a data URI, of panels side by side, each drawn by its function."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
@@ -22,4 +22,4 @@ def picture(panels: Sequence[Callable[[Axes], None]], alt: str) -> str:
         draw(axes)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return f"<img alt='{alt}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

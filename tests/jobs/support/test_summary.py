@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 from matplotlib.figure import Figure
 
 from actors.reward.report import LogDiagnostics, MethodReport, Promotion, Refit, RewardReport, VersionedPropensity
@@ -22,7 +23,7 @@ from causalrm_ray.estimators.diagnostics.groups import Groups, Signals, diagnose
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.nuisances.propensity import diagnose
 from causalrm_ray.estimators.pipeline import RewardFit, RewardFits
-from causalrm_ray.report.fit_section import fit_panels
+from causalrm_ray.report.fit_panels import fit_panels
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import NoiseRates
 from jobs.support.run_folder import Run
@@ -65,7 +66,7 @@ def summary() -> dict[str, Any]:
 
 
 def images(page: str) -> list[bytes]:
-    return [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^']+)'", page)]
+    return [base64.b64decode(data) for data in re.findall(r'data:image/png;base64,([^"]+)"', page)]
 
 
 def test_the_summary_holds_numbers_words_and_advice(summary: dict[str, Any]) -> None:
@@ -98,8 +99,8 @@ def test_the_report_shows_pictures_words_and_advice(tmp_path: Path, summary: dic
     pictures = images(page)
     assert [picture[:8] for picture in pictures] == [b"\x89PNG\r\n\x1a\n"] * 3
     found = summary["diagnostics"]
-    assert html.escape(found["verdict"]) in page
-    assert all(f"<li>{html.escape(warning)}</li>" in page for warning in found["warnings"])
+    assert escape(found["verdict"]) in page
+    assert all(f"<li>{escape(warning)}</li>" in page for warning in found["warnings"])
     assert "the better half by the model's score is liked more often by" in html.unescape(page)
 
 
@@ -124,7 +125,7 @@ def test_drift_of_the_policy_stands_among_the_warnings(tmp_path: Path, summary: 
     *others, last = drifted["diagnostics"]["warnings"]
     assert others == summary["diagnostics"]["warnings"]
     assert last.startswith("Entropy fell from 1.00 to 0.10")
-    assert f"<li>{html.escape(last)}</li>" in write_report(tmp_path, [], drifted).read_text(encoding="utf-8")
+    assert f"<li>{escape(last)}</li>" in write_report(tmp_path, [], drifted).read_text(encoding="utf-8")
 
 
 def test_a_method_that_compares_no_mechanisms_and_given_rates_leave_no_empty_panel(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_every_panel_shows_something_and_names_its_axes(summary: dict[str, Any])
             panels.append(panel)
     assert len(panels) == 11
     assert all(panel.get_title() and (panel.has_data() or panel.patches) for panel in panels)
-    named = {"how often feedback slips", "reward models on held-out rows"}  # categories stand for their x axis
+    named = {"label noise: rates of flipped labels", "reward models on held-out rows"}  # categories stand for their x axis
     assert {panel.get_title() for panel in panels if not panel.get_xlabel()} == named
     assert [panel.get_title() for panel in panels if not panel.get_ylabel()] == [
         "what decides who gives feedback",
@@ -157,3 +158,19 @@ def test_bars_of_the_overlap_are_shares_of_each_group(summary: dict[str, Any]) -
     panel = Figure().subplots()
     fit_panels(summary)[1][0](panel)
     assert [sum(patch.get_data().values) for patch in panel.patches] == pytest.approx([1.0, 1.0])
+
+
+def test_a_user_s_text_in_a_report_stays_text_and_the_verdict_comes_first(tmp_path: Path, summary: dict[str, Any]) -> None:
+    script = "<script>alert('x')</script>"
+    folder = tmp_path / "<b>run"
+    folder.mkdir()
+    answers = [{"prompt": script, "response": script}]
+    reward = {"before": 1.0, "after": 2.0, "stderr": 0.5}
+    drifted = {**summary, "answers": answers, "oracle_reward": reward, "note": script}
+    page = write_report(folder, [], drifted).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<b>run" not in page
+    assert page.count("&lt;script&gt;alert(") == 5  # prompt, answer, and the three of all figures
+    assert "1.00 → 2.00, 2.0 standard errors" in page
+    verdict = str(escape(summary["diagnostics"]["verdict"]))
+    assert page.index(verdict) < page.index("<li>") < page.index("<img")

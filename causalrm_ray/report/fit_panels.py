@@ -1,26 +1,25 @@
-"""The part of report.html on a fit: rates, propensity, weights, calibration, mechanisms, and what would overturn the result."""
+"""Panels of report.html on a fit: rates, propensity, weights, calibration, mechanisms, and sensitivity of the result."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from causalrm_ray.report.pictures import BLUE, GREY, ORANGE, picture
+from causalrm_ray.report.pictures import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Json = Mapping[str, Any]
 Panel = Callable[["Axes"], None]
-SMALL = 8  # font size of what stands inside a panel
-POSSIBLE = {"preference": (0.0, 1.0), "risk": (0.0, math.inf)}  # the log contradicts rates under which it is not so
+SMALL = 8  # font size inside a panel
+POSSIBLE = {"preference": (0.0, 1.0), "risk": (0.0, math.inf)}  # outside, the log contradicts the rates
 
 
 def fit_panels(summary: Json) -> tuple[list[Panel], list[Panel], list[Panel]]:
-    """Rows of panels from a fit's summary: of the fit itself, of selection, of how well the result holds."""
+    """Rows of panels from a fit's summary: the fit itself, selection, sensitivity of the result."""
     found = summary["diagnostics"]
     fit = [
         partial(_draw_rates, rates=summary["noise_rates"]),
@@ -35,41 +34,24 @@ def fit_panels(summary: Json) -> tuple[list[Panel], list[Panel], list[Panel]]:
         selection.append(partial(_draw_strata, strata=by_trait))
     result = [
         partial(_draw_reward_calibration, curve=found["calibration"]),
-        partial(_draw_rho, rho=found["rho"], name="preference", title="share liked if the rates were others", shades="Blues"),
-        partial(_draw_rho, rho=found["rho"], name="risk", title="held-out risk if the rates were others", shades="Greys"),
+        partial(_draw_rho, rho=found["rho"], name="preference", title="share liked under other rates", shades="Blues"),
+        partial(_draw_rho, rho=found["rho"], name="risk", title="held-out risk under other rates", shades="Greys"),
         partial(_draw_gamma, found=found),
     ]
     return fit, selection, result
 
 
-def fit_section(summary: Json) -> list[str]:
-    """HTML parts from a fit's summary: "noise_rates", "propensity", "diagnostics", and the models' figures."""
-    found = summary["diagnostics"]
-    fit, selection, result = fit_panels(summary)
-    warnings = "".join(f"<li>{html.escape(warning)}</li>" for warning in found["warnings"])
-    return [
-        "<h2>The feedback and what was made of it</h2>",
-        picture(fit, "noise rates, calibration of the propensity, reward models"),
-        "<h2>Who gives feedback, and how much each row counts</h2>",
-        picture(selection, "overlap, weights, mechanisms of selection"),
-        f"<p>{html.escape(found['verdict'])}</p>",
-        f"<h2>Does the result hold? (model of {html.escape(found['method'])})</h2>",
-        picture(result, "calibration of the reward model, sensitivity to the noise rates and to hidden selection"),
-        f"<p>{html.escape(_ranking(found['ranking']))} A dash in a cell marks rates that the log contradicts.</p>",
-        f"<h2>What to mind</h2><ul>{warnings}</ul>" if warnings else "<p>No weakness was found.</p>",
-    ]
-
-
-def _ranking(ranking: Json | None) -> str:
+def ranking_sentence(ranking: Json | None) -> str:
+    """How far held-out feedback supports the model's ranking, and the hidden selection that would explain it away."""
     if ranking is None:
         return "The model's ranking cannot be checked: one half of it has no held-out feedback."
     contrast = f"{ranking['contrast']:.2f} ± {ranking['stderr']:.2f}"
     start = f"On {ranking['rows']} held-out rows the better half by the model's score is liked more often by {contrast}."
     if ranking["gamma"] is None:
-        return f"{start} No hidden selection up to a factor of 100 in the odds of feedback could have made this up."
+        return f"{start} No hidden selection up to a factor of 100 in the odds of feedback would explain this."
     if ranking["gamma"] == 1:
         return f"{start} So the log does not support the ranking."
-    return f"{start} Hidden selection must move the odds of feedback by a factor of {ranking['gamma']:.2f} to have made this up."
+    return f"{start} Hidden selection by a factor of {ranking['gamma']:.2f} in the odds of feedback would explain this."
 
 
 def _draw_rates(panel: Axes, rates: Mapping[str, Json]) -> None:
@@ -83,8 +65,8 @@ def _draw_rates(panel: Axes, rates: Mapping[str, Json]) -> None:
         if rate["truth"] is not None:
             label = "truth" if first else None
             panel.plot(place, rate["truth"], "_", color=ORANGE, markersize=24, markeredgewidth=2, label=label)
-    names = {"rho_01": "rho_01\nliked, not said so", "rho_10": "rho_10\nsaid so, not liked"}
-    panel.set(title="how often feedback slips", ylabel="probability", xlim=(-0.6, len(rates) - 0.4))
+    names = {"rho_01": "rho_01\ndisliked | liked", "rho_10": "rho_10\nliked | disliked"}
+    panel.set(title="label noise: rates of flipped labels", ylabel="probability", xlim=(-0.6, len(rates) - 0.4))
     panel.set_xticks(range(len(rates)), [names[name] for name in sorted(rates)])
     panel.set_ylim(bottom=0)
     panel.legend(frameon=False, fontsize=SMALL)
@@ -133,8 +115,8 @@ def _draw_weights(panel: Axes, weights: Json) -> None:
     panel.stairs(weights["counts"], weights["edges"], fill=True, color=BLUE, alpha=0.7)
     title = f"{weights['rows']} rows count as {weights['ess']:.0f} ({weights['ess_fraction']:.0%})"
     panel.set(title=title, xlabel="weight of a row with feedback (mean 1)", ylabel="rows")
-    told = f"the heaviest row bears {weights['largest_share']:.1%}"
-    panel.text(0.97, 0.95, told, transform=panel.transAxes, ha="right", va="top", fontsize=SMALL)
+    text = f"the heaviest row carries {weights['largest_share']:.1%}"
+    panel.text(0.97, 0.95, text, transform=panel.transAxes, ha="right", va="top", fontsize=SMALL)
     panel.set_ylim(top=panel.get_ylim()[1] * 1.15)
 
 
@@ -143,8 +125,8 @@ def _draw_mechanisms(panel: Axes, found: Json) -> None:
     names = sorted(found["weights"])
     panel.barh([words.get(name, name) for name in names], [found["weights"][name] for name in names], color=BLUE, height=0.5)
     for place, name in enumerate(names):
-        told = f"{found['weights'][name]:.0%};  {-found['heldout'][name]:.4f} nats per row"
-        panel.text(0.02, place + 0.32, told, fontsize=SMALL, va="bottom")
+        text = f"{found['weights'][name]:.0%};  {-found['heldout'][name]:.4f} nats per row"
+        panel.text(0.02, place + 0.32, text, fontsize=SMALL, va="bottom")
     panel.set(title="what decides who gives feedback", xlabel="weight by held-out log-likelihood", xlim=(0, 1))
     panel.set_ylim(-0.6, len(names) - 0.2)
 
@@ -187,8 +169,8 @@ def _draw_rho(panel: Axes, rho: Json, name: str, title: str, shades: str) -> Non
     brightest = high + (high - low) + 1e-9  # dark cells would hide their numbers
     panel.imshow(table, origin="lower", extent=extent, cmap=shades, vmin=low, vmax=brightest, aspect="auto")
     for (rho_01, rho_10), value in values.items():
-        told = f"{value:.2f}" if floor <= value <= ceiling else "–"
-        panel.text(rho_01, rho_10, told, ha="center", va="center", fontsize=SMALL)
+        text = f"{value:.2f}" if floor <= value <= ceiling else "–"
+        panel.text(rho_01, rho_10, text, ha="center", va="center", fontsize=SMALL)
     x, y = rho["estimate"]["rho_01"], rho["estimate"]["rho_10"]
     if rho["corners"]:
         across, up = ([point[rate] for point in rho["corners"]] for rate in ("rho_01", "rho_10"))
@@ -207,7 +189,7 @@ def _draw_gamma(panel: Axes, found: Json) -> None:
         panel.fill_between(gamma, bottom, top, color=BLUE, alpha=alpha, linewidth=0, label=label)
     panel.axhline(points[0]["low"], color=GREY, linewidth=1)
     if ranking is not None and ranking["gamma"] is not None and 1 < ranking["gamma"] <= gamma[-1]:
-        panel.vlines(ranking["gamma"], 0, 1, color=ORANGE, linestyle="--", label="from here the ranking may be made up")
+        panel.vlines(ranking["gamma"], 0, 1, color=ORANGE, linestyle="--", label="beyond, hidden selection explains the ranking")
     panel.set(title="share liked under hidden selection", xlabel="Gamma: factor in the odds of feedback", ylabel="share liked")
     panel.set(ylim=(0, 1.4), xlim=(gamma[0], gamma[-1]), yticks=[0, 0.25, 0.5, 0.75, 1])
     panel.legend(frameon=False, fontsize=SMALL, loc="upper left")
