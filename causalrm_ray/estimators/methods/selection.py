@@ -37,17 +37,19 @@ def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
     The restricted model therefore stands until a test at 1 % rejects it (z = 0: 0.5 % for the features, 1: 6 %, 4: 92 %). That it
     stands is no proof of it.
     """
-    gap = label - features
-    z = gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp_min(1e-12)
-    free = torch.special.ndtr(z - REJECTED)
+    free = torch.special.ndtr(_in_standard_errors(label - features) - REJECTED)
     return torch.stack([free, 1 - free])
 
 
 def propensity_signal(nll: Tensor, o: Tensor) -> float:
     """Standard errors by which P(o | x), of held-out negative log-likelihood `nll` [M], beats the mean of `o` [M]."""
     share = o.mean()
-    gain = bce(torch.logit(share).expand_as(o), o) - nll
-    return float(gain.mean() / (gain.std() / math.sqrt(len(gain))).clamp_min(1e-12))
+    return float(_in_standard_errors(bce(torch.logit(share).expand_as(o), o) - nll))
+
+
+def _in_standard_errors(value: Tensor) -> Tensor:
+    """The mean of `value` [M] over its standard error."""
+    return value.mean() / (value.std() / math.sqrt(len(value))).clamp_min(1e-12)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression, minimize_scalar
+from scipy.optimize import minimize_scalar
+from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_same_length, check_unit_interval
@@ -32,12 +33,9 @@ def fit_calibration(prob: Tensor, label: Tensor, weight: Tensor | None = None) -
     check_same_length(prob=prob, label=label)
     check_unit_interval("prob", prob)
     check_both_classes("label", label)
-    weights = np.ones(len(prob)) if weight is None else weight.double().numpy()
-    x, place = np.unique(prob.double().numpy(), return_inverse=True)  # rows of one probability share one outcome
-    mass = np.bincount(place, weights)
-    y = isotonic_regression(np.bincount(place, weights * label.double().numpy()) / mass, weights=mass).x
-    inner = np.r_[False, (y[1:-1] == y[:-2]) & (y[1:-1] == y[2:]), False][: len(y)]  # the two ends of a level are enough
-    return Calibration(tuple(x[~inner].tolist()), tuple(np.clip(y[~inner], 0.0, 1.0).tolist()))
+    weights = None if weight is None else weight.double().numpy()
+    fitted = IsotonicRegression(y_min=0, y_max=1).fit(prob.double().numpy(), label.double().numpy(), weights)
+    return Calibration(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()))
 
 
 def temperature(logit: Tensor, label: Tensor) -> float:
