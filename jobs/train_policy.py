@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from actors.cluster.runtime import ray_cluster
 from actors.system import Roles, start_roles
-from causalrm_ray.checkpoint import atomic_folder, write_json
+from causalrm_ray.checkpoint import atomic_folder, read_json, write_json
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.errors import InputError
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import Scored
 from jobs.support.errors import discarding_refused_import
@@ -26,8 +28,8 @@ from jobs.support.log import run_log
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
 from jobs.support.prompts import PromptSource, find_models
-from jobs.support.run_folder import STOPPED, MemoryMonitor, RolloutWriter, Run, StopRequest, read_facts
-from jobs.support.summary import judge_start, promotion_metrics, summarise
+from jobs.support.run_folder import STOPPED, MemoryMonitor, RolloutWriter, Run, StopRequest
+from jobs.support.summary import Start, judge_start, promotion_metrics, summarise
 from jobs.support.trackers import Trackers
 
 
@@ -68,11 +70,14 @@ def train(config: Config, run: Run, prompts: PromptSource, roles: Roles, progres
     """The loop. Returns the summary, or None if SIGTERM ended it after a checkpoint."""
     oracle = Oracle(config)
     if run.checkpoint:
-        facts = read_facts(run.checkpoint)
+        facts = read_json(run.checkpoint / "facts.json")
+        if "start" not in facts:
+            raise InputError(f"{run.checkpoint} was written by an earlier version: start a new run")
+        start = Start(**facts["start"])
         roles.load(run.checkpoint, facts["serving"])
     else:
-        facts = prepare(config, prompts, oracle, roles, progress)
-        save(run, roles, facts, 0)
+        start = prepare(config, prompts, oracle, roles, progress)
+        save(run, roles, start, 0)
 
     stop = StopRequest()
     with RolloutWriter(run) as rollouts:
@@ -88,7 +93,7 @@ def train(config: Config, run: Run, prompts: PromptSource, roles: Roles, progres
             progress.step(step, metrics)
             if due(step, config.loop.checkpoint_every) or last or stop.asked:
                 rollouts.wait()
-                save(run, roles, facts, step + 1)
+                save(run, roles, start, step + 1)
                 rollouts.forget(checkpoint=step + 1)  # those since the previous checkpoint can be replayed
                 progress.phase(f"checkpoint step-{step + 1}")
             if stop.asked and not last:
@@ -96,11 +101,11 @@ def train(config: Config, run: Run, prompts: PromptSource, roles: Roles, progres
                 return None
 
     progress.phase("evaluating")
-    return summarise(config, run, roles, prompts, oracle, facts)
+    return summarise(config, run, roles, prompts, oracle, start)
 
 
-def prepare(config: Config, prompts: PromptSource, oracle: Oracle, roles: Roles, progress: Progress) -> dict[str, Any]:
-    """Fill the log, fit propensity, noise rates and reward models on it, and measure where the policy starts."""
+def prepare(config: Config, prompts: PromptSource, oracle: Oracle, roles: Roles, progress: Progress) -> Start:
+    """Fill the log, fit propensity, noise rates and reward models on it, and measure the starting policy."""
     shown = 0
     if config.has_truth:
         progress.phase("filling the feedback log")
@@ -140,10 +145,10 @@ def policy_step(
     return {**metrics, "seconds": time.perf_counter() - began}
 
 
-def save(run: Run, roles: Roles, facts: dict[str, Any], step: int) -> None:
+def save(run: Run, roles: Roles, start: Start, step: int) -> None:
     """Write checkpoint `step`: whole or not at all."""
     with atomic_folder(run.path / "checkpoints" / f"step-{step}") as folder:
-        write_json(folder / "facts.json", {**facts, "serving": roles.save(folder), "step": step})
+        write_json(folder / "facts.json", {"start": asdict(start), "serving": roles.save(folder), "step": step})
 
 
 def due(step: int, every: int) -> bool:

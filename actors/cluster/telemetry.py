@@ -1,9 +1,9 @@
-"""What a run tells while it works: figures for Ray's Prometheus endpoint, and events for the run's own log.
+"""Telemetry of a run: metrics for Ray's Prometheus endpoint, and events for the run's own log.
 
-record(name, role, value) -> Ray metric "causalrm_<name>" with the tags run and role     no Ray here, as in-process: nothing
-event(name, role, ...)    -> logger "causalrm_ray"                                       who listens decides (jobs/support/log.py)
+record(name, role, value) -> Ray metric "causalrm_<name>" with the tags run and role     without Ray (in-process): nothing
+event(name, role, ...)    -> logger "causalrm_ray"                                       written by jobs/support/log.py
 
-The driver records for every role: each answer passes it. One metric object is kept per name and process.
+The driver records for every role, since each answer passes through it. One metric object is kept per name and process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log.addHandler(logging.NullHandler())
 
 
 class Metric(NamedTuple):
-    """A counter only grows, a gauge is what it was set to last, a histogram counts values by size."""
+    """A counter only grows, a gauge holds its last value, a histogram counts values by size."""
 
     kind: Literal["counter", "gauge", "histogram"]
     meaning: str
@@ -53,7 +53,7 @@ def record(name: str, role: str, value: float) -> None:
         return
     metric, tags = _metric(name), {"run": run_name.get(), "role": role}
     if kind == "counter":
-        if value:  # Ray refuses to add nothing
+        if value:  # Ray refuses to add 0
             metric.inc(value, tags)
     elif kind == "gauge":
         metric.set(value, tags)
@@ -62,7 +62,7 @@ def record(name: str, role: str, value: float) -> None:
 
 
 def event(name: str, /, role: str = DRIVER, level: int = logging.INFO, **fields: Any) -> None:
-    """Something happened; `fields` are JSON values."""
+    """Log an event; `fields` are JSON values."""
     _log.log(level, name, extra={"role": role, "fields": fields})
 
 

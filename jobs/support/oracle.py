@@ -1,4 +1,4 @@
-"""What only the embedded world knows, true scores and preferences: for measuring, and for the comparison model "oracle"."""
+"""The embedded world's ground truth, true scores and preferences: for evaluation, and for the comparison model "oracle"."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from causalrm_ray.world.users import SimulatedUsers
 
 @dataclass(frozen=True)
 class Audit:
-    """Feedback that should be in the log against what is: both differences must be 0."""
+    """The log compared with the feedback that users gave: `lost` and `duplicated` must be 0."""
 
     impressions: int
     events: int
@@ -32,7 +32,7 @@ class Audit:
 
 
 class Oracle:
-    """Oracle of a run with embedded prompts; for one on a user's own prompts it knows nothing and says so with empty results."""
+    """Oracle of a run in the embedded world; for a user's own prompts `known` is False and metrics are empty."""
 
     def __init__(self, config: Config) -> None:
         self.known = config.has_truth
@@ -48,7 +48,7 @@ class Oracle:
         return float(np.mean([answer is not None and answer.style == "flashy" for answer in parsed]))
 
     def rollout_metrics(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Mean true score of a step's answers, and how many of them users saw."""
+        """Mean true score of a step's answers, and the number shown to users."""
         if not self.known:
             return {}
         completions = [answer.completion for answer in scored]
@@ -64,7 +64,7 @@ class Oracle:
         )
 
     def judge(self, logits: np.ndarray, impressions: Sequence[Impression]) -> dict[str, float | None]:
-        """R2 of the probability and AUROC of a reward model's logits [N] against r*; none where all r* are alike."""
+        """R2 of the probability and AUROC of a reward model's logits [N] against r*; None where all r* are equal."""
         liked = torch.tensor([float(self._users.preference(impression)) for impression in impressions])
         if len(liked.unique()) < 2:
             return {"r2": None, "auroc": None}
@@ -72,7 +72,7 @@ class Oracle:
         return {"r2": r2(torch.sigmoid(logit), liked), "auroc": auroc(logit, liked)}
 
     def audit(self, log: FeedbackLog, run_name: str, shown: int) -> Audit:
-        """Hold the log against what its `shown` impressions must have led to, by letting the users react once more."""
+        """Compare the log with the feedback that its `shown` impressions lead to: simulated users react the same way again."""
         own = f"{run_name}/"
         impressions = [row for row in _impressions(log.snapshot()) if row.id.startswith(own)]
         expected = {event.id for impression in impressions for event in self._users.react(impression)}

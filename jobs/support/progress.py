@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: its phases with the time they began, a bar over steps, and the figures that matter."""
+"""Terminal output of a job: its phases with their start times, a progress bar over steps, and key metrics."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Progress:
         self._bars.stop()
 
     def phase(self, name: str) -> None:
-        """Say what begins now."""
+        """Print and log the phase that begins."""
         event("phase", name=name)
         self._say(name)
 
@@ -60,12 +60,12 @@ class Progress:
         self._advance(step, f"loss {loss:.2f}")
 
     def plan(self, plan: Plan) -> None:
-        """Where the roles will run, and the memory that they are expected to take."""
+        """Print where the roles will run, and their estimated memory."""
         shared = " (shared)" if plan.colocated else ""
         table = Table("role", "runs on", "memory, about", box=None, pad_edge=False)
-        for role, seat in plan.allocations.items():
-            where = "CPU" if seat.bundle is None else f"{seat.gpus:.3g} GPU of group {seat.bundle}{shared}"
-            table.add_row(role, where, f"{seat.bytes / 2**30:.2f} GiB")
+        for role, allocation in plan.allocations.items():
+            where = "CPU" if allocation.bundle is None else f"{allocation.gpus:.3g} GPU of group {allocation.bundle}{shared}"
+            table.add_row(role, where, f"{allocation.bytes / 2**30:.2f} GiB")
         table.add_row("all without a GPU", "", f"{plan.host_bytes / 2**30:.2f} GiB")
         if "generator-0" in plan.allocations and "learner-0" in plan.allocations:
             table.add_row("weight sync", f"by {plan.transport}", "")
@@ -87,16 +87,16 @@ class Progress:
         self._advance(step + 1, "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics))
 
     def tasks(self, name: str, total: int) -> None:
-        """`total` pieces of work begin, to be done in any order."""
+        """`total` tasks begin, completed in any order."""
         self.phase(f"{name}: {total} to do")
         self._open(name, total)
 
     def task(self, done: int, figures: str) -> None:
-        """`done` pieces are there now."""
+        """`done` tasks are complete."""
         self._advance(done, figures)
 
     def conclude(self, folder: Path, summary: Mapping[str, Any]) -> None:
-        """The run's result in a few lines."""
+        """Print the run's result in a few lines."""
         oracle = summary.get("oracle_reward")
         if oracle:
             console.print(

@@ -1,4 +1,4 @@
-"""What the policy is asked and how answers become impressions: pure functions of (seed, step), so a resumed run repeats them."""
+"""Prompts of a run, and impressions made of answers: pure functions of (seed, step), so that a resumed run repeats them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from causalrm_ray.world.grammar import evaluation_prompts, style_of, train_promp
 from causalrm_ray.world.pretrain import Progress, ensure_policy
 
 EPOCH_S = 1_767_225_600.0  # the simulated clock's zero: 2026-01-01
-STEP_S = 30.0  # simulated seconds between two policy steps; users take up to 60 to react, so some feedback comes after a refit
-LOG_S = 60.0  # simulated seconds between the first log's impressions and the first fit: all its feedback has arrived
+STEP_S = 30.0  # simulated seconds between policy steps; users react within 60, so some feedback arrives after a refit
+LOG_S = 60.0  # simulated seconds from the first log's impressions to the first fit, by which all feedback has arrived
 MAX_SEED = 2**31
 HELD_OUT_ONE_IN = 10  # of a user's own prompts, by a hash of their text
 
 
 @dataclass(frozen=True)
 class Models:
-    """Where the models of a run are: local folders or hub ids."""
+    """The models of a run: local folders or hub ids."""
 
     policy: str
     reward: str
 
 
 def find_models(config: Config, on_progress: Progress | None = None) -> Models:
-    """The configured models, local folders by their absolute paths; 'embedded' ones are made on first use and cached."""
+    """The configured models, local folders as absolute paths; 'embedded' ones are trained on first use and cached."""
     return Models(*(find_model(config, name, on_progress) for name in (config.model.policy, config.model.reward)))
 
 
@@ -53,7 +53,7 @@ def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | 
 
 
 class PromptSource:
-    """Prompts of a run, tokenized and checked before anything heavy starts."""
+    """Prompts of a run for training, the first log and evaluation; tokenized and checked before anything heavy starts."""
 
     def __init__(self, config: Config, models: Models) -> None:
         self._config = config
@@ -68,23 +68,23 @@ class PromptSource:
         self._held_out = self._encode(held_out or prompts)
 
     def step_requests(self, step: int) -> list[Request]:
-        """The requests of a policy step: `prompts_per_step` prompts, each `samples_per_prompt` times with seeds of their own."""
+        """The requests of a policy step: `prompts_per_step` prompts, each `samples_per_prompt` times with its own seed."""
         rollout = self._config.rollout
         return self._requests(f"step-{step:06d}", self._prompts, rollout.prompts_per_step, rollout.samples_per_prompt)
 
     def log_requests(self) -> list[Request]:
-        """The requests that make the embedded world's first log."""
+        """The requests behind the embedded world's first log."""
         return self._requests("log", self._prompts, self._config.world.impressions)
 
     def evaluation_requests(self) -> list[Request]:
-        """Requests on held-out topics, the same before and after."""
+        """Requests on held-out topics, the same before and after tuning."""
         return self._requests("evaluation", self._held_out, self._config.loop.evaluation_prompts)
 
     def impressions(self, completions: Sequence[Completion], time: float) -> list[Impression]:
-        """What users see of `completions`, shown at `time`; an empty answer is not shown, and without users nothing is.
+        """Impressions of `completions` shown at `time`; an empty answer is not shown, and without users none is.
 
-        An id tells the answer, too: a resumed step that repeats its answers repeats their ids, and one that samples others (on a
-        GPU) shows new impressions.
+        The id includes a hash of the answer: a resumed step that repeats its answers repeats their ids, and one that samples
+        others (on a GPU) shows new impressions.
         """
         if self._config.world.users == "none":
             return []
@@ -113,7 +113,7 @@ class PromptSource:
         ]
 
     def _encode(self, prompts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
-        room = self._config.model.max_length - self._config.rollout.max_new_tokens - 1  # the log ends each answer with a token
+        room = self._config.model.max_length - self._config.rollout.max_new_tokens - 1  # the log appends an end token
         encoded = [(text, encode_prompt(self.tokenizer, text)) for text in prompts]
         for number, (text, token_ids) in enumerate(encoded, start=1):
             if len(token_ids) > room:
@@ -131,7 +131,7 @@ class PromptSource:
         return EPOCH_S + LOG_S + (step + 1) * STEP_S
 
     def as_of(self, step: int) -> float | None:
-        """Time of the snapshot that a refit before `step` reads; none, all there is, for a log of real users."""
+        """Time of the snapshot that a refit before `step` reads; None, the whole log, for real users."""
         return self.clock(step - 1) if self._config.world.users != "none" else None
 
 
@@ -140,7 +140,7 @@ def _digest(text: str) -> str:
 
 
 def check_same_tokens(models: Models, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError unless both models read the same tokens: the reward model scores the ids that the policy sampled."""
+    """Raise InputError unless both models share a tokenizer: the reward model scores the ids that the policy sampled."""
     if models.policy == models.reward:
         return
     other = load_tokenizer(models.reward)

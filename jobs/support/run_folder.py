@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 
 from actors.cluster.telemetry import event
-from causalrm_ray.checkpoint import newest_complete, read_json, write_json
+from causalrm_ray.checkpoint import newest_complete, write_json
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
@@ -105,11 +105,6 @@ class Run:
         write_whole(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """The facts of a run in a verified checkpoint: the first fit, the starting evaluation, the serving versions."""
-    return read_json(checkpoint / "facts.json")
-
-
 def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, its metrics) of metrics.jsonl; a half-written last line is ignored. Raises InputError for a damaged one."""
     found = []
@@ -195,9 +190,10 @@ class MemoryMonitor:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(self._interval_s):
-            own = psutil.Process()
+        own, ended = psutil.Process(), False
+        while not ended:
             self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, [own, *own.children(recursive=True)])))
+            ended = self._done.wait(self._interval_s)
 
 
 def _pss_bytes(process: psutil.Process) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,22 @@ from jobs.support.prompts import PromptSource
 from jobs.support.run_folder import Run
 
 
+@dataclass(frozen=True)
+class Start:
+    """What is measured once, before the first step; every checkpoint keeps it.
+
+    `shown` impressions filled the log; `fit` is the first fit's summary; `scores` are those of the starting policy's answers:
+    the oracle's where it knows them, else the serving reward model's logits; `reward_model` is how the oracle judges the models.
+    """
+
+    shown: int
+    fit: dict[str, Any]
+    scores: list[float]
+    reward_model: dict[str, Any] | None
+
+
 def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
-    """What a fit of propensity, noise rates and reward model found, next to the truth where users of a known `world` reacted."""
+    """Results of a fit of propensity, noise rates and reward model, with the true rates for users of a known `world`."""
     truth = {} if world is None else dict(zip(("rho_01", "rho_10"), world.rho, strict=True))
     rates = {name: {**_rate(fit.reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
     return {
@@ -39,7 +53,7 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
 
 
 def _diagnostics(fit: Refit, rates: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a user may want to check before trusting a fit, and what it means in words."""
+    """Diagnostics of a fit, with verdict and warnings."""
     found, propensity = to_json(fit.reward.diagnostics), to_json(fit.propensity)
     return {
         **found,
@@ -51,16 +65,16 @@ def _diagnostics(fit: Refit, rates: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_drift(diagnostics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """A fit's diagnostics, and among their warnings what the metrics of the steps since say of the policy."""
+    """A fit's diagnostics, with warnings about the policy's drift in the metrics since."""
     return {**diagnostics, "warnings": [*diagnostics["warnings"], *drift_warnings(rows)]}
 
 
 def _doubts(reward: RewardReport) -> list[str]:
-    """What the estimates of the noise rates say against themselves."""
+    """Warnings about the estimates of the noise rates."""
     if reward.rates_by is None:
         return list(reward.noise.warnings) if reward.noise else []
     rates = f"rho_01 {reward.rates.rho_01:.2f}, rho_10 {reward.rates.rho_10:.2f}"
-    return [f"No rows are surely liked and surely disliked: rates are those that {reward.rates_by} found along, {rates}."]
+    return [f"No rows are surely liked and surely disliked: the rates are those that {reward.rates_by} estimated, {rates}."]
 
 
 def _rate(reward: RewardReport, name: str) -> dict[str, float | None]:
@@ -69,7 +83,7 @@ def _rate(reward: RewardReport, name: str) -> dict[str, float | None]:
 
 
 def promotion_metrics(refit: Refit) -> dict[str, float]:
-    """What the step's metrics say of a refit."""
+    """Metrics of a refit."""
     return {
         "refit_promoted": float(refit.promotion.promoted),
         "promoted_version": float(refit.promotion.version),
@@ -78,26 +92,18 @@ def promotion_metrics(refit: Refit) -> dict[str, float]:
     }
 
 
-def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Oracle, fit: Refit, shown: int) -> dict[str, Any]:
-    """What is measured once, before the first step: the starting policy, and the reward models on its fresh answers."""
-    before = roles.sample(prompts.evaluation_requests())
-    facts: dict[str, Any] = {
-        "shown": shown,
-        "fit": fit_summary(fit, config.world if oracle.known else None),
-        "promotion": asdict(fit.promotion),
-    }
-    if oracle.known:
-        facts["before"] = oracle.scores(before).tolist()
-        facts["reward_model"] = _judge_rewards(config, roles, prompts, oracle, fit, before)
-    else:
-        facts["before_reward"] = roles.score(before).tolist()
-    return facts
+def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Oracle, fit: Refit, shown: int) -> Start:
+    """Measure the starting policy on held-out prompts, and the reward models on its fresh answers."""
+    answers = roles.sample(prompts.evaluation_requests())
+    summary = fit_summary(fit, config.world if oracle.known else None)
+    if not oracle.known:
+        return Start(shown, summary, roles.score(answers).tolist(), None)
+    judged = _judge_rewards(config, roles, prompts, oracle, fit, answers)
+    return Start(shown, summary, oracle.scores(answers).tolist(), judged)
 
 
-def summarise(
-    config: Config, run: Run, roles: Roles, prompts: PromptSource, oracle: Oracle, facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The summary after the last step: what `facts` said at the start against what is now."""
+def summarise(config: Config, run: Run, roles: Roles, prompts: PromptSource, oracle: Oracle, start: Start) -> dict[str, Any]:
+    """summary.json after the last step: the start against the tuned policy."""
     rows = run.metrics()
     after = roles.sample(prompts.evaluation_requests())
     tokens = sum(row["tokens"] for row in rows)
@@ -107,8 +113,8 @@ def summarise(
         "generated_tokens": int(tokens),
         "tokens_per_s": tokens / sum(row["seconds"] for row in rows),
         "engines": roles.engines,
-        **facts["fit"],
-        "diagnostics": with_drift(facts["fit"]["diagnostics"], rows),
+        **start.fit,
+        "diagnostics": with_drift(start.fit["diagnostics"], rows),
         "policy_version": int(after[0].policy_version),
         "reward_version": int(last["reward_version"]),
         "logprob_mismatch": {
@@ -124,16 +130,16 @@ def summarise(
         "answers": _examples(after),
     }
     if oracle.known:
-        before, now = np.array(facts["before"]), oracle.scores(after)
+        before, now = np.array(start.scores), oracle.scores(after)
         stderr = float(np.sqrt(before.var(ddof=1) / len(before) + now.var(ddof=1) / len(now)))
         summary["oracle_reward"] = {"before": float(before.mean()), "after": float(now.mean()), "stderr": stderr}
-        summary["reward_model"] = facts["reward_model"]
-        shown = facts["shown"] + int(sum(row["shown"] for row in rows))
+        summary["reward_model"] = start.reward_model
+        shown = start.shown + int(sum(row["shown"] for row in rows))
         summary["feedback"] = asdict(oracle.audit(FeedbackLog(config.log_url, config.feedback.signals), config.run.name, shown))
     else:
-        first = run.path / facts["fit"]["reward_fit"]["folders"][config.reward.method]  # one judge for both
+        first = run.path / start.fit["reward_fit"]["folders"][config.reward.method]  # the same model judges both
         now = roles.score(after, first)
-        summary["model_reward"] = {"before": float(np.mean(facts["before_reward"])), "after": float(now.mean())}
+        summary["model_reward"] = {"before": float(np.mean(start.scores)), "after": float(now.mean())}
     return summary
 
 
