@@ -58,7 +58,7 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
 def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[str, Any]:
     """The value behind each of `refs`, by the name of its role, within `timeout_s` for all.
 
-    Where one role fails, those that work with it fail too, so all are heard: RoleDiedError if a process or an engine died,
+    Where one role fails, those that work with it fail too, so all are waited for: RoleDiedError if a process or an engine died,
     RuntimeError if a role failed otherwise, RoleTimeoutError if they are but silent, waited in vain or lost their peers; each
     names all, the dead first.
     """

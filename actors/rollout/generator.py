@@ -26,7 +26,7 @@ def engine_env(engine: str, model: str, cache: str | Path, gpu: bool = False) ->
 
 
 class Generator:
-    """Generates on an `engine`, by name or import path, with `sampling` unless told otherwise.
+    """Generates on an `engine`, by name or import path, with `sampling` unless a call gives another.
 
     Several threads may call it: weights may be taken, received and mapped while `generate` streams.
     """

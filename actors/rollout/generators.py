@@ -87,7 +87,7 @@ class Generators:
     def publish(self, publisher: Publisher) -> dict[str, SyncReport]:
         """Give the same weights to every generator, and each one's report. Raises RuntimeError unless every checksum agrees.
 
-        Where one dies on the way, those that failed with it are replaced too, and all take the weights anew.
+        Where one dies on the way, those that failed with it are replaced too, and all take the weights again.
         """
         lost: list[str] = []
         while True:

@@ -5,7 +5,7 @@
 
 Each submitted batch runs by itself, so what others submit changes none of its bits. Keys and values of its running rows
 are kept right-aligned: pads are on the left and masked, and positions count a row's own tokens. A row draws from uniform
-numbers that its request's seed alone determines. New weights make all keys and values stale: they are computed anew.
+numbers that its request's seed alone determines. New weights make all keys and values stale: they are computed again.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class _Batch:
         return len(self._waiting) + len(self._running)
 
     def forget_context(self) -> None:
-        """Compute all keys and values anew at the next step."""
+        """Compute all keys and values again at the next step."""
         self._context = None
 
     def abort(self, ids: frozenset[str]) -> None:

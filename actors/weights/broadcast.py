@@ -160,7 +160,7 @@ class Channel:
 
 
 def joined(channel: Channel | None, place: GroupRank, device: torch.device) -> Channel:
-    """`channel` if it is at that place already, else a new one in its stead."""
+    """`channel` if it is at that place already, else a new one that replaces it."""
     if channel is not None:
         if channel.place == place:
             return channel
@@ -169,7 +169,7 @@ def joined(channel: Channel | None, place: GroupRank, device: torch.device) -> C
 
 
 def send(channel: Channel, layout: BucketLayout, named_tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-    """Broadcast the tensors that `layout` told of, one bucket on its way while the next is packed; then `version` and checksum.
+    """Broadcast the tensors that `layout` lists, one bucket on its way while the next is packed; then `version` and checksum.
 
     Raises ValueError for a tensor that is not the next of the layout, LostPeerError if a receiver is gone.
     """

@@ -19,7 +19,7 @@ from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers of the tests of the learner
 
 GOOD, BAD, FILLER = "certainly", "never", ("the", "garden", "river", "stone", "lamp", "winter")
-OBSERVED_SHARE = {GOOD: 0.6, BAD: 0.2}  # users speak up about what they like
+OBSERVED_SHARE = {GOOD: 0.6, BAD: 0.2}  # users give more feedback on what they like
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def in_order(answers: Sequence[Completion]) -> list[Completion]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_another_generator_answers_what_a_killed_one_had_not(config: Config, backbone: str, tmp_path: Path) -> None:
-    rollout, told = config.rollout, []
+    rollout, reported = config.rollout, []
 
     def start(name: str) -> Any:
         settings = EngineSettings(backbone, 32, "float32", tmp_path, TIMEOUT_S, rollout.buffer)
@@ -62,7 +62,7 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
         return place(Generator, placement, "hf", settings, rollout.sampling())
 
     handles = {name: start(name) for name in ("generator-0", "generator-1")}
-    generators = Generators(config, handles, start, told.append)
+    generators = Generators(config, handles, start, reported.append)
     undisturbed = [answer for chunk in generators.micro_batches(generators.generate(REQUESTS), None) for answer in chunk]
     assert [answer.prompt.id for answer in in_order(undisturbed)] == [request.prompt.id for request in REQUESTS]
 
@@ -70,7 +70,7 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
     answers = list(next(chunks))
     kill(generators.handles["generator-1"])
     answers += [answer for chunk in chunks for answer in chunk]
-    assert told == ["generator-1 died; another one takes its place (1 of loop.max_failures)"]
+    assert reported == ["generator-1 died; another one takes its place (1 of loop.max_failures)"]
     for found, expected in zip(in_order(answers), in_order(undisturbed), strict=True):
         assert (found.prompt.id, found.token_ids) == (expected.prompt.id, expected.token_ids)
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)  # others share its batches now
@@ -85,7 +85,7 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
     answers = list(next(chunks))
     ray.get(generators.handles["generator-0"].__ray_call__.remote(exhaust_memory), timeout=TIMEOUT_S)
     answers += [answer for chunk in chunks for answer in chunk]  # its process lives, its engine is dead
-    assert told[1:] == ["generator-0 died; another one takes its place (2 of loop.max_failures)"]
+    assert reported[1:] == ["generator-0 died; another one takes its place (2 of loop.max_failures)"]
     assert [answer.prompt.id for answer in in_order(answers)] == [request.prompt.id for request in REQUESTS]
 
     chunks = generators.micro_batches(generators.generate(REQUESTS), None)
@@ -153,8 +153,8 @@ def test_a_rollout_ends_before_the_learner_is_prepared_and_the_update_hears_of_i
 def test_a_killed_reward_role_comes_back_with_the_version_that_it_served(backbone: str, tmp_path: Path) -> None:
     scorer = SequenceScorer.from_pretrained(backbone)
     torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
-    with atomic_folder(tmp_path / "candidate") as aside:
-        scorer.save_pretrained(aside / "auto", load_tokenizer(backbone))
+    with atomic_folder(tmp_path / "candidate") as draft:
+        scorer.save_pretrained(draft / "auto", load_tokenizer(backbone))
     options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S}
     role = place(RewardActor, Placement("reward", restarts=1), backbone, RewardConfig(), **options)
     resolve(role.load.remote(tmp_path / "candidate" / "auto", 7), "load", TIMEOUT_S)

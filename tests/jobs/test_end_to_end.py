@@ -83,7 +83,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(runs: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_the_summary_tells_the_whole_story(runs: Path) -> None:
+def test_the_summary_holds_the_whole_story(runs: Path) -> None:
     summary = json.loads((runs / "killed" / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 6
     assert summary["policy_version"] == 6

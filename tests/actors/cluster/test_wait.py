@@ -122,9 +122,9 @@ with LocalCluster(3, cache) as cluster, ray_cluster(ClusterConfig(address=cluste
 
 
 def test_roles_go_to_the_nodes_in_turn(tmp_path: Path) -> None:
-    told = [sys.executable, "-c", ON_THREE_NODES, str(tmp_path)]
+    command = [sys.executable, "-c", ON_THREE_NODES, str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run(told, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.split()) == (0, ["3", "True"]), done.stderr[-2000:]
 
 

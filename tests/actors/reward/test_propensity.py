@@ -1,4 +1,4 @@
-"""The propensity role: learns who speaks up, keeps what it wrote, refuses logs that say nothing."""
+"""The propensity role: learns who gives feedback, keeps what it wrote, refuses logs that say nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A snapshot as numbers: rows keep their side as the log grows; traits, lengths and signals are told apart."""
+"""A snapshot as numbers: rows keep their side as the log grows; traits, lengths and signals stay apart."""
 
 from __future__ import annotations
 

@@ -45,14 +45,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def told() -> list[str]:
-    """What the driver was told of roles that were replaced."""
+def reported() -> list[str]:
+    """What the driver was notified of roles that were replaced."""
     return []
 
 
 @pytest.fixture(scope="module")
-def roles(ray_cluster: None, config: Config, model: str, told: list[str]) -> Iterator[Roles]:
-    roles = start_roles(config, model, model, ("generators", "learner"), on_replacement=told.append, transport="broadcast")
+def roles(ray_cluster: None, config: Config, model: str, reported: list[str]) -> Iterator[Roles]:
+    roles = start_roles(config, model, model, ("generators", "learner"), on_replacement=reported.append, transport="broadcast")
     roles.publisher.bucket_bytes = BUCKET_BYTES
     yield roles
     for role in (*roles.learner.ranks, *roles.generators.handles.values()):
@@ -106,7 +106,7 @@ def test_what_cannot_receive_a_broadcast_is_refused_before_anything_starts(confi
         start_roles(hf, model, model, parts=("generators", "learner"), transport="broadcast")
 
 
-def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it(roles: Roles, told: list[str]) -> None:
+def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it(roles: Roles, reported: list[str]) -> None:
     def kill_at_bucket(learner: object, victim: int) -> None:
         from actors.weights.broadcast import Channel
 
@@ -125,17 +125,17 @@ def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it
     ray.get(roles.learner.ranks[0].__ray_call__.remote(kill_at_bucket, victim))
     figures = roles.publish()
     assert figures["sync_checksum_ok"] == 1.0
-    assert told == ["generator-1 died; another one takes its place (1 of loop.max_failures); generator-0 failed with it"]
+    assert reported == ["generator-1 died; another one takes its place (1 of loop.max_failures); generator-0 failed with it"]
     answered = [done.prompt.id for chunk in roles.generators.micro_batches(begun, roles.publisher) for done in chunk]
     assert sorted(answered) == [request.prompt.id for request in REQUESTS]
-    assert len(told) == 1  # what was begun knows of the replacement
+    assert len(reported) == 1  # what was begun knows of the replacement
 
     answers = roles.sample(REQUESTS)
     ByObject(roles.learner.ranks, adapter=False, timeout_s=TIMEOUT_S).publish(roles.generators.handles)
     assert roles.sample(REQUESTS) == answers
 
 
-def test_a_generator_that_is_dead_before_a_group_meets_is_replaced_and_not_waited_for(roles: Roles, told: list[str]) -> None:
+def test_a_generator_that_is_dead_before_a_group_meets_is_replaced_and_not_waited_for(roles: Roles, reported: list[str]) -> None:
     def kill(name: str) -> None:
         role = roles.generators.handles[name]
         os.kill(ray.get(role.__ray_call__.remote(lambda generator: os.getpid())), signal.SIGKILL)
@@ -144,7 +144,7 @@ def test_a_generator_that_is_dead_before_a_group_meets_is_replaced_and_not_waite
     before = roles.sample(REQUESTS)  # by another generator, which is in no group yet
     kill("generator-1")
     assert roles.publish()["sync_checksum_ok"] == 1.0
-    assert [text.split(" died")[0] for text in told[1:]] == ["generator-0", "generator-1"]
+    assert [text.split(" died")[0] for text in reported[1:]] == ["generator-0", "generator-1"]
     assert roles.sample(REQUESTS) == before
 
 

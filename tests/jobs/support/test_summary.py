@@ -74,10 +74,10 @@ def test_the_summary_holds_numbers_words_and_advice(summary: dict[str, Any]) -> 
     assert found["propensity"]["clipped_share"] == summary["propensity"]["clipped_share"] > 0.2
     assert found["rates"] == summary["noise_rates"]
     assert found["verdict"].startswith("The log supports this: only what is seen")
-    told = " ".join(found["warnings"])
-    assert "of the propensities lie below the clip" in told
-    assert "rho_01 is known only to lie in 0.05 to 0.35" in told
-    assert "rho_10" not in told
+    warnings = " ".join(found["warnings"])
+    assert "of the propensities lie below the clip" in warnings
+    assert "rho_01 is known only to lie in 0.05 to 0.35" in warnings
+    assert "rho_10" not in warnings
     downvotes = [found["signals"][name]["liked"] for name in ("downvote", "regenerate")]
     assert sum(downvotes) == pytest.approx(found["groups"]["traits"]["rates"]["style=plain"]["rates"]["rho_01"], abs=0.15)
     assert not any(group["differ"] for group in found["groups"]["traits"]["selection"].values())
