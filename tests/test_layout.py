@@ -172,11 +172,8 @@ def shipped() -> list[Path]:
 
 def test_no_shipped_file_is_longer_than_the_limit_but_the_configuration() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in shipped()}
-    assert {path for path, lines in lengths.items() if lines > LONGEST_FILE} <= {
-        "causalrm_ray/config/train.py",
-        *("actors/rollout/hf_engine.py", "actors/system.py", "actors/cluster/placement.py"),
-        "causalrm_ray/api.py",
-    }
+    allowed = {"causalrm_ray/config/train.py", "actors/rollout/hf_engine.py"}  # the second is still to be shortened
+    assert {path for path, lines in lengths.items() if lines > LONGEST_FILE} <= allowed
 
 
 def test_no_room_holds_more_than_a_dozen_files() -> None:
