@@ -61,7 +61,7 @@ def run(config: Config, fresh_start: bool = False) -> int:
             return STOPPED
         summary |= {"wall_s": time.perf_counter() - began, "peak_memory_bytes": memory.peak_bytes}
         run.summarise(summary)
-        write_report(run.path, run.metrics(), summary)
+        write_report(run.path, run.read_metrics(run.path), summary)
         progress.conclude(run.path, summary)
     return 0
 

@@ -15,7 +15,7 @@ from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import encode_pair
-from jobs.support.prompts import PromptSource
+from jobs.support.prompts import EPOCH_S, PromptSource
 
 
 def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
@@ -48,4 +48,4 @@ def simulate_feedback(config: Config, task: PromptSource, roles: Roles) -> int:
     log.close()
     if foreign:
         raise InputError(f"{config.log_url} must hold no impressions of others where users are simulated, got {len(foreign)}")
-    return roles.stream.fill_log(task.log_requests(), lambda done: task.impressions(done, task.log_time))
+    return roles.stream.fill_log(task.log_requests(), lambda done: task.impressions(done, EPOCH_S))

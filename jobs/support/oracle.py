@@ -83,15 +83,8 @@ class Oracle:
 
 
 def _impressions(rows: Iterable[Any]) -> list[Impression]:
+    same = ("prompt", "response", "policy_version", "time", "user")
     return [
-        Impression(
-            row["impression_id"],
-            row["prompt"],
-            row["response"],
-            row["policy_version"],
-            row["time"],
-            row["user"],
-            json.loads(row["context"]) if row["context"] else {},
-        )
+        Impression(row["impression_id"], **{name: row[name] for name in same}, context=json.loads(row["context"] or "{}"))
         for row in rows
     ]

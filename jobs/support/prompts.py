@@ -21,7 +21,7 @@ from causalrm_ray.types import Completion, Impression, Prompt, Request
 from causalrm_ray.world.grammar import evaluation_prompts, style_of, train_prompts
 from causalrm_ray.world.pretrain import Progress, ensure_policy
 
-EPOCH_S = 1_767_225_600.0  # the simulated clock's zero: 2026-01-01
+EPOCH_S = 1_767_225_600.0  # the simulated clock's zero and the time of the first log's impressions: 2026-01-01
 STEP_S = 30.0  # simulated seconds between policy steps; users react within 60, so some feedback arrives after a refit
 LOG_S = 60.0  # simulated seconds from the first log's impressions to the first fit, by which all feedback has arrived
 MAX_SEED = 2**31
@@ -120,11 +120,6 @@ class PromptSource:
                 limit = f"model.max_length - rollout.max_new_tokens - 1 = {room} tokens"
                 raise InputError(f"prompt {number} ({text[:40]!r}) must have at most {limit}, got {len(token_ids)}")
         return encoded
-
-    @property
-    def log_time(self) -> float:
-        """Simulated time of the first log's impressions."""
-        return EPOCH_S
 
     def clock(self, step: int) -> float:
         """Simulated time at which the answers of `step` are shown, seconds since the epoch."""

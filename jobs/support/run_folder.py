@@ -68,13 +68,9 @@ class Run:
         tree = json.loads(without_secrets(config.model_dump_json()))
         self._trackers.start(TrackedRun(config.run.name, self.path, tree, self.first_step))
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        return self.read_metrics(self.path)
-
     @staticmethod
     def read_metrics(folder: Path) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl of the run in `folder`."""
+        """The metrics of the run in `folder`, one mapping a step."""
         return [row for _, row in _lines(folder / "metrics.jsonl")]
 
     def summarise(self, summary: Mapping[str, Any]) -> None:

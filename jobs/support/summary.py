@@ -104,7 +104,7 @@ def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Ora
 
 def summarise(config: Config, run: Run, roles: Roles, prompts: PromptSource, oracle: Oracle, start: Start) -> dict[str, Any]:
     """summary.json after the last step: the start against the tuned policy."""
-    rows = run.metrics()
+    rows = run.read_metrics(run.path)
     after = roles.sample(prompts.evaluation_requests())
     tokens = sum(row["tokens"] for row in rows)
     last = rows[-1]

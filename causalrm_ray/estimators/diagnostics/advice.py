@@ -41,12 +41,9 @@ def verdict(diagnostics: Mapping[str, Any]) -> str:
         return "The log does not show what decides who gives feedback: all mechanisms have the same weight."
     error = "standard error unknown" if found["gap_stderr"] is None else f"standard error {found['gap_stderr']:.4f}"
     gap = f"{abs(found['gap']):.4f} nats a row {'more' if found['gap'] >= 0 else 'less'} likely on held-out rows ({error})"
-    if not _is_significant(found):
-        return (
-            f"The log is not conclusive. Assumed: {drives} (weight {weights[best]:.0%}); the outcomes are {gap} than otherwise."
-        )
-    strength = "The log supports" if weights[best] >= 0.9 else "The log favours"
-    return f"{strength} this: {drives} (weight {weights[best]:.0%}); the outcomes are {gap} than otherwise."
+    strength = "The log supports this" if weights[best] >= 0.9 else "The log favours this"
+    start = strength if _is_significant(found) else "The log is not conclusive. Assumed"
+    return f"{start}: {drives} (weight {weights[best]:.0%}); the outcomes are {gap} than otherwise."
 
 
 def _is_significant(found: Mapping[str, Any]) -> bool:
