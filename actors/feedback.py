@@ -12,5 +12,5 @@ class FeedbackRole(FeedbackLog):
     """A FeedbackLog that also writes its snapshots."""
 
     def write_snapshot(self, path: Path, as_of: float | None) -> None:
-        """Write the snapshot as of a time (none: all there is) to `path`, whole or not at all."""
+        """Write the snapshot as of a time (None: all of it) to `path`, whole or not at all."""
         write_snapshot(self.snapshot(as_of), path)

@@ -19,7 +19,8 @@ class FitSpec:
 
     `snapshot` of the log; `propensities`: folder of the propensity model's version, which holds those of the snapshot's rows;
     `clean_labels`: file with r* of the rows, for the method "oracle" only. `start` is the model that fits begin from, under a
-    blank head; `serving` (with `serving_version`) is measured on the same held-out rows.
+    blank head; `serving` (with `serving_version`) is measured on the same held-out rows. Raises ValueError if `methods` lack the
+    one that `config` lets serve, or a path does not exist.
     """
 
     snapshot: Path
@@ -33,6 +34,14 @@ class FitSpec:
     config: RewardConfig
     max_length: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.config.method not in self.methods:
+            raise ValueError(f"methods must include the one that serves, {self.config.method!r}, got {list(self.methods)}")
+        for name in ("snapshot", "propensities", "clean_labels"):
+            path = getattr(self, name)
+            if path is not None and not path.exists():
+                raise ValueError(f"{name} must be a path that exists, got {path}")
 
 
 class FitQueue:

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from actors.cluster.place import restarted
-from actors.reward.report import REPORT, VersionedPropensity, to_json
+from actors.reward.report import VersionedPropensity
 from actors.reward.snapshot_rows import FOLDS, load_rows
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.data.collate import TokenRows
@@ -46,7 +45,7 @@ class _Serving:
 
 
 class PropensityActor:
-    """Fits, serves and diagnoses propensities. Versions count fits, from 1; 0 is none."""
+    """Fits, serves and diagnoses propensities. Versions count fits, from 1; 0: no fit yet."""
 
     def __init__(
         self,
@@ -129,15 +128,19 @@ class PropensityActor:
             for number, model in enumerate(models):
                 model.save_pretrained(temporary / f"fold-{number}", self._tokenizer)
             write_json(temporary / "calibration.json", {**asdict(propensity.calibration), "clip": propensity.clip})
-            write_json(temporary / REPORT, to_json(report))
+            report.write(temporary)
             save_file({"propensity": propensity.prob.numpy().astype(np.float32)}, temporary / PROPENSITIES)
 
     def _read(self, folder: Path) -> _Serving:
         calibration = read_json(folder / "calibration.json")
-        report = TypeAdapter(VersionedPropensity).validate_python(read_json(folder / REPORT))
         models = [SequenceScorer.from_pretrained(folder / f"fold-{number}").to(self._device) for number in range(FOLDS)]
         clip = calibration.pop("clip")
-        return _Serving(models, Calibration(**{name: tuple(values) for name, values in calibration.items()}), clip, report)
+        return _Serving(
+            models,
+            Calibration(**{name: tuple(values) for name, values in calibration.items()}),
+            clip,
+            VersionedPropensity.read(folder),
+        )
 
 
 def read_propensities(folder: Path) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,6 +22,22 @@ from causalrm_ray.estimators.nuisances.signals import SignalRate
 from causalrm_ray.types import NoiseRates
 
 REPORT = "report.json"
+
+
+class Report:
+    """A dataclass that is written to a folder as report.json, by its fields' names, and read from there as the same type."""
+
+    def write(self, folder: Path) -> None:
+        """Write `folder`/report.json."""
+        write_json(folder / REPORT, to_json(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The report in `folder`. Raises CheckpointError for one that is missing or has other fields."""
+        try:
+            return TypeAdapter(cls).validate_python(read_json(folder / REPORT))
+        except ValidationError as error:
+            raise CheckpointError(f"{folder / REPORT} must hold a {cls.__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class LogDiagnostics(FitDiagnostics):
 
 
 @dataclass(frozen=True)
-class RewardReport:
+class RewardReport(Report):
     """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found along by the method `rates_by`;
     `serving_risk` is the held-out risk of the model that served as `serving_version` on the same rows (None: none served)."""
 
@@ -56,18 +72,6 @@ class RewardReport:
     heldout_rows: int
     serving_risk: float | None
     serving_version: int
-
-    def write(self, folder: Path) -> None:
-        """Write `folder`/report.json."""
-        write_json(folder / REPORT, to_json(self))
-
-    @classmethod
-    def read(cls, folder: Path) -> RewardReport:
-        """The report in `folder`. Raises CheckpointError for one that is missing or has other fields."""
-        try:
-            return TypeAdapter(cls).validate_python(read_json(folder / REPORT))
-        except ValidationError as error:
-            raise CheckpointError(f"{folder / REPORT} must be the report of a reward fit: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Promotion:
 
 
 @dataclass(frozen=True)
-class VersionedPropensity(PropensityReport):
+class VersionedPropensity(PropensityReport, Report):
     """The report of a propensity model, and its version: fits are counted from 1."""
 
     version: int

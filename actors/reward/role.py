@@ -32,7 +32,7 @@ SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
 
 
 class RewardActor:
-    """Fits, gates and serves reward models. `version` counts promotions, from 1; 0 is none."""
+    """Fits, gates and serves reward models. `version` counts promotions, from 1; 0: no model serves."""
 
     def __init__(
         self,
@@ -92,8 +92,6 @@ class RewardActor:
         Raises InputError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
         """
         check_log(read_snapshot(snapshot))
-        if self._config.method not in methods:
-            raise ValueError(f"methods must include the one that serves, {self._config.method!r}, got {list(methods)}")
         spec = FitSpec(
             snapshot=Path(snapshot).resolve(),
             propensities=Path(propensities).resolve(),

@@ -66,7 +66,7 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
     heldout, rest = places % HELD_OUT_ONE_IN == 0, places // HELD_OUT_ONE_IN
     fold = np.where(rest % STOPS_ONE_IN == 0, -1, rest // STOPS_ONE_IN % FOLDS)
     if heldout.all() or not heldout.any() or set(fold.tolist()) != {-1, 0, 1}:
-        raise InputError(f"the log must hold enough impressions to share them out for training and testing, got {len(log)}")
+        raise InputError(f"the log must hold enough impressions to split them into training and test rows, got {len(log)}")
     lengths = length_buckets(torch.tensor([len(response) for response in log["response"]]))
     return SnapshotRows(
         token_rows,

@@ -22,7 +22,7 @@ from actors.reward.fit_spec import FitQueue, FitSpec
 from causalrm_ray.errors import InputError
 
 DEATHS = 3  # of workers, after each of which a fit begins again
-CALLERS = 8  # of the orders' methods at once: a fit that waits, a worker that waits, one that is done
+CALLERS = 8  # of the queue's methods at once: a fit that waits, a worker that waits, one that is done
 POLL_S = 0.5  # between two looks at whether the workers still run
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the default polls so rarely that the workers take 20 s more to start

@@ -82,7 +82,7 @@ class RhoPoint:
 
 @dataclass(frozen=True)
 class RhoSensitivity:
-    """At the rates used, at the corners of their intervals (none where they were given), and on RHO_GRID squared."""
+    """At the rates used, at the corners of their intervals (empty where they were given), and on RHO_GRID squared."""
 
     estimate: RhoPoint
     corners: tuple[RhoPoint, ...]
@@ -104,7 +104,7 @@ class GammaBounds:
 class Ranking:
     """E[r*] of the better half of held-out rows by score minus that of the worse; `gamma` that could have made it all.
 
-    `gamma` is none if not even losses.sensitivity.sign_change's limit could; `rows` with feedback.
+    `gamma` is None if not even losses.sensitivity.sign_change's limit could; `rows` with feedback.
     """
 
     contrast: float
@@ -244,7 +244,7 @@ def gamma_sensitivity(
     rows, kind = len(place), one_hot(place).double()
 
     def bounds(count: Tensor) -> Tensor:  # times that each row is taken -> low and high [2, G]
-        taken = count.double().unsqueeze(1) * kind  # two labels: their sums of weights tell all
+        taken = count.double().unsqueeze(1) * kind  # two labels: their sums of weights suffice
         return torch.stack([-largest_mean(-label, least @ taken, most @ taken), largest_mean(label, least @ taken, most @ taken)])
 
     low, high = bounds(torch.ones(rows))
@@ -257,7 +257,7 @@ def gamma_sensitivity(
 
 
 def ranking(label: Tensor, propensity: Tensor, top: Tensor) -> Ranking | None:
-    """How much better the rows `top` (a mask) are than the others; none if either group has no feedback.
+    """How much better the rows `top` (a mask) are than the others; None if either group has no feedback.
 
     `label` [M] corrected and `propensity` [M], of rows with feedback.
     """
@@ -269,7 +269,7 @@ def ranking(label: Tensor, propensity: Tensor, top: Tensor) -> Ranking | None:
 
 
 def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
-    """Who gives feedback, of a method's `figures` ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); none if nothing."""
+    """Who gives feedback, of a method's `figures` ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); None if no weights."""
     weights = {name.removeprefix("weight_"): value for name, value in figures.items() if name.startswith("weight_")}
     if not weights:
         return None

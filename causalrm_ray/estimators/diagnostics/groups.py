@@ -33,7 +33,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """By group: noise rates, and P(o = 1 | r*); either none, and `fault` says why, where the log does not identify it."""
+    """By group: noise rates, and P(o = 1 | r*); either may be None, and `fault` says why, where the log does not identify it."""
 
     rates: dict[str, NoiseEstimate] | None
     selection: dict[str, StratumSelection] | None
@@ -45,7 +45,7 @@ def diagnose_groups(
 ) -> GroupReport:
     """Rates by `ranking` [N] (see noise_rates_by) and selection by `opinion` [N], logits (see selection_by_stratum).
 
-    Without a ranking, or an opinion, there is none of it.
+    What lacks its ranking or opinion is None.
     """
     found = selection = fault = None
     try:
@@ -59,7 +59,7 @@ def diagnose_groups(
 
 
 def diagnose_signals(ranking: Tensor | None, signals: Signals, seed: int = 0) -> dict[str, SignalRate] | None:
-    """P(signal | r*, o = 1) of each signal; none without a ranking [N]."""
+    """P(signal | r*, o = 1) of each signal; None without a ranking [N]."""
     if ranking is None:
         return None
     return signal_rates(ranking, signals.place, signals.names, signals.labels, seed=seed)

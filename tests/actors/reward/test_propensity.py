@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from actors.reward.propensity import PropensityActor, read_propensities
 from actors.reward.report import VersionedPropensity, to_json
-from causalrm_ray.checkpoint import CheckpointError
+from causalrm_ray.checkpoint import CheckpointError, write_json
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.text import encode_pair, load_tokenizer
 
@@ -76,6 +76,12 @@ def test_repeated_fit_gives_the_same_bits(
 def test_unfinished_folder_is_refused(backbone: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match="never completed"):
         make_actor(backbone).load(tmp_path)
+
+
+def test_a_report_with_other_fields_is_refused_by_name(tmp_path: Path):
+    write_json(tmp_path / "report.json", {"version": "first"})
+    with pytest.raises(CheckpointError, match=r"report\.json must hold a VersionedPropensity(.|\n)*version"):
+        VersionedPropensity.read(tmp_path)
 
 
 def test_predicting_before_a_fit_is_refused(backbone: str):

@@ -157,7 +157,7 @@ def test_first_candidate_serves_and_a_worse_one_does_not(backbone: str, tmp_path
 
 def test_a_report_with_other_fields_is_refused_by_name(tmp_path: Path):
     write_json(tmp_path / "report.json", {"methods": {"auto": {"heldout_risk": "low"}}})
-    with pytest.raises(CheckpointError, match=r"report\.json must be the report of a reward fit(.|\n)*heldout_risk"):
+    with pytest.raises(CheckpointError, match=r"report\.json must hold a RewardReport(.|\n)*heldout_risk"):
         RewardReport.read(tmp_path)
 
 
@@ -208,3 +208,10 @@ def test_fit_without_the_serving_method_is_refused(backbone: str, make_snapshot:
     actor, snapshot = make_actor(backbone, tmp_path), make_snapshot()
     with pytest.raises(ValueError, match=r"methods must include the one that serves, 'causalrm_dr', got \['naive'\]"):
         actor.fit(snapshot, tmp_path, ["naive"], candidate="a")
+
+
+def test_path_that_does_not_exist_is_refused_before_any_worker_starts(
+    backbone: str, make_snapshot: Callable[..., Path], tmp_path: Path
+):
+    with pytest.raises(ValueError, match=r"propensities must be a path that exists, got .*missing"):
+        make_actor(backbone, tmp_path).fit(make_snapshot(), tmp_path / "missing", ["causalrm_dr"], candidate="a")
