@@ -12,21 +12,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES
+from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES, Transport
 from actors.weights.buckets import BUCKET_BYTES, BUCKETS
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.size import GROUP, WIDTHS, ModelSize
-from causalrm_ray.registry import ALGORITHMS
+from causalrm_ray.registry import ALGORITHMS, ENGINES
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 
 GIB = 1 << 30
-GENERATOR_BYTES = {"vllm": 0.75 * GIB, "hf": 0.45 * GIB}  # of a process with a tiny model, measured on a CPU
 PROCESS_BYTES = 0.5 * GIB
-
-Transport = Literal["object", "broadcast", "ipc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +125,15 @@ def _partners(allocations: Mapping[str, Allocation]) -> dict[str, int]:
 def _transport(config: Config, ends: Sequence[Allocation], partners: Mapping[str, int]) -> Transport:
     """From GPU to GPU where the generators and learner rank 0, the `ends`, have theirs to themselves: two processes on one
     cannot talk by NCCL. Within the GPU where each generator shares one with a rank that has whole weights. Adapters are small,
-    and the engine hf loads objects only."""
+    and some engines take objects only."""
     generators = [seat for seat in ends if seat.role != "learner-0"]
-    if not generators or len(generators) == len(ends) or config.rollout.engine != "vllm" or config.learner.lora:
+    if not generators or len(generators) == len(ends) or config.learner.lora:
         return "object"
     if all(seat.gpus >= 1 for seat in ends):
-        return "broadcast"
-    return "ipc" if len(partners) == len(generators) and config.learner.zero_stage < 3 else "object"
+        found: Transport = "broadcast"
+    else:
+        found = "ipc" if len(partners) == len(generators) and config.learner.zero_stage < 3 else "object"
+    return found if found in ENGINES.load(config.rollout.engine).transports else "object"
 
 
 def _check_can_share(generators: int, spread: int, ranks: int, wanted: int, gpus: int) -> None:
@@ -160,7 +158,7 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
     sizes: dict[str, float] = {}
     if "generators" in parts:
         cache = policy.cache_bytes(width, longest * min(MAX_SEQUENCES, answers))
-        size = policy.weight_bytes(width) + cache + GENERATOR_BYTES[rollout.engine] * (not on_gpu)
+        size = policy.weight_bytes(width) + cache + ENGINES.load(rollout.engine).process_bytes * (not on_gpu)
         sizes |= {f"generator-{number}": size for number in range(rollout.generators)}
     if "learner" in parts:
         offload, checkpointing = ("offload" in learner.save_memory and on_gpu), "checkpointing" in learner.save_memory

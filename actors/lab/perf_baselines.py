@@ -27,7 +27,7 @@ from actors.cluster.wait import resolve
 from actors.learner.rank import make_objective
 from actors.learner.shares import groups_of
 from actors.rollout.engine import EngineSettings
-from actors.rollout.vllm_engine import raw_engine, sampling_params
+from actors.rollout.vllm_core import raw_engine, sampling_params
 from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.rl.advantage import grpo
 from causalrm_ray.rl.experience import IMPORTANCE_CAP

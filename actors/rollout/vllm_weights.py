@@ -28,8 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.utils.nccl import unpinned_nccl_env
 
-from actors.rollout.step_thread import Update
-from actors.weights.broadcast import Channel, GroupRank, joined, receive
+from actors.weights.broadcast import BucketLayout, Channel, GroupRank, joined, receive
 from actors.weights.ipc import SharedWeights, attach
 from actors.weights.packing import Weights, checksum, unpack
 
@@ -38,16 +37,16 @@ BACKEND = "causalrm_ray"
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where this engine's first worker sits in the group that a broadcast needs; an object needs none."""
+    """Which rank this engine's first worker has in the group that a broadcast needs; an object needs none."""
 
-    place: GroupRank | None = None
+    member: GroupRank | None = None
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
     """One whole policy version, handles on one, or the layout of one that is about to be broadcast."""
 
-    update: Update
+    update: Weights | BucketLayout | SharedWeights
 
 
 class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -65,10 +64,10 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 raise ValueError(
                     f"rollout.tensor_parallel must be at most the model's {layer.total_num_kv_heads} key-value heads"
                 )
-        if init_info.place is not None:
-            place = replace(init_info.place, rank=init_info.place.rank + get_tensor_model_parallel_rank())
+        if init_info.member is not None:
+            member = replace(init_info.member, rank=init_info.member.rank + get_tensor_model_parallel_rank())
             with unpinned_nccl_env():  # the learner does not set the variables that vLLM sets for its own groups
-                self._channel = joined(self._channel, place, self.device)
+                self._channel = joined(self._channel, member, self.device)
 
     def start_weight_update(self) -> None:
         """Put the layers back into the form they are loaded in, and watch what each of them gets."""
@@ -185,15 +184,17 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
 
 
-def sync_phases(engine: LLMEngine, update: Update, place: GroupRank | None) -> list[tuple[str, Callable[[], object]]]:
-    """The steps of one weight sync, in order; a `place` in a group is joined first.
+def sync_phases(
+    engine: LLMEngine, update: Weights | BucketLayout | SharedWeights, member: GroupRank | None
+) -> list[tuple[str, Callable[[], object]]]:
+    """The steps of one weight sync, in order; a group that it is a `member` of is joined first.
 
     The prefix cache belongs to the old weights, so requests in flight redo theirs.
     """
     rpc = engine.collective_rpc
-    join = ("join", lambda: rpc("init_weight_transfer_engine", args=({"place": place},)))
+    join = ("join", lambda: rpc("init_weight_transfer_engine", args=({"member": member},)))
     return [
-        *([join] if place else []),
+        *([join] if member else []),
         ("start", lambda: rpc("start_weight_update")),
         ("receive", lambda: rpc("update_weights", args=({"update": update},))),
         ("finish", lambda: rpc("finish_weight_update")),

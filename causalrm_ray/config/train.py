@@ -305,16 +305,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_process_is_enough(self) -> Config:
-        needed = {
-            "rollout.engine": "hf",
-            "rollout.generators": 1,
-            "learner.ranks": 1,
-            "learner.staleness": 0,
-            "reward.workers": 0,
+        if self.cluster.address != IN_PROCESS:
+            return self
+        found = {
+            "rollout.generators=1": self.rollout.generators,
+            "learner.ranks=1": self.learner.ranks,
+            "learner.staleness=0": self.learner.staleness,
+            "reward.workers=0": self.reward.workers,
         }
-        found = {key: getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in needed}
-        wrong = [f"{key}={value}, got {found[key]}" for key, value in needed.items() if found[key] != value]
-        if self.cluster.address == IN_PROCESS and wrong:
+        wrong = [f"{needed}, got {value}" for needed, value in found.items() if needed.rpartition("=")[2] != str(value)]
+        if not ENGINES.load(self.rollout.engine).shares_process:
+            wrong.insert(0, f"a rollout.engine that can share a process, such as hf, got {self.rollout.engine}")
+        if wrong:
             raise ValueError(f"cluster.address={IN_PROCESS} needs {'; '.join(wrong)}")
         return self
 

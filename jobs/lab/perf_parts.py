@@ -19,7 +19,7 @@ from actors.cluster.wait import resolve
 from actors.lab.perf_baselines import PlainLearner, RawVllm, TokenReward, role_spans, timeline
 from actors.lab.perf_trl import TrlTrainer
 from actors.rollout.engine import EngineSettings
-from actors.rollout.generator import engine_env
+from actors.rollout.vllm_engine import VllmEngine
 from actors.system import start_roles
 from actors.weights.packing import unpack
 from causalrm_ray.checkpoint import write_json
@@ -45,7 +45,8 @@ def measure_rollout(bench: Bench) -> Figure:
         timeout_s=bench.timeout_s,
         buffer=config.rollout.buffer,
     )
-    raw = place(RawVllm, Placement(env=engine_env("vllm", bench.model, config.run.cache)), settings, config.rollout.sampling())
+    env = VllmEngine.process_env(bench.model, config.run.cache, gpu=False)
+    raw = place(RawVllm, Placement(env=env), settings, config.rollout.sampling())
     requests = bench.task.step_requests(0)
     tokens: dict[str, list[tuple[int, ...]]] = {}
 

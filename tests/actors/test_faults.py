@@ -20,8 +20,9 @@ from actors.learner.group import LearnerGroup
 from actors.learner.shares import Sharder, Share, StepShare
 from actors.reward.role import RewardActor
 from actors.rollout.engine import EngineSettings
-from actors.rollout.generator import Generator, engine_env
+from actors.rollout.generator import Generator
 from actors.rollout.generators import Generators
+from actors.rollout.hf_engine import HfEngine
 from actors.streaming import RolloutStream
 from causalrm_ray.checkpoint import atomic_folder
 from causalrm_ray.config.options import validate
@@ -58,7 +59,7 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
 
     def start(name: str) -> Any:
         settings = EngineSettings(backbone, 32, "float32", tmp_path, TIMEOUT_S, rollout.buffer)
-        placement = Placement(name, env=engine_env("hf", backbone, tmp_path), concurrency=2)
+        placement = Placement(name, env=HfEngine.process_env(backbone, tmp_path, gpu=False), concurrency=2)
         return place(Generator, placement, "hf", settings, rollout.sampling())
 
     handles = {name: start(name) for name in ("generator-0", "generator-1")}

@@ -56,6 +56,8 @@ def test_replay_without_a_run_or_rollouts_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_process_cannot_hold_what_needs_several() -> None:
-    with pytest.raises(ConfigError, match=r"in-process needs rollout\.engine=hf, got vllm; .*learner\.ranks=1, got 2"):
+    with pytest.raises(
+        ConfigError, match=r"in-process needs a rollout\.engine that .*, such as hf, got vllm; .*learner\.ranks=1, got 2"
+    ):
         load_config(None, ["cluster.address=in-process", "rollout.generators=1", "reward.workers=0"])
     load_config(None, ALONE)

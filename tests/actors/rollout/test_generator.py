@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.rollout.engine import EngineSettings
-from actors.rollout.generator import ENGINES, Generator, engine_env
+from actors.rollout.generator import ENGINES, Generator
+from actors.rollout.vllm_engine import VllmEngine
 from actors.weights.ipc import SharedWeights, share
 from actors.weights.packing import SyncReport, Weights, pack
 from causalrm_ray.config.base import RunConfig
@@ -101,7 +102,7 @@ class Remote:
     engine = "vllm"
 
     def __init__(self, settings: EngineSettings, sampling: Sampling) -> None:
-        environment = {"env_vars": engine_env(self.engine, settings.model, settings.cache)}
+        environment = {"env_vars": VllmEngine.process_env(settings.model, settings.cache, gpu=False)}
         remote_class = ray.remote(num_cpus=0, max_concurrency=4)(Generator)
         self.actor = remote_class.options(runtime_env=environment).remote(self.engine, settings, sampling)
 

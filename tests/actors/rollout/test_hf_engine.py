@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.errors import EngineDeadError
-from actors.rollout import hf_engine as engine_hf
+from actors.rollout import hf_batch
 from actors.rollout.engine import EngineSettings
 from actors.rollout.hf_engine import HfEngine
 from actors.weights.packing import pack
@@ -61,7 +61,7 @@ def test_a_batch_repeats_to_the_bit_whatever_others_submit(engine: HfEngine) -> 
 
 def test_a_prompt_read_in_parts_gives_the_same_answers(engine: HfEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = answers(engine, requests(20))
-    monkeypatch.setattr(engine_hf, "PREFILL_TOKENS", 70)
+    monkeypatch.setattr(hf_batch, "PREFILL_TOKENS", 70)
     for name, done in answers(engine, requests(20)).items():
         check_same(done, whole[name])
 
@@ -115,8 +115,3 @@ def test_a_closed_engine_serves_no_more(engine: HfEngine) -> None:
     engine.close()
     with pytest.raises(EngineDeadError, match="the engine was closed"):
         list(waiting)
-
-
-def test_tensor_parallel_is_refused_where_it_cannot_be(backbone: str) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.tensor_parallel must be 1 with rollout\.engine=hf, got 2"):
-        HfEngine(settings(backbone, tensor_parallel=2))

@@ -102,7 +102,10 @@ def test_requests_in_flight_go_on_with_broadcast_weights(roles: Roles) -> None:
 
 def test_what_cannot_receive_a_broadcast_is_refused_before_anything_starts(config: Config, model: str) -> None:
     hf = load_config(None, ["rollout.engine=hf", "learner.lora=2", f"run.dir={config.run.dir}"])
-    with pytest.raises(ValueError, match=r"transport=broadcast needs rollout\.engine=vllm and learner\.lora=0"):
+    with pytest.raises(
+        ValueError,
+        match=r"transport=broadcast needs a rollout\.engine that receives broadcasts, such as vllm, and learner\.lora=0",
+    ):
         start_roles(hf, model, model, parts=("generators", "learner"), transport="broadcast")
 
 
