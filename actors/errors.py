@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 class RoleDiedError(RuntimeError):
     """A role's process ended, or its node; the message says in which phase. `roles` are the labels, where known, of those that
-    are of no more use, the dead first."""
+    cannot be used any more, the dead first."""
 
     def __init__(self, message: str, roles: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -23,11 +23,11 @@ class EngineDeadError(RuntimeError):
 
 
 class StrandedError(EngineDeadError):
-    """It is dead for want of another process, which it waited for in vain."""
+    """It is dead because another process, which it waited for, did not answer."""
 
 
 class WrongWeightsError(EngineDeadError):
-    """It is dead by what it was given: another one would die of it, too."""
+    """It is dead because of the weights that it was given: another one would fail, too."""
 
 
 class LostPeerError(ConnectionError):

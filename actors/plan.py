@@ -27,7 +27,7 @@ PROCESS_BYTES = 0.5 * GIB
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """One process: its role, the group of GPUs (bundle) that it sits in, how many of them it has, and the bytes that it takes:
+    """One process: its role, the group of GPUs (bundle) that it runs in, how many of them it has, and the bytes that it takes:
     there, or in the machine's memory where it has none."""
 
     role: str
@@ -52,7 +52,7 @@ class Plan:
     @property
     def colocated(self) -> bool:
         """Whether roles share a GPU."""
-        return any(0 < seat.gpus < 1 for seat in self.allocations.values())
+        return any(0 < process.gpus < 1 for process in self.allocations.values())
 
     @property
     def partners(self) -> dict[str, int]:
@@ -62,7 +62,7 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Memory of all processes without a GPU."""
-        return sum(seat.bytes for seat in self.allocations.values() if seat.bundle is None)
+        return sum(process.bytes for process in self.allocations.values() if process.bundle is None)
 
     def check_memory(self, host_bytes: float, gpu_bytes: float) -> None:
         """Raise ConfigError, saying what to change, unless all fits into `host_bytes` over all nodes and `gpu_bytes` a GPU."""
@@ -72,11 +72,11 @@ class Plan:
                 "lower rollout.generators, learner.ranks or reward.workers, take a smaller model, or add nodes"
             )
         for bundle, gpus in enumerate(self.bundles):
-            inside = [seat for seat in self.allocations.values() if seat.bundle == bundle]
-            needed, room = sum(seat.bytes for seat in inside), gpus * DEVICE_SHARE * gpu_bytes
+            inside = [process for process in self.allocations.values() if process.bundle == bundle]
+            needed, room = sum(process.bytes for process in inside), gpus * DEVICE_SHARE * gpu_bytes
             if needed > room:
                 raise ConfigError(
-                    f"{', '.join(seat.role for seat in inside)} need about {needed / GIB:.1f} GiB on {gpus} GPU, where "
+                    f"{', '.join(process.role for process in inside)} need about {needed / GIB:.1f} GiB on {gpus} GPU, where "
                     f"{room / GIB:.1f} can be planned with: raise learner.zero_stage, learner.ranks or "
                     "rollout.tensor_parallel, set learner.lora or learner.save_memory, or lower model.max_length"
                 )
@@ -97,39 +97,39 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
     spread = config.rollout.tensor_parallel
     bundles = [spread] * len(generators) + [1] * len(ranks) + [1] * bool(others)
     if gpus >= sum(bundles):
-        places = {role: place for place, role in enumerate([*generators, *ranks])}
+        indices = {role: index for index, role in enumerate([*generators, *ranks])}
     else:
         _check_can_share(len(generators), spread, len(ranks), sum(bundles), gpus)
         bundles = [1] * min(gpus, max(len(generators), len(ranks), 1))
-        places = {role: place % len(bundles) for part in (generators, ranks) for place, role in enumerate(part)}
-    places |= dict.fromkeys(others, len(bundles) - 1)
-    crowd = Counter(places.values())
-    allocations = {role: Allocation(role, sizes[role], place, bundles[place] / crowd[place]) for role, place in places.items()}
+        indices = {role: index % len(bundles) for part in (generators, ranks) for index, role in enumerate(part)}
+    indices |= dict.fromkeys(others, len(bundles) - 1)
+    sharing = Counter(indices.values())
+    allocations = {role: Allocation(role, sizes[role], index, bundles[index] / sharing[index]) for role, index in indices.items()}
     allocations |= {role: Allocation(role, sizes[role]) for role in workers}
-    ends = [seat for role, seat in allocations.items() if role.startswith("generator") or role == "learner-0"]
+    ends = [process for role, process in allocations.items() if role.startswith("generator") or role == "learner-0"]
     transport = _transport(config, ends, _partners(allocations))
     if transport == "broadcast":
         largest = policy.vocabulary * policy.hidden * WIDTHS[config.model.dtype]  # a tensor is never cut
         buckets = BUCKETS * max(BUCKET_BYTES, largest)
-        allocations |= {seat.role: replace(seat, bytes=seat.bytes + int(buckets * seat.gpus)) for seat in ends}
+        allocations |= {process.role: replace(process, bytes=process.bytes + int(buckets * process.gpus)) for process in ends}
     return Plan(allocations, bundles, bool(workers) and gpus - sum(bundles) >= len(workers), transport)
 
 
 def _partners(allocations: Mapping[str, Allocation]) -> dict[str, int]:
     """The learner rank on the one GPU of a generator, by the generator's role, where there is one."""
-    ranks = {seat.bundle: int(role.rpartition("-")[2]) for role, seat in allocations.items() if role.startswith("learner")}
-    shared = {role: seat for role, seat in allocations.items() if role.startswith("generator") and seat.gpus < 1}
-    return {role: ranks[seat.bundle] for role, seat in shared.items() if seat.bundle is not None and seat.bundle in ranks}
+    ranks = {found.bundle: int(role.rpartition("-")[2]) for role, found in allocations.items() if role.startswith("learner")}
+    shared = {role: found.bundle for role, found in allocations.items() if role.startswith("generator") and found.gpus < 1}
+    return {role: ranks[bundle] for role, bundle in shared.items() if bundle is not None and bundle in ranks}
 
 
 def _transport(config: Config, ends: Sequence[Allocation], partners: Mapping[str, int]) -> Transport:
     """From GPU to GPU where the generators and learner rank 0, the `ends`, have theirs to themselves: two processes on one
     cannot talk by NCCL. Within the GPU where each generator shares one with a rank that has whole weights. Adapters are small,
     and some engines take objects only."""
-    generators = [seat for seat in ends if seat.role != "learner-0"]
+    generators = [process for process in ends if process.role != "learner-0"]
     if not generators or len(generators) == len(ends) or config.learner.lora:
         return "object"
-    if all(seat.gpus >= 1 for seat in ends):
+    if all(process.gpus >= 1 for process in ends):
         found: Transport = "broadcast"
     else:
         found = "ipc" if len(partners) == len(generators) and config.learner.zero_stage < 3 else "object"

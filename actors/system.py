@@ -128,7 +128,7 @@ def start_roles(
     plan = plan_roles(config, policy, reward, parts)
     plan = replace(plan, transport=transport or plan.transport)
     on_plan(plan)
-    seats = _Seats(plan, reserve(plan.bundles, config.cluster.timeout_s))
+    allocated = _Allocated(plan, reserve(plan.bundles, config.cluster.timeout_s))
     timeout_s, restarts = config.cluster.timeout_s, config.loop.max_failures
     log = users = propensity_role = reward_role = None
     if "log" in parts:
@@ -137,12 +137,12 @@ def start_roles(
     if "users" in parts:
         users = place(UsersRole, Placement("users", restarts=restarts), config.world, config.run.seed)
     if "reward" in parts:
-        propensity_role, reward_role = _start_reward(config, reward, seats)
-    start, handles = partial(_start_generator, config, policy, seats), {}
+        propensity_role, reward_role = _start_reward(config, reward, allocated)
+    start, handles = partial(_start_generator, config, policy, allocated), {}
     if "generators" in parts:
         handles = {name: start(name) for name in (f"generator-{number}" for number in range(config.rollout.generators))}
     generators = Generators(config, handles, start, on_replacement)
-    ranks = _start_learner(config, policy, seats) if "learner" in parts else ()
+    ranks = _start_learner(config, policy, allocated) if "learner" in parts else ()
     sharder = Sharder(config.learner, ranks=config.learner.ranks, seed=config.run.seed, max_length=config.model.max_length)
     learner = LearnerGroup(ranks, sharder, timeout_s)
     by_object = ByObject(learner.ranks, config.learner.lora > 0, timeout_s)
@@ -154,7 +154,7 @@ def start_roles(
         refitter=Refitter(log, propensity_role, reward_role, config.run.path, timeout_s),
         learner=learner,
         generators=generators,
-        publisher=_publisher(config, seats, learner, by_object),
+        publisher=_publisher(config, allocated, learner, by_object),
         propensity=propensity_role,
         engines=_await_start(config, generators, learner, reward_role),
         timeout_s=timeout_s,
@@ -171,7 +171,7 @@ def plan_roles(config: Config, policy: str, reward: str, parts: Collection[str] 
 
 
 @dataclass(frozen=True, slots=True)
-class _Seats:
+class _Allocated:
     """Where the plan puts each role, in the GPUs that are reserved for it."""
 
     plan: Plan
@@ -189,14 +189,14 @@ class _Seats:
         return Placement(role, gpus=self.plan.allocations[role].gpus, bundle=self.bundle(role), **options)
 
 
-def _start_reward(config: Config, model: str, seats: _Seats) -> tuple[Any, Any]:
+def _start_reward(config: Config, model: str, allocated: _Allocated) -> tuple[Any, Any]:
     """The propensity and reward roles, which share a GPU where there is one."""
-    options = {"env": compute_env(seats.on_gpu), "restarts": config.loop.max_failures}
-    common = {"max_length": config.model.max_length, "device": "cuda" if seats.on_gpu else "cpu"}
+    options = {"env": compute_env(allocated.on_gpu), "restarts": config.loop.max_failures}
+    common = {"max_length": config.model.max_length, "device": "cuda" if allocated.on_gpu else "cpu"}
     seed, folder = config.run.seed, config.run.path
     propensity = place(
         PropensityActor,
-        seats.placement("propensity", **options),
+        allocated.placement("propensity", **options),
         model,
         FitSettings(PROPENSITY_EPOCHS, config.reward.lr, BATCH_SIZE, seed=seed),
         config.reward.clip,
@@ -205,20 +205,20 @@ def _start_reward(config: Config, model: str, seats: _Seats) -> tuple[Any, Any]:
     )
     reward = place(
         RewardActor,
-        seats.placement("reward", **options),
+        allocated.placement("reward", **options),
         model,
         config.reward,
         seed=seed,
         folder=folder / "reward",
         timeout_s=config.cluster.timeout_s,
-        use_gpu=seats.plan.fits_on_gpu,
+        use_gpu=allocated.plan.fits_on_gpu,
         **common,
     )
     return propensity, reward
 
 
-def _start_generator(config: Config, policy: str, seats: _Seats, role: str) -> Any:
-    rollout, gpus = config.rollout, seats.plan.allocations[role].gpus
+def _start_generator(config: Config, policy: str, allocated: _Allocated, role: str) -> Any:
+    rollout, gpus = config.rollout, allocated.plan.allocations[role].gpus
     settings = EngineSettings(
         model=policy,
         max_length=config.model.max_length,
@@ -230,17 +230,17 @@ def _start_generator(config: Config, policy: str, seats: _Seats, role: str) -> A
         gpu_memory=DEVICE_SHARE * min(1.0, gpus),
     )
     env = ENGINES.load(rollout.engine).process_env(policy, config.run.cache, gpu=gpus > 0)
-    placement = seats.placement(role, env=env, concurrency=2)  # weights come while answers stream
+    placement = allocated.placement(role, env=env, concurrency=2)  # weights come while answers stream
     return place(Generator, placement, rollout.engine, settings, rollout.sampling())
 
 
-def _start_learner(config: Config, policy: str, seats: _Seats) -> list[Any]:
-    address = rendezvous(seats.bundle("learner-0"), config.cluster.timeout_s)
-    env = compute_env(seats.on_gpu)
+def _start_learner(config: Config, policy: str, allocated: _Allocated) -> list[Any]:
+    address = rendezvous(allocated.bundle("learner-0"), config.cluster.timeout_s)
+    env = compute_env(allocated.on_gpu)
     return [
         place(
             LearnerRank,
-            seats.placement(f"learner-{rank}", env=env, beside_driver=rank == 0 and not seats.on_gpu),
+            allocated.placement(f"learner-{rank}", env=env, beside_driver=rank == 0 and not allocated.on_gpu),
             policy,
             config.learner,
             rank=rank,
@@ -256,12 +256,12 @@ def _start_learner(config: Config, policy: str, seats: _Seats) -> list[Any]:
     ]
 
 
-def _publisher(config: Config, seats: _Seats, learner: LearnerGroup, by_object: ByObject) -> Publisher:
-    plan, timeout_s = seats.plan, config.cluster.timeout_s
+def _publisher(config: Config, allocated: _Allocated, learner: LearnerGroup, by_object: ByObject) -> Publisher:
+    plan, timeout_s = allocated.plan, config.cluster.timeout_s
     if plan.transport == "ipc":
         return ByIpc(learner.ranks, plan.partners, timeout_s)
     if plan.transport == "broadcast":
-        return ByBroadcast(learner.ranks, config.rollout.tensor_parallel, seats.bundle("learner-0"), timeout_s)
+        return ByBroadcast(learner.ranks, config.rollout.tensor_parallel, allocated.bundle("learner-0"), timeout_s)
     return by_object
 
 

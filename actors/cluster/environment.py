@@ -10,5 +10,5 @@ KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  
 
 
 def compute_env(gpu: bool) -> dict[str, str]:
-    """For a role that trains or scores. On a GPU it needs the host's memory but once, to load a model."""
+    """For a role that trains or scores. On a GPU it needs the host's memory only once, to load a model."""
     return THREADS if gpu else THREADS | KEEP_FREED

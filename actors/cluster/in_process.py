@@ -1,6 +1,6 @@
 """Roles without Ray, for a debugger: a call runs at once in the caller's process and its error is the caller's own.
 
-handle.verb.remote(...)  -->  role.verb(...)        where Ray gives a promise, here is the value itself
+handle.verb.remote(...)  -->  role.verb(...)        where Ray returns a reference, this returns the value itself
 """
 
 from __future__ import annotations

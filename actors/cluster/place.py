@@ -66,7 +66,7 @@ def place(role: type, placement: Placement, *args: Any, **kwargs: Any) -> Any:
 
 
 def _next_node() -> str | None:
-    """Nodes with CPUs in turn; none where there is none now. Ray itself sends roles that reserve no CPU to nodes by chance."""
+    """Nodes with CPUs in turn; None if there is none now. Ray itself sends roles that reserve no CPU to nodes by chance."""
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
     return nodes[next(_placed) % len(nodes)] if nodes else None
 
@@ -83,27 +83,27 @@ def restarted() -> bool:
 
 
 def rendezvous(bundle: Bundle | None, timeout_s: float) -> str:
-    """Where processes can meet one that sits in `bundle`, or on the driver's node: "tcp://host:port", the port free now.
+    """Where processes can meet one that runs in `bundle`, or on the driver's node: "tcp://host:port", the port free now.
 
     Raises RoleTimeoutError where the bundle has no node any more.
     """
     if in_process():
-        return _meeting_point("127.0.0.1")
+        return _free_address("127.0.0.1")
     if bundle is None:
-        return _meeting_point()
+        return _free_address()
     strategy = PlacementGroupSchedulingStrategy(*bundle)
-    asked = ray.remote(_meeting_point).options(num_cpus=0, scheduling_strategy=strategy).remote()
+    asked = ray.remote(_free_address).options(num_cpus=0, scheduling_strategy=strategy).remote()
     return resolve(asked, "find a free port", timeout_s)
 
 
-def _meeting_point(host: str | None = None) -> str:
+def _free_address(host: str | None = None) -> str:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return f"tcp://{host or ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
 def reserve(bundles: Sequence[int], timeout_s: float) -> PlacementGroup | None:
-    """Groups of so many GPUs each, every group on one node, packed on few; none where none is asked for.
+    """A placement group with a bundle of each number of GPUs, every bundle on one node, packed on few; None if none is asked for.
 
     Raises RoleTimeoutError where others hold them.
     """

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,10 +59,10 @@ def ray_cluster(config: ClusterConfig, cache: Path) -> Iterator[None]:
 
 
 def object_store_bytes(memory: int, shared: int) -> int:
-    """Size of the object store on a machine (or in a container) of so many bytes of memory, with `shared` free in /dev/shm.
+    """Size of the object store on a machine (or in a container) with `memory` bytes, and `shared` free in /dev/shm.
 
     Weights pass through it, and a version is freed up to a second late. Above 70 % of it Ray collects garbage in all processes,
-    half a second each time; what does not fit goes over the disk, 600 MB in seconds instead of tenths. Ray keeps it back from
+    half a second each time; what does not fit goes over the disk, 600 MB in seconds instead of tenths. Ray subtracts it from
     the memory that roles can be planned with, so it is no larger.
     """
     return max(OBJECT_STORE_BYTES, min(memory // 10, shared // 2))
@@ -78,10 +79,9 @@ def own_token(cache: Path) -> None:
         return
     path = cache.expanduser().resolve() / "ray_auth_token"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
-    with contextlib.suppress(FileExistsError):
-        os.link(temporary, path)  # whole or not at all, and the first of several starters wins
-    temporary.unlink()
+    with tempfile.NamedTemporaryFile("w", dir=path.parent) as draft:  # readable by its owner only
+        draft.write(secrets.token_hex(32))
+        draft.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(draft.name, path)  # whole or not at all, and the first of several starters wins
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)

@@ -38,15 +38,14 @@ def resolve(refs: Any, phase: str, timeout_s: float) -> Any:
     try:
         return ray.get(refs, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise _late(phase, _silent(refs), timeout_s) from error
-    except ObjectLostError as error:  # of an argument, too: then it is a RayTaskError besides
+        raise _late(phase, _pending(refs), timeout_s) from error
+    except ObjectLostError as error:  # of an argument, too: then it is also a RayTaskError
         raise _death([], f"{phase}: what a role had made was lost with its node: {error}") from error
     except (ActorUnschedulableError, TaskUnschedulableError) as error:  # its node died before it could start there
         raise _death(_known(refs), f"{phase}: {error}") from error
     except (RayActorError, WorkerCrashedError) as error:
         role = LABELS.get(getattr(error, "actor_id", None) or "")
-        name = role or "a role"
-        raise _death([role] if role else [], f"{phase}: the process of {name} died: {error}") from error
+        raise _death([role] if role else [], f"{phase}: the process of {role or 'a role'} died: {error}") from error
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
@@ -59,8 +58,8 @@ def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[s
     """The value behind each of `refs`, by the name of its role, within `timeout_s` for all.
 
     Where one role fails, those that work with it fail too, so all are waited for: RoleDiedError if a process or an engine died,
-    RuntimeError if a role failed otherwise, RoleTimeoutError if they are but silent, waited in vain or lost their peers; each
-    names all, the dead first.
+    RuntimeError if a role failed otherwise, RoleTimeoutError if they only did not answer, waited in vain or lost their peers;
+    each names all, the dead first.
     """
     until = time.monotonic() + timeout_s
     found: dict[str, Any] = {}
@@ -69,17 +68,17 @@ def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[s
     for name, ref in refs.items():
         try:
             found[name] = resolve(ref, f"{phase} ({name})", max(0.0, until - time.monotonic()))
-        except RoleDiedError as error:
-            stranded = isinstance(getattr(error.__cause__, "cause", None), StrandedError)
-            (late if stranded else died)[error.roles[0] if error.roles else name] = str(error)
+        except (RoleDiedError, RoleTimeoutError, RayTaskError) as error:
             first = first or error
-        except RoleTimeoutError as error:
-            late[name] = str(error)
-            first = first or error
-        except RayTaskError as error:
-            kind = late if isinstance(error.cause, ConnectionError | TimeoutError) else failed
-            kind[name] = f"{phase} ({name}): {type(error.cause).__name__}: {error.cause}"
-            first = first or error
+            cause = getattr(error, "cause", None)
+            if isinstance(error, RoleDiedError):
+                stranded = isinstance(getattr(error.__cause__, "cause", None), StrandedError)
+                (late if stranded else died)[error.roles[0] if error.roles else name] = str(error)
+            elif isinstance(error, RayTaskError):
+                lost_peers = isinstance(cause, ConnectionError | TimeoutError)
+                (late if lost_peers else failed)[name] = f"{phase} ({name}): {type(cause).__name__}: {cause}"
+            else:
+                late[name] = str(error)
     unusable = {**died, **failed, **late}
     message = "\n".join(unusable.values())
     if died:
@@ -97,11 +96,7 @@ def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[t
     names = {generator: name for name, generator in calls.items()}
     waiting: list[Any] = list(names)
     while waiting:
-        found, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
-        ready: list[Any] = found
-        if not ready:
-            raise _late(phase, [names[generator] for generator in waiting], timeout_s)
-        generator = ready[0]
+        generator, waiting = _next_ready(waiting, names, phase, timeout_s)
         reference = next(generator, None)
         if reference is not None:
             name = names[generator]
@@ -109,7 +104,7 @@ def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[t
             waiting = [*waiting, generator]
 
 
-def _silent(refs: Any) -> list[str]:
+def _pending(refs: Any) -> list[str]:
     """The roles behind those of `refs` that are not there yet."""
     distinct = list(dict.fromkeys(refs if isinstance(refs, list) else [refs]))
     _, pending = ray.wait(distinct, num_returns=len(distinct), timeout=0)
@@ -117,12 +112,12 @@ def _silent(refs: Any) -> list[str]:
 
 
 def _known(refs: Any) -> list[str]:
-    """The role behind a single reference; which one of a list failed, Ray does not tell."""
+    """The role behind a single reference; Ray does not say which one of a list failed."""
     return [] if isinstance(refs, list) else [_label(refs)]
 
 
 def _death(roles: Sequence[str], message: str) -> RoleDiedError:
-    return RoleDiedError(_failed(roles or ["a role"], message), roles)
+    return RoleDiedError(_recorded(roles or ["a role"], message), roles)
 
 
 def _label(ref: Any) -> str:
@@ -132,11 +127,11 @@ def _label(ref: Any) -> str:
 
 def _late(phase: str, roles: Sequence[str], timeout_s: float) -> Exception:
     shown = ", ".join(roles[:8]) + (f" and {len(roles) - 8} more" if len(roles) > 8 else "")
-    return RoleTimeoutError(_failed(roles, f"{phase}: no answer from {shown} within cluster.timeout_s={timeout_s:g} s"))
+    return RoleTimeoutError(_recorded(roles, f"{phase}: no answer from {shown} within cluster.timeout_s={timeout_s:g} s"))
 
 
-def _failed(roles: Sequence[str], message: str) -> str:
-    """The message, which is recorded, too."""
+def _recorded(roles: Sequence[str], message: str) -> str:
+    """The message of a failure, which is also recorded for each role."""
     for role in roles:
         record("failures", role, 1)
         event("failure", role, logging.ERROR, error=message)
@@ -150,12 +145,17 @@ def run_tasks(
 
     `shared` is sent to each node once. What a task raises is raised here, as by `resolve`.
     """
-    task = ray.remote(function).options(num_cpus=1)
-    sent = ray.put(shared)
+    task, sent = ray.remote(function).options(num_cpus=1), ray.put(shared)
     names = {task.remote(argument, sent): name for name, argument in calls.items()}
     waiting = list(names)
     while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_s)
-        if not ready:
-            raise _late(phase, [names[reference] for reference in waiting], timeout_s)
-        yield names[ready[0]], resolve(ready[0], f"{phase} ({names[ready[0]]})", timeout_s)
+        ready, waiting = _next_ready(waiting, names, phase, timeout_s)
+        yield names[ready], resolve(ready, f"{phase} ({names[ready]})", timeout_s)
+
+
+def _next_ready(waiting: list[Any], names: Mapping[Any, str], phase: str, timeout_s: float) -> tuple[Any, list[Any]]:
+    """The first of `waiting` that is ready, and the others."""
+    ready, others = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+    if not ready:
+        raise _late(phase, [names[ref] for ref in waiting], timeout_s)
+    return ready[0], others

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from actors.learner.deepspeed_engine import DeepSpeedEngine
-from actors.weights.broadcast import BucketLayout, Channel, GroupRank, joined, make_layout, send
+from actors.weights.broadcast import BroadcastGroup, BucketLayout, GroupRank, join_group, make_layout, send
 from actors.weights.ipc import Known, SharedWeights, share
 from actors.weights.packing import Weights, pack
 from causalrm_ray.models.lora import Weight, adapter_of, save_adapter, weights_of
@@ -22,7 +22,7 @@ from causalrm_ray.models.text import load_tokenizer
 
 
 class PolicyExport:
-    """The exporting half of a rank. All methods but `layout` and `share_weights` are collective: ZeRO-3 gathers weights."""
+    """What a rank exports. All methods but `bucket_layout` and `share_weights` are collective: ZeRO-3 gathers weights."""
 
     version = 0  # of the weights: optimizer updates of whole policy steps
 
@@ -30,7 +30,7 @@ class PolicyExport:
         """`policy` is `base`, which was loaded from `model`, or with LoRA `base` with an adapter."""
         self._model, self._base, self._policy, self._lora = model, base, policy, lora
         self._engine, self._rank = engine, rank
-        self._channel: Channel | None = None
+        self._group: BroadcastGroup | None = None
         self._shared: Known = {}
 
     def weights(self) -> Weights | None:
@@ -43,17 +43,17 @@ class PolicyExport:
             raise ValueError(f"learner.lora must be at least 1 for an adapter, got {self._lora}")
         return self._packed(adapter_of(self._policy))
 
-    def layout(self, bucket_bytes: int) -> BucketLayout:
+    def bucket_layout(self, bucket_bytes: int) -> BucketLayout:
         """What `send_weights` will send, in buckets of that size."""
         return make_layout(self.version, self._engine.shapes(weights_of(self._base, self._policy)), bucket_bytes)
 
-    def send_weights(self, layout: BucketLayout, place: GroupRank) -> None:
+    def send_weights(self, layout: BucketLayout, member: GroupRank) -> None:
         """Broadcast `weights` from rank 0 as a member of a group, bucket by bucket, to whoever receives `layout` meanwhile."""
         whole = self._engine.whole(weights_of(self._base, self._policy))
         try:
             if self._rank == 0:
-                self._channel = joined(self._channel, place, self._engine.device)
-                send(self._channel, layout, whole, self.version)
+                self._group = join_group(self._group, member, self._engine.device)
+                send(self._group, layout, whole, self.version)
         finally:
             deque(whole, maxlen=0)  # takes part in the gathering, also where a receiver was lost
 

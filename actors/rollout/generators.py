@@ -1,4 +1,4 @@
-"""All generators: each works off its share of the requests; for one that dies another takes its place, and goes on."""
+"""All generators: each answers its share of the requests; one that dies is replaced, and its replacement continues."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 class Generators:
     """Handles on the generators by name, generator-0 and on.
 
-    `start` starts another one of a name in the place of one that died; `on_replacement` gets a message for each. After
+    `start` starts a replacement, by name, for one that died; `on_replacement` gets a message for each. After
     loop.max_failures of them the next RoleDiedError passes.
     """
 
@@ -47,7 +47,7 @@ class Generators:
         return resolve([handle.info.remote() for handle in self.handles.values()], "start generators", self._timeout_s)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling | None = None) -> dict[str, Call]:
-        """Set every generator to its share."""
+        """Ask every generator for its share."""
         shares = zip(self.handles, _even_shares(requests, len(self.handles)), strict=True)
         return {name: self._ask(name, share, sampling) for name, share in shares if share}
 
@@ -74,7 +74,7 @@ class Generators:
                 lost = self._lost(error)
 
     def _with_current_generators(self, calls: Mapping[str, Call], answered: Collection[str]) -> dict[str, Call]:
-        """The same calls, but of what was asked of a generator that is no more, what it has not answered is asked of another."""
+        """The same calls, but what a generator that was replaced had not answered is asked of its replacement."""
         current = {}
         for name, call in calls.items():
             left = [request for request in call.requests if request.prompt.id not in answered]

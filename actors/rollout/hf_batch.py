@@ -83,7 +83,7 @@ class _Context:
         self.logits_BV = torch.cat([self.logits_BV, other.logits_BV])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, and the pads that none of them needs."""
+        """Drop all rows but these, and the pads that none of them needs."""
         kept = torch.tensor(rows, device=self._mask_BK.device)
         mask_BK = self._mask_BK[kept]
         first = int(mask_BK.any(dim=0).int().argmax())
@@ -121,13 +121,13 @@ class Batch:
         return len(self._waiting) + len(self._running)
 
     def forget_context(self) -> None:
-        """Compute all keys and values anew at the next step."""
+        """Recompute all keys and values at the next step."""
         self._context = None
 
     def abort(self, ids: frozenset[str]) -> None:
-        """Forget these rows."""
+        """Drop these rows."""
         self._waiting = deque(row for row in self._waiting if row.id not in ids)
-        self._keep([place for place, row in enumerate(self._running) if row.id not in ids])
+        self._keep([index for index, row in enumerate(self._running) if row.id not in ids])
 
     def step(self, model: PreTrainedModel, version: int) -> list[tuple[str, Output]]:
         """One token for every running row; those that finished with it."""
@@ -140,15 +140,15 @@ class Batch:
             tokens_B = draw(log_distribution_BV, torch.tensor(uniforms, dtype=torch.float64, device=model.device))
         logprobs = log_distribution_BV.gather(-1, tokens_B[:, None])[:, 0].tolist()
         finished: dict[int, tuple[str, Output]] = {}
-        for place, (row, token, logprob) in enumerate(zip(self._running, tokens_B.tolist(), logprobs, strict=True)):
+        for index, (row, token, logprob) in enumerate(zip(self._running, tokens_B.tolist(), logprobs, strict=True)):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.versions.append(version)
             reason = self._reason_to_stop(row)
             if reason:
-                finished[place] = (row.id, Output(row.token_ids, row.logprobs, reason, row.versions))
+                finished[index] = (row.id, Output(row.token_ids, row.logprobs, reason, row.versions))
         if finished:
-            self._keep([place for place in range(len(self._running)) if place not in finished])
+            self._keep([index for index in range(len(self._running)) if index not in finished])
         return list(finished.values())
 
     def _advance(self, model: PreTrainedModel) -> _Context:
@@ -171,14 +171,14 @@ class Batch:
         assert context is not None, "a batch without rows is not stepped"
         return context
 
-    def _keep(self, places: Sequence[int]) -> None:
-        if len(places) == len(self._running):
+    def _keep(self, kept: Sequence[int]) -> None:
+        if len(kept) == len(self._running):
             return
-        self._running = [self._running[place] for place in places]
+        self._running = [self._running[index] for index in kept]
         if not self._running:
             self._context = None
         elif self._context:
-            self._context.keep(places)
+            self._context.keep(kept)
 
     def _reason_to_stop(self, row: Row) -> Literal["stop", "length"] | None:
         if row.token_ids[-1] in self._stop_ids:

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.utils.nccl import unpinned_nccl_env
 
-from actors.weights.broadcast import BucketLayout, Channel, GroupRank, joined, receive
+from actors.weights.broadcast import BroadcastGroup, BucketLayout, GroupRank, join_group, receive
 from actors.weights.ipc import SharedWeights, attach
 from actors.weights.packing import Weights, checksum, unpack
 
@@ -54,7 +54,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
-    _channel: Channel | None = None
+    _group: BroadcastGroup | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the group, if one is named. Raises ValueError for a model that keeps key-value heads twice, which no sum could
@@ -67,11 +67,11 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if init_info.member is not None:
             member = replace(init_info.member, rank=init_info.member.rank + get_tensor_model_parallel_rank())
             with unpinned_nccl_env():  # the learner does not set the variables that vLLM sets for its own groups
-                self._channel = joined(self._channel, member, self.device)
+                self._group = join_group(self._group, member, self.device)
 
     def start_weight_update(self) -> None:
         """Put the layers back into the form they are loaded in, and watch what each of them gets."""
-        with self._channel.leaving_on_error() if self._channel else contextlib.nullcontext():
+        with self._group.close_on_error() if self._group else contextlib.nullcontext():
             initialize_layerwise_reload(self.model)
             self._received: dict[nn.Module, int] = {}
             self._version, self._expected = 0, 0
@@ -95,8 +95,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._load(attach(update))
             self._expected = update.checksum
         else:
-            assert self._channel is not None, "the phase before this one joins"
-            self._expected = receive(self._channel, update, self._load)
+            assert self._group is not None, "the phase before this one joins"
+            self._expected = receive(self._group, update, self._load)
 
     def finish_weight_update(self) -> None:
         """Put the layers back, pack the output head again, and compare sums.
@@ -118,8 +118,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         """Leave the group."""
-        if self._channel is not None:
-            self._channel.close()
+        if self._group is not None:
+            self._group.close()
 
     def _load(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         model: Any = self.model

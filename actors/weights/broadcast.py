@@ -4,18 +4,17 @@
     rank 0: gather a parameter, pack it --> bucket ==broadcast==> worker: load views of it --> ... --> version and checksum
 
 The group stands beside the default groups of DeepSpeed and vLLM: NCCL between GPUs, gloo on CPUs, one code path for both. Its
-rank 0 is the learner's, and worker w of engine e is `rank_offsets(...)[e] + w`. Two buckets exist at a time on each side (an
+rank 0 is the learner's, and the workers of all engines follow in order. Two buckets exist at a time on each side (an
 engine keeps one longer while a layer of it waits for its other tensors). Imports neither ray, vllm nor deepspeed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,8 +33,8 @@ JOIN_S = 120.0  # longest wait for the others to come: all were alive when they 
 
 @dataclass(frozen=True, slots=True)
 class GroupRank:
-    """A process's place in the group: it is `rank` of `size` processes that meet at `address` ("tcp://host:port", which rank 0
-    binds), waits `timeout_s` for each bucket, and as long but at most JOIN_S for all to come."""
+    """A member of the group: it is `rank` of `size` processes that meet at `address` ("tcp://host:port", which rank 0 binds), and
+    waits `timeout_s` for each bucket and to meet, there at most JOIN_S."""
 
     address: str
     rank: int
@@ -74,15 +73,10 @@ class BucketLayout:
         return sum(bucket.size * DTYPES[bucket.dtype].itemsize for bucket in self.buckets)
 
 
-def rank_offsets(workers: Sequence[int]) -> list[int]:
-    """Rank of the first worker of each engine, `workers` being how many each has; rank 0 is the learner's."""
-    return list(itertools.accumulate(workers[:-1], initial=1)) if workers else []
-
-
 def make_layout(
     version: int, shapes: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], bucket_bytes: int = BUCKET_BYTES
 ) -> BucketLayout:
-    """Tensors in their order, dealt to buckets of at most `bucket_bytes`; a larger one has a bucket of its own.
+    """Tensors in their order, split over buckets of at most `bucket_bytes`; a larger one has a bucket of its own.
 
     Raises ValueError for a dtype other than float32, bfloat16 and float16.
     """
@@ -99,46 +93,46 @@ def make_layout(
     return BucketLayout(version, tuple(Bucket(part[0].dtype, size, tuple(part)) for part, size in zip(parts, sizes, strict=True)))
 
 
-class Channel:
+class BroadcastGroup:
     """This process in the group."""
 
-    def __init__(self, place: GroupRank, device: torch.device) -> None:
+    def __init__(self, member: GroupRank, device: torch.device) -> None:
         """Meet the others; all must come. Raises LostPeerError where not all do in time."""
-        self.place, self.device = place, device
-        address, limit = urlparse(place.address), timedelta(seconds=min(place.timeout_s, JOIN_S))
-        self._flights: deque[tuple[str, torch.distributed.Work]] = deque()
+        self.member, self.device = member, device
+        address, limit = urlparse(member.address), timedelta(seconds=min(member.timeout_s, JOIN_S))
+        self._in_flight: deque[tuple[str, torch.distributed.Work]] = deque()
         with self._named("join"):
             self._store = TCPStore(
-                str(address.hostname), int(address.port or 0), place.size, place.rank == 0, limit, wait_for_workers=False
+                str(address.hostname), int(address.port or 0), member.size, member.rank == 0, limit, wait_for_workers=False
             )
-            self._store.set(f"came-{place.rank}", "")  # NCCL would wait for the others without end
-            self._store.wait([f"came-{rank}" for rank in range(place.size)], limit)
-            self._group: Any = _make_group(self._store, place, device)
+            self._store.set(f"came-{member.rank}", "")  # NCCL would wait for the others without end
+            self._store.wait([f"came-{rank}" for rank in range(member.size)], limit)
+            self._backend: Any = _make_backend(self._store, member, device)
         self.start(torch.zeros(1, device=device), "join")
         self.finish()  # NCCL connects at its first call
 
     def start(self, tensor: torch.Tensor, phase: str) -> None:
         """Begin to copy rank 0's `tensor` into everyone's; `phase` is how errors call it. Raises LostPeerError."""
         with self._named(phase):
-            if self._group is None:
+            if self._backend is None:
                 raise LostPeerError("left after an earlier error")
-            self._flights.append((phase, self._group.broadcast(tensor, 0)))
+            self._in_flight.append((phase, self._backend.broadcast(tensor, 0)))
 
     def finish(self) -> None:
         """Wait for the oldest copy that was started. Raises LostPeerError."""
-        with self._named(self._flights[0][0]):
-            self._flights[0][1].wait(timedelta(seconds=self.place.timeout_s))
-        self._flights.popleft()
+        with self._named(self._in_flight[0][0]):
+            self._in_flight[0][1].wait(timedelta(seconds=self.member.timeout_s))
+        self._in_flight.popleft()
 
     def close(self) -> None:
-        """Leave, so that whoever waits for this process learns of it."""
-        self._flights.clear()
-        group, self._group = self._group, None
+        """Leave, so that those who wait for this process get an error."""
+        self._in_flight.clear()
+        group, self._backend = self._backend, None
         if group is not None and self.device.type == "cuda":
             group.abort()  # NCCL's kernels would wait on; gloo's sockets close with the last reference
 
     @contextlib.contextmanager
-    def leaving_on_error(self) -> Iterator[None]:
+    def close_on_error(self) -> Iterator[None]:
         """Close unless the block ends well: the others would wait until they give up."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
@@ -152,31 +146,31 @@ class Channel:
         except LostPeerError:
             raise
         except RuntimeError as error:  # of torch.distributed, for all that can happen
-            place = self.place
+            member = self.member
             raise LostPeerError(
-                f"weight sync by broadcast, {phase}, rank {place.rank} of {place.size} at {place.address}, "
-                f"timeout_s={place.timeout_s:g}: {error}"
+                f"weight sync by broadcast, {phase}, rank {member.rank} of {member.size} at {member.address}, "
+                f"timeout_s={member.timeout_s:g}: {error}"
             ) from error
 
 
-def joined(channel: Channel | None, place: GroupRank, device: torch.device) -> Channel:
-    """`channel` if it is at that place already, else a new one that replaces it."""
-    if channel is not None:
-        if channel.place == place:
-            return channel
-        channel.close()
-    return Channel(place, device)
+def join_group(group: BroadcastGroup | None, member: GroupRank, device: torch.device) -> BroadcastGroup:
+    """`group` if it is that member's already, else a new one that replaces it."""
+    if group is not None:
+        if group.member == member:
+            return group
+        group.close()
+    return BroadcastGroup(member, device)
 
 
-def send(channel: Channel, layout: BucketLayout, named_tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-    """Broadcast the tensors that `layout` lists, one bucket on its way while the next is packed; then `version` and checksum.
+def send(group: BroadcastGroup, layout: BucketLayout, named_tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+    """Broadcast the tensors that `layout` describes, one bucket on its way while the next is packed; then `version` and checksum.
 
     Raises ValueError for a tensor that is not the next of the layout, LostPeerError if a receiver is gone.
     """
     total = 0
-    with channel.leaving_on_error():
+    with group.close_on_error():
         for number, bucket in enumerate(layout.buckets, start=1):
-            packed = bucket.empty(channel.device)
+            packed = bucket.empty(group.device)
             for name, room in bucket.views(packed):
                 found, tensor = next(named_tensors)
                 if (found, tensor.shape) != (name, room.shape):
@@ -184,41 +178,41 @@ def send(channel: Channel, layout: BucketLayout, named_tensors: Iterator[tuple[s
                 room.copy_(tensor)
             total += checksum([packed])
             if number > 1:
-                channel.finish()
-            channel.start(packed, _phase(layout, number))
+                group.finish()
+            group.start(packed, _phase(layout, number))
         if layout.buckets:
-            channel.finish()
-        trailer = torch.tensor([version, np.uint64(total % (1 << 64)).view(np.int64)], device=channel.device)
-        channel.start(trailer, _phase(layout, len(layout.buckets) + 1))
-        channel.finish()
+            group.finish()
+        trailer = torch.tensor([version, np.uint64(total % (1 << 64)).view(np.int64)], device=group.device)
+        group.start(trailer, _phase(layout, len(layout.buckets) + 1))
+        group.finish()
 
 
-def receive(channel: Channel, layout: BucketLayout, load: Callable[[Iterator[tuple[str, torch.Tensor]]], object]) -> int:
+def receive(group: BroadcastGroup, layout: BucketLayout, load: Callable[[Iterator[tuple[str, torch.Tensor]]], object]) -> int:
     """Call `load` with the (name, tensor) of each bucket as it arrives, the next one on its way; returns the sender's checksum.
 
     A bucket's memory is never used again, so the tensors may be kept. Raises LostPeerError if the sender is gone, ValueError if
     it sent another version.
     """
-    with channel.leaving_on_error():
-        coming = _expect(channel, layout, 1)
+    with group.close_on_error():
+        coming = _expect(group, layout, 1)
         for number, bucket in enumerate(layout.buckets, start=1):
-            packed, coming = coming, _expect(channel, layout, number + 1)
-            channel.finish()
+            packed, coming = coming, _expect(group, layout, number + 1)
+            group.finish()
             load(bucket.views(packed))
-        channel.finish()
+        group.finish()
         version, total = coming.tolist()
         if version != layout.version:
-            raise ValueError(f"weights of version {layout.version} were announced, got version {version}")
+            raise ValueError(f"weights of version {layout.version} must come, got version {version}")
         return total % (1 << 64)
 
 
-def _expect(channel: Channel, layout: BucketLayout, number: int) -> torch.Tensor:
+def _expect(group: BroadcastGroup, layout: BucketLayout, number: int) -> torch.Tensor:
     """Where bucket `number` will be, or after the last one the version and the checksum."""
     if number > len(layout.buckets):
-        room = torch.zeros(2, dtype=torch.int64, device=channel.device)
+        room = torch.zeros(2, dtype=torch.int64, device=group.device)
     else:
-        room = layout.buckets[number - 1].empty(channel.device)
-    channel.start(room, _phase(layout, number))
+        room = layout.buckets[number - 1].empty(group.device)
+    group.start(room, _phase(layout, number))
     return room
 
 
@@ -228,16 +222,16 @@ def _phase(layout: BucketLayout, number: int) -> str:
     return f"bucket {number} of {len(layout.buckets)} of version {layout.version}"
 
 
-def _make_group(store: TCPStore, place: GroupRank, device: torch.device) -> Any:
-    limit = timedelta(seconds=place.timeout_s)
+def _make_backend(store: TCPStore, member: GroupRank, device: torch.device) -> Any:
+    limit = timedelta(seconds=member.timeout_s)
     if device.type == "cpu":
-        return ProcessGroupGloo(store, place.rank, place.size, limit)
+        return ProcessGroupGloo(store, member.rank, member.size, limit)
     from torch.distributed import ProcessGroupNCCL  # CUDA builds of torch have it
 
     options = ProcessGroupNCCL.Options()
-    options._timeout = 2 * limit  # our own wait, which names the phase, must speak first
+    options._timeout = 2 * limit  # our own wait, which names the phase, must end first
     with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):  # else its watchdog ends this process when another one dies
-        return ProcessGroupNCCL(store, place.rank, place.size, options)
+        return ProcessGroupNCCL(store, member.rank, member.size, options)
 
 
 @contextlib.contextmanager

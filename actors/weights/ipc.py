@@ -50,17 +50,17 @@ def share(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]], known
 
 
 def attach(shared: SharedWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (name, tensor), mapped, not copied: never write to them, and let go of them soon."""
+    """Every (name, tensor), mapped, not copied: never write to them, and drop them soon."""
     for name, (rebuild, arguments) in shared.handles:
         yield name, rebuild(*arguments)
 
 
 def _handle(name: str, tensor: torch.Tensor, known: Known) -> Handle:
     if tensor.is_cuda:
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if name not in known or known[name][0] != place:  # torch never forgets what it handed out: once is enough
+        address = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if name not in known or known[name][0] != address:  # torch never forgets what it handed out: once is enough
             rebuild, arguments = reduce_tensor(tensor)
-            known[name] = place, (rebuild, (*arguments[:-1], False))  # no event to wait for: `share` has synchronised
+            known[name] = address, (rebuild, (*arguments[:-1], False))  # no event to wait for: `share` has synchronised
         return known[name][1]
     torch.multiprocessing.set_sharing_strategy("file_system")  # names of files can travel, open ones cannot
     rebuild, arguments = reduce_storage(tensor.untyped_storage())

@@ -1,4 +1,4 @@
-"""The learner's weights to all generators, by one of three transports (which one is the plan's to say).
+"""The learner's weights to all generators, by one of three transports (the plan chooses).
 
 object      learner rank 0 packs them in host memory --> Ray's object store --> each generator      (see packing)
 broadcast   learner rank 0 ==buckets, over NCCL or gloo==> each worker of each generator             (see broadcast)
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from actors.cluster.place import rendezvous
 from actors.cluster.wait import resolve_all
-from actors.weights.broadcast import GroupRank, rank_offsets
+from actors.weights.broadcast import GroupRank
 from actors.weights.buckets import BUCKET_BYTES
 from actors.weights.packing import SyncReport
 
@@ -66,18 +66,18 @@ class ByBroadcast:
         members, self._members = self._members, []
         if members != list(generators.values()):
             alive = {name: generator.info.remote() for name, generator in generators.items()}
-            resolve_all(alive, "gather for a broadcast", self.timeout_s)  # one that cannot come would be waited for by all
+            resolve_all(alive, "gather for a broadcast", self.timeout_s)  # all would wait for one that cannot come
             self._address = rendezvous(self.bundle, self.timeout_s)
         size = 1 + self.workers * len(generators)
-        ranks = [0, *rank_offsets([self.workers] * len(generators))]
-        first, *places = [GroupRank(self._address, rank, size, self.timeout_s) for rank in ranks]
-        layout = self.learners[0].layout.remote(self.bucket_bytes)
+        ranks = [0, *range(1, size, self.workers)]  # of the learner, and of the first worker of each engine
+        first, *others = [GroupRank(self._address, rank, size, self.timeout_s) for rank in ranks]
+        layout = self.learners[0].bucket_layout.remote(self.bucket_bytes)
         sending = {f"learner-{rank}": role.send_weights.remote(layout, first) for rank, role in enumerate(self.learners)}
         taking = {
-            name: generator.receive_weights.remote(layout, place)
-            for (name, generator), place in zip(generators.items(), places, strict=True)
+            name: generator.receive_weights.remote(layout, member)
+            for (name, generator), member in zip(generators.items(), others, strict=True)
         }
-        # a member that waits for a bucket in vain says so, and in which phase, after timeout_s: it must have the time to
+        # a member that waits for a bucket in vain raises, and names the phase, after timeout_s: it must have the time to
         done = resolve_all({**sending, **taking}, "sync weights by broadcast", 2 * self.timeout_s)
         self._members = list(generators.values())
         return {name: done[name] for name in taking}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from actors.errors import LostPeerError
-from actors.weights.broadcast import Bucket, BucketLayout, Channel, GroupRank, joined, make_layout, rank_offsets, receive, send
+from actors.weights.broadcast import BroadcastGroup, Bucket, BucketLayout, GroupRank, join_group, make_layout, receive, send
 from actors.weights.packing import Entry, checksum
 
 CPU = torch.device("cpu")
@@ -29,11 +29,11 @@ def meet(size: int, timeout_s: float = TIMEOUT_S) -> list[GroupRank]:
     return [GroupRank(address, rank, size, timeout_s) for rank in range(size)]
 
 
-def in_group(*members: Callable[[Channel], Any]) -> list[Any]:
+def in_group(*members: Callable[[BroadcastGroup], Any]) -> list[Any]:
     """What each member returns or raises, each in a thread with a channel of its own; the first is rank 0."""
 
-    def run(place: GroupRank, member: Callable[[Channel], Any]) -> Any:
-        channel = Channel(place, CPU)
+    def run(place: GroupRank, member: Callable[[BroadcastGroup], Any]) -> Any:
+        channel = BroadcastGroup(place, CPU)
         try:
             return member(channel)
         finally:
@@ -48,11 +48,11 @@ def outline_of(tensors: dict[str, torch.Tensor], version: int, bucket_bytes: int
     return make_layout(version, ((name, value.dtype, tuple(value.shape)) for name, value in tensors.items()), bucket_bytes)
 
 
-def sender(tensors: dict[str, torch.Tensor], layout: BucketLayout, version: int) -> Callable[[Channel], None]:
+def sender(tensors: dict[str, torch.Tensor], layout: BucketLayout, version: int) -> Callable[[BroadcastGroup], None]:
     return lambda channel: send(channel, layout, iter(tensors.items()), version)
 
 
-def taker(layout: BucketLayout, load: Callable[[Iterator[tuple[str, torch.Tensor]]], object]) -> Callable[[Channel], int]:
+def taker(layout: BucketLayout, load: Callable[[Iterator[tuple[str, torch.Tensor]]], object]) -> Callable[[BroadcastGroup], int]:
     return lambda channel: receive(channel, layout, load)
 
 
@@ -68,12 +68,6 @@ def tensors() -> dict[str, torch.Tensor]:
         "strided": torch.randn(4, 3).t(),
         "empty": torch.empty(0, 3),
     }
-
-
-def test_rank_offsets_by_hand() -> None:
-    assert rank_offsets([2, 1, 4]) == [1, 3, 4]  # rank 0 is the learner; engine 0 has 1 and 2, engine 1 has 3, engine 2 4 to 7
-    assert rank_offsets([1]) == [1]
-    assert rank_offsets([]) == []
 
 
 def test_buckets_by_hand() -> None:
@@ -136,7 +130,7 @@ def test_a_receiver_that_fails_frees_the_others_and_each_error_says_where(tensor
                 assert left.wait(TIMEOUT_S)
             yield name, value
 
-    def fail(channel: Channel) -> None:
+    def fail(channel: BroadcastGroup) -> None:
         try:
             receive(channel, layout, lambda named: 1 // 0)
         finally:
@@ -156,7 +150,7 @@ def test_another_version_or_order_than_announced_is_refused(tensors: dict[str, t
     layout = outline_of(tensors, 3, 100)
     _, error = in_group(sender(tensors, layout, 4), taker(layout, dict))
     assert isinstance(error, ValueError)
-    assert "weights of version 3 were announced, got version 4" in str(error)
+    assert "weights of version 3 must come, got version 4" in str(error)
     swapped = {name: tensors[name] for name in ("b", "a", *list(tensors)[2:])}
     wrong, lost = in_group(sender(swapped, layout, 3), taker(layout, dict))
     assert isinstance(wrong, ValueError)
@@ -167,15 +161,15 @@ def test_another_version_or_order_than_announced_is_refused(tensors: dict[str, t
 def test_a_group_that_nobody_joins_is_given_up_by_name() -> None:
     place = meet(2, timeout_s=0.5)[0]
     with pytest.raises(LostPeerError, match=r"by broadcast, join, rank 0 of 2 at tcp://127.0.0.1:\d+, timeout_s=0.5: "):
-        Channel(place, CPU)
+        BroadcastGroup(place, CPU)
 
 
 def test_a_place_is_taken_once_and_a_closed_channel_stays_closed() -> None:
     place, other = meet(1)[0], meet(1)[0]
-    channel = joined(None, place, CPU)
-    assert joined(channel, place, CPU) is channel
-    moved = joined(channel, other, CPU)
-    assert moved.place == other
+    channel = join_group(None, place, CPU)
+    assert join_group(channel, place, CPU) is channel
+    moved = join_group(channel, other, CPU)
+    assert moved.member == other
     with pytest.raises(LostPeerError, match="left after an earlier error"):
         channel.start(torch.zeros(1), "bucket 1 of 1 of version 0")
     moved.close()

@@ -79,7 +79,7 @@ def test_answers_after_a_broadcast_are_those_after_an_object(roles: Roles, model
         assert texts(answers) != texts(previous)
         assert {done.policy_version for done in answers} == {version}
         assert (roles.plan.transport, figures["sync_checksum_ok"]) == ("broadcast", 1.0)
-    layout = ray.get(roles.learner.ranks[0].layout.remote(BUCKET_BYTES))
+    layout = ray.get(roles.learner.ranks[0].bucket_layout.remote(BUCKET_BYTES))
     assert len(layout.buckets) > 4
     whole = AutoModelForCausalLM.from_pretrained(model)
     assert figures["sync_bytes"] == layout.num_bytes == 4 * sum(parameter.numel() for parameter in whole.parameters())
@@ -111,17 +111,17 @@ def test_what_cannot_receive_a_broadcast_is_refused_before_anything_starts(confi
 
 def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it(roles: Roles, reported: list[str]) -> None:
     def kill_at_bucket(learner: object, victim: int) -> None:
-        from actors.weights.broadcast import Channel
+        from actors.weights.broadcast import BroadcastGroup
 
-        start = Channel.start
+        start = BroadcastGroup.start
 
         def kill_and_start(channel: Any, tensor: torch.Tensor, phase: str) -> None:
             if phase.startswith("bucket 3 "):
                 os.kill(victim, signal.SIGKILL)
-                Channel.start = start
+                BroadcastGroup.start = start
             start(channel, tensor, phase)
 
-        Channel.start = kill_and_start
+        BroadcastGroup.start = kill_and_start
 
     begun = roles.generators.generate(REQUESTS)  # under the old weights, as an asynchronous run has it
     victim = ray.get(roles.generators.handles["generator-1"].__ray_call__.remote(lambda generator: os.getpid()))
@@ -153,9 +153,9 @@ def test_a_generator_that_is_dead_before_a_group_meets_is_replaced_and_not_waite
 
 def test_a_bucket_damaged_on_its_way_is_refused_by_name_and_version(roles: Roles) -> None:
     def damage(generator: object) -> None:
-        from actors.weights.broadcast import Channel
+        from actors.weights.broadcast import BroadcastGroup
 
-        start, finish = Channel.start, Channel.finish
+        start, finish = BroadcastGroup.start, BroadcastGroup.finish
 
         def start_and_keep(channel: Any, tensor: torch.Tensor, phase: str) -> None:
             channel.kept = [*getattr(channel, "kept", []), (phase, tensor)]
@@ -167,7 +167,7 @@ def test_a_bucket_damaged_on_its_way_is_refused_by_name_and_version(roles: Roles
             if phase.startswith("bucket 2 "):
                 tensor.view(torch.int32)[0] ^= 1
 
-        Channel.start, Channel.finish = start_and_keep, finish_and_flip
+        BroadcastGroup.start, BroadcastGroup.finish = start_and_keep, finish_and_flip
 
     ray.get(roles.generators.handles["generator-1"].__ray_call__.remote(damage))
     with pytest.raises(
