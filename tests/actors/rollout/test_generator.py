@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.rollout.engine import EngineSettings
-from actors.rollout.generator import ENGINES, Generator
+from actors.rollout.generator import Generator
 from actors.rollout.vllm_engine import VllmEngine
 from actors.weights.ipc import SharedWeights, share
 from actors.weights.packing import SyncReport, Weights, pack
@@ -198,7 +198,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, old: LlamaForCausalLM) -> P
     return path
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
+@pytest.fixture(scope="module", params=list(KINDS))
 def engine(request: pytest.FixtureRequest) -> str:
     return request.param
 
