@@ -1,0 +1,1 @@
+"""One of each kind that causalrm_ray lets another package add."""

@@ -1,0 +1,31 @@
+"""A feedback format: rows of question, answer and thumbs, as a help desk exports them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from causalrm_ray.data.formats.base import LoggedImpression
+from causalrm_ray.data.sources import RowError
+
+SIGNALS = {"up": "upvote", "down": "downvote", "": None}
+
+
+class Thumbs:
+    """`question`, `answer`, `ticket` (its id), `thumbs`: up, down, or empty."""
+
+    columns = frozenset(["question", "answer", "ticket", "thumbs"])
+
+    def read(self, fields: Mapping[str, Any]) -> list[LoggedImpression]:
+        """The one answer of a row."""
+        thumbs = fields.get("thumbs", "")
+        if thumbs not in SIGNALS:
+            raise RowError(f"thumbs must be one of {', '.join(map(repr, SIGNALS))}, got {thumbs!r:.80}")
+        return [
+            LoggedImpression(
+                prompt=fields.get("question", ""),
+                response=fields.get("answer", ""),
+                id=fields.get("ticket"),
+                signal=SIGNALS[thumbs],
+            )
+        ]
