@@ -13,12 +13,12 @@ from causalrm_ray.types import Completion, Request, Sampling
 class PatientHfEngine(HfEngine):
     """HfEngine that serves one batch at a time. Its capabilities are those of its class, whose attributes it inherits."""
 
-    _turn = threading.Lock()
+    _one_batch = threading.Lock()
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> CompletionStream:
         """Start a batch once the one before it has been read to its end, or closed."""
-        self._turn.acquire()
-        return _Turn(super().submit(requests, sampling), self._turn)
+        self._one_batch.acquire()
+        return _Turn(super().submit(requests, sampling), self._one_batch)
 
 
 class _Turn:
