@@ -20,7 +20,7 @@ from typing import Any
 from actors.cluster.telemetry import DRIVER, record
 from actors.cluster.wait import resolve
 from actors.learner.group import LearnerGroup
-from actors.rollout.generators import Call, Generators
+from actors.rollout.generator_pool import Call, Generators
 from actors.weights.publish import Publisher
 from causalrm_ray.config.train import RolloutConfig
 from causalrm_ray.types import Completion, Impression, Request, Scored

@@ -28,14 +28,14 @@ from actors.feedback import FeedbackRole
 from actors.learner.group import LearnerGroup
 from actors.learner.rank import LearnerRank
 from actors.learner.shares import Sharder
-from actors.plan import Plan, Transport, make_plan
+from actors.placement_plan import Plan, Transport, make_plan
 from actors.refitting import Refitter
 from actors.reward.fit_spec import BATCH_SIZE, PROPENSITY_EPOCHS
-from actors.reward.propensity import PropensityActor
-from actors.reward.role import RewardActor
+from actors.reward.propensity_actor import PropensityActor
+from actors.reward.reward_actor import RewardActor
 from actors.rollout.engine import DEVICE_SHARE, EngineSettings
 from actors.rollout.generator import Generator
-from actors.rollout.generators import Generators
+from actors.rollout.generator_pool import Generators
 from actors.streaming import RolloutStream
 from actors.users import UsersRole
 from actors.weights.publish import ByBroadcast, ByIpc, ByObject, Publisher

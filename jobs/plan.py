@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actors.plan import Plan, make_plan
+from actors.placement_plan import Plan, make_plan
 from actors.reward.fit_spec import PROPENSITY_EPOCHS
 from actors.rollout.engine import MAX_SEQUENCES
 from causalrm_ray.capacity import GPUS, Gpu, Rates, Work, bottleneck, calibrated, draw_plan, fit, llama_size, step

@@ -28,7 +28,7 @@ from causalrm_ray.config.options import dump_config, load_config
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.embeddings import load_embeddings, write_embeddings
 from causalrm_ray.data.graded import read_graded
-from causalrm_ray.data.log.imports import import_log
+from causalrm_ray.data.log.import_log import import_log
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, read_snapshot, write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import read_rollout, write_rollout

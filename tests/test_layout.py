@@ -40,7 +40,7 @@ ROOMS = (
     "actors.cluster",
     "actors.weights",
     "actors.rollout actors.learner actors.reward actors.features actors.feedback actors.users",
-    "actors.plan actors.streaming actors.refitting",
+    "actors.placement_plan actors.streaming actors.refitting",
     "actors.system",
     "actors.lab",
     "jobs.support",

@@ -31,7 +31,7 @@ from actors.rollout.vllm_core import raw_engine, sampling_params
 from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.rl.advantage import grpo
 from causalrm_ray.rl.experience import IMPORTANCE_CAP
-from causalrm_ray.rl.policy import importance_weight, kl_k3
+from causalrm_ray.rl.policy_loss import importance_weight, kl_k3
 from causalrm_ray.types import Completion, Request, Sampling, Scored
 
 SPANS_WAIT_S = 30.0  # longest wait for Ray's reports, which come once a second

@@ -31,7 +31,7 @@ from causalrm_ray.models.token_batch import TokenRow, make_batch
 from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.algorithms import KLEstimator, Reduction
 from causalrm_ray.rl.experience import TRAINING, Answers, Experience, Objective, make_experience, stack_rows
-from causalrm_ray.rl.policy import Clip, adapt_kl_coefficient
+from causalrm_ray.rl.policy_loss import Clip, adapt_kl_coefficient
 from causalrm_ray.rl.reward_scaling import RunningMoments
 from causalrm_ray.rl.schedule import learning_rate_factor
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from causalrm_ray.rl.experience import TRAINING, Answers
-from causalrm_ray.rl.policy import kl_k1
+from causalrm_ray.rl.policy_loss import kl_k1
 
 
 class Step(NamedTuple):

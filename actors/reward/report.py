@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from actors.reward.promotion import Promotion
 from causalrm_ray.checkpoint import CheckpointError, read_json, write_json
 from causalrm_ray.estimators.core.training import Epoch
 from causalrm_ray.estimators.diagnostics.diagnose import FitDiagnostics
@@ -83,15 +84,6 @@ class CandidateFit:
     report: RewardReport
     seconds: float
     train_seconds: float
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """Whether a candidate serves now, why, and the version that serves."""
-
-    promoted: bool
-    reason: str
-    version: int
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
 from actors.reward.fit_spec import BATCH_SIZE, LOSS, FitSpec
-from actors.reward.propensity import read_propensities
+from actors.reward.propensity_actor import read_propensities
 from actors.reward.report import LogDiagnostics, MethodReport, RewardReport
 from actors.reward.snapshot_rows import SnapshotRows, load_rows, read_clean_labels
 from causalrm_ray.checkpoint import atomic_folder

@@ -24,8 +24,8 @@ from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, fit_oracle
 from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_by_anchors, estimate_noise_rates
 from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits, split_rows
-from causalrm_ray.losses.noise import denoise
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
+from causalrm_ray.losses.surrogate import denoise
 from causalrm_ray.types import NoiseEstimator, NoiseRates
 
 ORACLE = "oracle"

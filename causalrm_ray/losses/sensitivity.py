@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from causalrm_ray.checks import check_binary, check_finite, check_propensity, check_same_length
-from causalrm_ray.losses.noise import invert
+from causalrm_ray.losses.surrogate import invert
 from causalrm_ray.types import NoiseRates
 
 

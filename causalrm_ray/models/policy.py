@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from causalrm_ray.models.linear import use_onednn
 from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.token_batch import TokenBatch, read, shares_prompts
-from causalrm_ray.rl.policy import entropy, log_distribution, token_logprobs
+from causalrm_ray.rl.policy_loss import entropy, log_distribution, token_logprobs
 
 
 class TokenOutputs(NamedTuple):

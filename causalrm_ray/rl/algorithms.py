@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from causalrm_ray.rl.advantage import centred, gae, grpo, moments, reward_to_go, rloo, whiten
-from causalrm_ray.rl.policy import Clip, cispo, ppo_clip, sequence_ratio, token_ratio
+from causalrm_ray.rl.policy_loss import Clip, cispo, ppo_clip, sequence_ratio, token_ratio
 
 KLEstimator = Literal["k1", "k2", "k3"]
 Reduction = Literal["token_mean", "answer_mean", "constant"]

@@ -9,7 +9,7 @@ import torch
 
 from causalrm_ray.rl.advantage import token_rewards
 from causalrm_ray.rl.algorithms import Algorithm, AllReduceSum, KLEstimator, Rows
-from causalrm_ray.rl.policy import Clip, importance_weight, kl_k1, kl_k2, kl_k3, masked_mean, value_loss
+from causalrm_ray.rl.policy_loss import Clip, importance_weight, kl_k1, kl_k2, kl_k3, masked_mean, value_loss
 
 TRAINING = ("policy_loss", "value_loss", "entropy", "ratio_mean", "clip_fraction", "kl_step")  # means over trained tokens
 IMPORTANCE_CAP = 2.0  # of the learner/engine importance weight of a token

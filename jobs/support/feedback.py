@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.system import Roles
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.log.imports import LengthLimit, import_log
+from causalrm_ray.data.log.import_log import LengthLimit, import_log
 from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.errors import InputError

@@ -14,7 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from actors.cluster.telemetry import event, step_now
-from actors.plan import Plan
+from actors.placement_plan import Plan
 
 console = Console(highlight=False)
 LINES = 10  # printed lines per bar where the output is no terminal

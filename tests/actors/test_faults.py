@@ -18,10 +18,10 @@ from actors.errors import RoleDiedError
 from actors.lab.perf_baselines import processes_of
 from actors.learner.group import LearnerGroup
 from actors.learner.shares import Sharder, Share, StepShare
-from actors.reward.role import RewardActor
+from actors.reward.reward_actor import RewardActor
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator
-from actors.rollout.generators import Generators
+from actors.rollout.generator_pool import Generators
 from actors.rollout.hf_engine import HfEngine
 from actors.streaming import RolloutStream
 from causalrm_ray.checkpoint import atomic_folder

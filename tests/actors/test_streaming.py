@@ -13,11 +13,11 @@ from actors.feedback import FeedbackRole
 from actors.learner.group import LearnerGroup
 from actors.learner.shares import Sharder, Share, StepShare
 from actors.refitting import Refitter
-from actors.reward.propensity import PropensityActor
-from actors.reward.role import RewardActor
+from actors.reward.propensity_actor import PropensityActor
+from actors.reward.reward_actor import RewardActor
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator
-from actors.rollout.generators import Generators
+from actors.rollout.generator_pool import Generators
 from actors.streaming import RolloutStream
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig

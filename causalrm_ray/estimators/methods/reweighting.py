@@ -18,9 +18,9 @@ from causalrm_ray.checks import check_binary, check_same_length
 from causalrm_ray.estimators.core.task import NOISE_FREE, FitTask, Fitted, Need, Nuisances, Observations
 from causalrm_ray.estimators.core.training import Objective
 from causalrm_ray.losses import reweighted
-from causalrm_ray.losses.noise import surrogate
 from causalrm_ray.losses.pointwise import LINEAR, Loss, bce, bounded_bce
 from causalrm_ray.losses.sensitivity import corrected_label
+from causalrm_ray.losses.surrogate import surrogate
 from causalrm_ray.types import NoiseRates
 
 Build = Callable[[Observations, Nuisances, Loss, Tensor], Objective]

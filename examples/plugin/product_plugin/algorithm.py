@@ -6,7 +6,7 @@ import torch
 
 from causalrm_ray.rl.advantage import rloo
 from causalrm_ray.rl.algorithms import Algorithm, per_answer
-from causalrm_ray.rl.policy import Clip
+from causalrm_ray.rl.policy_loss import Clip
 
 
 def plain_loss(logprobs_BR: torch.Tensor, ratio_BR: torch.Tensor, advantages_BR: torch.Tensor, clip: Clip) -> torch.Tensor:

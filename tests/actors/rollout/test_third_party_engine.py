@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.plan import make_plan
+from actors.placement_plan import make_plan
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator
 from causalrm_ray.config.options import load_config

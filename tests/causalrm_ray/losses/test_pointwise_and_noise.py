@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from causalrm_ray.losses.noise import denoise, surrogate
 from causalrm_ray.losses.pointwise import LINEAR, LOSSES, MAX_LOGIT, bce, bounded_bce, mse
+from causalrm_ray.losses.surrogate import denoise, surrogate
 from causalrm_ray.types import NoiseRates
 
 ALL = {**LOSSES, "bounded_bce": bounded_bce}

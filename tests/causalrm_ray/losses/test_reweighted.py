@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrm_ray.losses import reweighted
-from causalrm_ray.losses.noise import surrogate
 from causalrm_ray.losses.pointwise import bce, bounded_bce, mse
+from causalrm_ray.losses.surrogate import surrogate
 from causalrm_ray.types import NoiseRates
 
 TRUE = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)  # r* of three impressions

@@ -8,7 +8,7 @@ import torch
 
 from causalrm_ray.rl.algorithms import ALGORITHMS
 from causalrm_ray.rl.experience import Answers, Experience, Objective, make_experience
-from causalrm_ray.rl.policy import Clip, kl_k1
+from causalrm_ray.rl.policy_loss import Clip, kl_k1
 
 LENGTHS = [3, 1, 4]
 MASK = torch.tensor([[float(t < length) for t in range(4)] for length in LENGTHS], dtype=torch.float64)

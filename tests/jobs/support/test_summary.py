@@ -14,7 +14,8 @@ import torch
 from markupsafe import escape
 from matplotlib.figure import Figure
 
-from actors.reward.report import LogDiagnostics, MethodReport, Promotion, Refit, RewardReport, VersionedPropensity
+from actors.reward.promotion import Promotion
+from actors.reward.report import LogDiagnostics, MethodReport, Refit, RewardReport, VersionedPropensity
 from causalrm_ray.config.options import load_config
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import Epoch, FitReport

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.log.imports import ImportReport, import_log
+from causalrm_ray.data.log.import_log import ImportReport, import_log
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.errors import InputError
 from causalrm_ray.world.grammar import train_prompts

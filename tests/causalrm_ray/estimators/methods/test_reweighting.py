@@ -12,8 +12,8 @@ from causalrm_ray.estimators.core.task import Nuisances, Observations
 from causalrm_ray.estimators.core.training import Objective
 from causalrm_ray.estimators.methods.reweighting import ABLATIONS, REWEIGHTING, oracle_objective
 from causalrm_ray.losses import reweighted
-from causalrm_ray.losses.noise import surrogate
 from causalrm_ray.losses.pointwise import Loss, bce, bounded_bce, mse
+from causalrm_ray.losses.surrogate import surrogate
 from causalrm_ray.types import NoiseRates
 
 O = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])  # noqa: E741 the symbol of the paper

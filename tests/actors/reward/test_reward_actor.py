@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.reward.propensity import PROPENSITIES
+from actors.reward.promotion import GATE_TOLERANCE
+from actors.reward.propensity_actor import PROPENSITIES
 from actors.reward.report import LogDiagnostics, MethodReport, RewardReport
-from actors.reward.role import GATE_TOLERANCE, RewardActor
+from actors.reward.reward_actor import RewardActor
 from causalrm_ray.checkpoint import CheckpointError, atomic_folder, write_json
 from causalrm_ray.config.train import RewardConfig
 from causalrm_ray.estimators.diagnostics.diagnose import GammaBounds, LabelBin, Overlap, RhoPoint, RhoSensitivity, WeightSpread

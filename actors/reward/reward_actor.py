@@ -17,7 +17,8 @@ import torch
 
 from actors.cluster.place import restarted
 from actors.reward.fit_spec import FitSpec
-from actors.reward.report import CandidateFit, Promotion, RewardReport
+from actors.reward.promotion import Promotion, judge
+from actors.reward.report import CandidateFit, RewardReport
 from actors.reward.trainer import RewardTrainer
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.config.train import RewardConfig
@@ -26,7 +27,6 @@ from causalrm_ray.estimators.core.training import Shard
 from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
 from causalrm_ray.models.text import load_tokenizer
 
-GATE_TOLERANCE = 0.01  # a refit serves if its held-out observed risk is at most this above the serving model's
 SERVING = "serving.json"
 SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
 
@@ -111,9 +111,9 @@ class RewardActor:
         return CandidateFit(folder, RewardReport.read(folder), time.perf_counter() - started, train_seconds)
 
     def promote(self, candidate: str) -> Promotion:
-        """Let `candidate` serve if its held-out observed risk is at most the serving model's plus GATE_TOLERANCE.
+        """Let `candidate` serve if the gate lets it (see promotion).
 
-        The first candidate always serves. Raises ValueError if another model serves than the candidate was measured against.
+        Raises ValueError if another model serves than the candidate was measured against.
         """
         folder = self._folder / candidate
         verify_folder(folder)
@@ -124,13 +124,10 @@ class RewardActor:
             raise ValueError(
                 f"{candidate} must have been measured against serving version {self._version}, got {report.serving_version}"
             )
-        risk, serving_risk = report.methods[self._config.method].heldout_risk, report.serving_risk
-        if serving_risk is None:
-            return self._promoted(folder, f"first model, held-out risk {risk:.4f}")
-        limit = serving_risk + GATE_TOLERANCE
-        if risk <= limit:
-            return self._promoted(folder, f"held-out risk {risk:.4f} <= {limit:.4f}")
-        return Promotion(False, f"held-out risk {risk:.4f} > {limit:.4f}", self._version)
+        promotion = judge(report.methods[self._config.method].heldout_risk, report.serving_risk, self._version)
+        if promotion.promoted:
+            self.load(folder / self._config.method, promotion.version)
+        return promotion
 
     def score(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
         """Logits [B] (float32) of rows of token ids, prompt + response, and the version that gave them.
@@ -165,10 +162,6 @@ class RewardActor:
     def end_fits(self) -> None:
         """End the workers, which otherwise wait for the next fit until this process ends; a later fit starts new ones."""
         self._trainer.close()
-
-    def _promoted(self, folder: Path, reason: str) -> Promotion:
-        self.load(folder / self._config.method, self._version + 1)
-        return Promotion(True, reason, self._version)
 
     def _fit_here(self, spec: FitSpec, folder: Path) -> float:
         from actors.reward.workers import fit_into

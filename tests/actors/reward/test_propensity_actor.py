@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from actors.reward.propensity import PropensityActor, read_propensities
+from actors.reward.propensity_actor import PropensityActor, read_propensities
 from actors.reward.report import VersionedPropensity, to_json
 from causalrm_ray.checkpoint import CheckpointError, write_json
 from causalrm_ray.estimators.core.training import FitSettings

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.plan import GIB, Plan, make_plan
+from actors.placement_plan import GIB, Plan, make_plan
 from actors.rollout.engine import DEVICE_SHARE
 from actors.system import ALL_ROLES
 from causalrm_ray.config.options import load_config

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalrm_ray.rl.policy import (
+from causalrm_ray.rl.policy_loss import (
     Clip,
     adapt_kl_coefficient,
     cispo,

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from causalrm_ray.data.log.imports import ImportReport, LengthLimit, import_log
+from causalrm_ray.data.log.import_log import ImportReport, LengthLimit, import_log
 from causalrm_ray.data.log.snapshot import write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.sources import SourceError, read_prompts
