@@ -56,7 +56,7 @@ class Registry:
             found = entry_points(group=self.group, name=name)
             if not found:
                 self.check(name)
-            return next(iter(found)).load()
+            target = next(iter(found)).value
         return import_path(target, self.kind) if isinstance(target, str) else target
 
 

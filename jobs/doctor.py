@@ -42,7 +42,9 @@ def run(config: Config) -> int:
     )
     table.add_row("accelerator", ", ".join(_gpus()) or "none: CPU engines", "")
     with ThreadPoolExecutor(1) as beside:
-        libraries = {**LIBRARIES, **engine_libraries(config.rollout.engine, *ENGINES.names())}
+        broken = broken_engines(config.rollout.engine, *ENGINES.names())
+        engines = [name for name in (config.rollout.engine, *ENGINES.names()) if name not in broken]
+        libraries = {**LIBRARIES, **engine_libraries(*engines)}
         failing = beside.submit(import_errors, libraries)
         resources = _cluster_resources(config)
     reasons = failing.result()
@@ -52,9 +54,13 @@ def run(config: Config) -> int:
         table.add_row(name, found, remedy if name in reasons else "")
         if name in reasons:
             faults[name] = f"{name} cannot be imported ({reasons[name]}); {remedy}"
-    table.add_row("rollout.engine", ", ".join(rollout_engines(faults)) or "none", "")
-    needed = LIBRARIES.keys() | engine_libraries(config.rollout.engine)
+    table.add_row("rollout.engine", ", ".join(rollout_engines(faults, engines)) or "none", "")
+    for name, reason in broken.items():
+        table.add_row("", name, reason)
+    needed = LIBRARIES.keys() | engine_libraries(*{config.rollout.engine} - set(broken))
     faults = {name: fault for name, fault in faults.items() if name in needed}  # other engines' are not needed here
+    if config.rollout.engine in broken:
+        faults["rollout.engine"] = broken[config.rollout.engine]
     faults |= _check_conflicts(table)
     if resources:
         table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(resources.items())), "")
@@ -67,6 +73,17 @@ def run(config: Config) -> int:
 def engine_libraries(*engines: str) -> dict[str, Library]:
     """What these engines import besides LIBRARIES."""
     return {name: library for engine in engines for name, library in ENGINES.load(engine).requires.items()}
+
+
+def broken_engines(*engines: str) -> dict[str, str]:
+    """Those, of other packages, whose class cannot be imported, and why."""
+    broken = {}
+    for name in engines:
+        try:
+            ENGINES.load(name)
+        except ValueError as error:
+            broken[name] = str(error)
+    return broken
 
 
 def import_errors(libraries: Iterable[str]) -> dict[str, str]:
@@ -94,9 +111,9 @@ def _import_error(name: str) -> str:
     return "" if probe.returncode == 0 else next(iter(probe.stderr.strip().splitlines()[-1:]), f"exit status {probe.returncode}")
 
 
-def rollout_engines(faults: Collection[str]) -> list[str]:
-    """What rollout.engine may be here."""
-    return [name for name in ENGINES.names() if not {"torch", "transformers", *engine_libraries(name)} & set(faults)]
+def rollout_engines(faults: Collection[str], engines: Iterable[str]) -> list[str]:
+    """Those of `engines` that rollout.engine may be here."""
+    return [name for name in dict.fromkeys(engines) if not {"torch", "transformers", *engine_libraries(name)} & set(faults)]
 
 
 def _gpus() -> list[str]:
