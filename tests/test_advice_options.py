@@ -1,4 +1,4 @@
-"""Sentences of the program name only options that exist."""
+"""Sentences of the program and of the documentation name only options, and files, that exist."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from causalrm_ray.config.benchmark import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.config.chaos import ChaosConfig
@@ -25,6 +27,10 @@ TREES = (
 DOTTED = re.compile(r"(?<![\w./-])[a-z]\w*(?:\.[a-z]\w*)+(?![\w/(])")
 FILES = re.compile(r"\.(csv|db|html|json|jsonl|log|md|parquet|png|safetensors|txt|yaml)$")
 MODULES = {*FLOORS, "ray", "base_model", "score", "package"}  # and names of weights: no options begin so
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+OPTION = re.compile(r"`((?:\w+)(?:\.\w+)+)(?:=[^`]*)?`|(?<=\s)((?:[a-z_]+\.)+[a-z_]+)=\S")
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+FILE = re.compile(r"`((?:causalrm_ray|actors|jobs|tests|docs|deploy|examples)/[\w./-]+)`")
 
 
 def known_options() -> set[str]:
@@ -59,3 +65,22 @@ def test_advice_and_errors_name_existing_options_only() -> None:
     assert [
         fault for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py")) for fault in unknown_options(path, known)
     ] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_the_documentation_exist(page: Path) -> None:
+    named = {one or other for one, other in OPTION.findall(page.read_text(encoding="utf-8"))}
+    known = known_options()
+    sections = {name.split(".")[0] for name in known}
+    options = {name for name in named if name.split(".")[0] in sections and not FILES.search(name) and name[-3:] != ".py"}
+    unknown = {name for name in options if name not in known and not name.startswith("feedback.signals.")}
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_in_the_documentation_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in LINK.findall(text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [path for path in FILE.findall(text) if not (ROOT / path).exists()]
+    assert missing == []
