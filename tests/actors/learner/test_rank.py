@@ -307,7 +307,9 @@ def test_answers_may_lag_one_version_behind_where_allowed_and_are_weighed_as_oth
     lengths = [len(answer.completion.token_ids) for answer in make_step(1)]
     assert metrics["staleness"] == pytest.approx(len(lengths) / sum(lengths))  # the first token of each
     assert metrics_of(folder, "update-0-2")[1]["staleness"] == 0.0
-    assert distance(weights_of(folder, "late-2"), weights_of(folder, "update-0-2")) == 0.0  # who wrote a token changes no weight
+    # Who wrote a token changes no weight. Without vector instructions (ATEN_CPU_CAPABILITY=default) sums differ in their last bit
+    # from run to run, with the alignment of what is summed: 9e-9 was measured.
+    assert distance(weights_of(folder, "late-2"), weights_of(folder, "update-0-2")) <= 1e-7
 
 
 @pytest.mark.parametrize("stage", [0, 2])
