@@ -27,7 +27,7 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
-from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
+from causalrm_ray.checkpoint import MANIFEST, atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.checks import check_propensity
 from causalrm_ray.config.benchmark import HeadConfig
 from causalrm_ray.data.collate import FeatureRows
@@ -171,12 +171,18 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         return float(accuracy_score(plain(labels[given]), self.predict(X)[given], sample_weight=weight))
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted model as a folder of JSON and safetensors with a manifest of hashes; all of it or nothing."""
+        """Write the fitted model as a folder of JSON and safetensors with a manifest of hashes; all of it or nothing.
+
+        A model that was saved there before is replaced. Raises ValueError for a folder with anything else in it.
+        """
         check_is_fitted(self)
+        others = {file.name for file in Path(path).iterdir()} - {MODEL, TENSORS, MANIFEST} if Path(path).is_dir() else set()
+        if others or Path(path).is_file():
+            raise ValueError(f"path must be a new folder or one of a saved model, got {path} with {sorted(others) or 'a file'}")
         if not (self.random_state is None or isinstance(self.random_state, Integral)):
             raise ValueError(f"random_state must be an int or None in a model that is saved, got {self.random_state!r}")
         record = {
-            "params": self.get_params(),
+            "params": {name: _as_json(value) for name, value in self.get_params().items()},
             "scorer": describe(self.scorer_),
             "classes": {"values": self.classes_.tolist(), "dtype": self.classes_.dtype.str},
             "feature_names": [*getattr(self, "feature_names_in_", ())],
@@ -196,8 +202,10 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         folder = Path(path)
         verify_folder(folder)
         record, tensors = read_json(folder / MODEL), load_file(folder / TENSORS)
-        model = cls(**record["params"])
-        model.scorer_ = rebuild(record["scorer"])
+        params: dict[str, Any] = record["params"]
+        model = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in params.items()})  # type: ignore
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: the caller's numbers stay as they are
+            model.scorer_ = rebuild(record["scorer"])
         model.scorer_.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("scorer.")})
         model._centre, model._scale, model.propensity_ = tensors["centre"], tensors["scale"], tensors["propensity"].numpy()
         model.classes_ = np.array(record["classes"]["values"], dtype=record["classes"]["dtype"])
@@ -233,6 +241,11 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
 
     def _standardise(self, features: Tensor) -> Tensor:
         return (features - self._centre) / self._scale
+
+
+def _as_json(value: Any) -> Any:
+    """A parameter's NumPy scalar or array as what JSON holds; anything else as it is."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _strata(traits: Any, observations: Observations) -> tuple[Tensor | None, tuple[str, ...]]:

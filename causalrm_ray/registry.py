@@ -35,8 +35,12 @@ class Registry:
         return tuple(dict.fromkeys((*self._built_in, *self._registered, *entry_points(group=self.group).names)))
 
     def check(self, name: str) -> str:
-        """`name`, if it is known or an import path; nothing is imported. Raises ValueError that names the nearest."""
+        """`name`, if it is known or an import path. Ours are not imported; another package's is, so that a wrong one is refused
+        now. Raises ValueError that names the nearest, or why it cannot be imported."""
+        if name in self._built_in:
+            return name
         if name in self.names() or ":" in name:
+            self.load(name)
             return name
         nearest = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -67,7 +71,7 @@ def import_path(path: str, kind: str) -> Any:
         found: Any = import_module(module)
         for part in attributes.split("."):
             found = found[part] if isinstance(found, Mapping) else getattr(found, part)
-    except (ImportError, AttributeError, KeyError) as error:
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"{kind} {path!r} cannot be imported: {error}") from error
     return found
 
@@ -89,6 +93,7 @@ ESTIMATORS = Registry(
         **_table(f"{_METHODS}.selection:SELECTION", "latent", "two_stage", "auto"),
         **_table(f"{_METHODS}.class_wise:CLASS_WISE", "causalrm_ips_stable", "causalrm_dr_stable"),
     },
+    ("needs", "fit"),
 )
 ALGORITHMS = Registry(
     "algorithm",
@@ -99,11 +104,17 @@ ALGORITHMS = Registry(
     },
     ("advantages", "loss", "ratio", "reduction", "clip", "kl", "critic", "grouped"),
 )
-FORMATS = Registry("feedback format", "causalrm_ray.formats", {"native": "causalrm_ray.data.formats.native:Native"})
+FORMATS = Registry(
+    "feedback format",
+    "causalrm_ray.formats",
+    {"native": "causalrm_ray.data.formats.native:Native"},
+    ("columns", "read"),
+)
 ENGINES = Registry(  # by import path: engines and trackers are on the floors above
     "engine",
     "causalrm_ray.engines",
     {"vllm": "actors.rollout.vllm_engine:VllmEngine", "hf": "actors.rollout.hf_engine:HfEngine"},
+    ("tensor_parallel", "shares_process", "transports", "process_bytes", "requires", "process_env"),
 )
 TRACKERS = Registry(
     "tracker",
@@ -113,4 +124,5 @@ TRACKERS = Registry(
         "wandb": "jobs.support.trackers:WandB",
         "mlflow": "jobs.support.trackers:MlFlow",
     },
+    ("start", "log", "finish"),
 )

@@ -131,6 +131,7 @@ class LearnerRank(PolicyExport):
                 "rewards_seen": self._rewards_seen,
                 "zero_stage": self._config.zero_stage,
                 "lora": self._config.lora,
+                "weight_decay": self._config.weight_decay,
                 "ranks": self._world_size,
             }
             (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -144,10 +145,10 @@ class LearnerRank(PolicyExport):
         folder, config = Path(folder), self._config
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         own = {"algorithm": config.algorithm, "zero_stage": config.zero_stage, "lora": config.lora}
-        own |= {"ranks": self._world_size} if config.zero_stage else {}
+        own |= {"weight_decay": config.weight_decay} | ({"ranks": self._world_size} if config.zero_stage else {})
         for option, value in own.items():
-            if state[option] != value:
-                raise ValueError(f"{folder} was saved with learner.{option}={state[option]}, the learner has {value}")
+            if state.get(option) != value:
+                raise ValueError(f"{folder} was saved with learner.{option}={state.get(option)}, the learner has {value}")
         self._engine.load(folder)
         self.version, self._kl_coefficient = state["version"], state["kl_coefficient"]
         self._rewards_seen = RunningMoments(*state["rewards_seen"])

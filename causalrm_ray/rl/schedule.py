@@ -21,5 +21,5 @@ def learning_rate_factor(position: int, warmup: int, total: int, schedule: Sched
         return (position + 1) / warmup
     if schedule == "constant":
         return 1.0
-    progress = (min(position, total - 1) - warmup) / (total - warmup)
+    progress = (min(position, total - 1) - warmup) / max(total - warmup, 1)
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2

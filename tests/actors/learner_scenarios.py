@@ -385,4 +385,5 @@ if __name__ == "__main__":
     rank, world_size, port, folder, *names = sys.argv[1:]
     for name in names:
         SCENARIOS[name](Rank(int(rank), int(world_size), int(port), Path(folder)))
+    torch.distributed.barrier()  # a group whose other rank has ended may abort this process when it is destroyed
     torch.distributed.destroy_process_group()

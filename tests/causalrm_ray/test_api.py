@@ -98,9 +98,12 @@ def test_numpy_pandas_and_torch_give_the_same_to_the_bit() -> None:
 def test_a_saved_model_comes_back_as_it_was(method: str, tmp_path: Path) -> None:
     X, y, style, _ = world(400)
     frame = pd.DataFrame(X, columns=list("abcdef"))
-    model = RewardEstimator(method=method, rho=(0.2, 0.1), epochs=2, hidden=[8]).fit(frame, y, traits={"style": style})
-    model.save(tmp_path / "model")
+    model = RewardEstimator(method=method, rho=(0.2, 0.1), epochs=2, hidden=(8,), batch_size=np.int64(64))
+    model.fit(frame, y, traits={"style": style}).save(tmp_path / "model")
+    state = torch.random.get_rng_state()
     again = RewardEstimator.load(tmp_path / "model")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert again.get_params() == model.get_params()
     assert np.array_equal(again.predict_proba(frame), model.predict_proba(frame))
     assert np.array_equal(again.predict(frame), model.predict(frame))
     assert again.diagnostics_ == model.diagnostics_
@@ -108,6 +111,18 @@ def test_a_saved_model_comes_back_as_it_was(method: str, tmp_path: Path) -> None
     assert np.array_equal(again.propensity_, model.propensity_)
     assert (again.strata_, list(again.feature_names_in_)) == (model.strata_, list("abcdef"))
     assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".json", ".safetensors"}
+    again.save(tmp_path / "model")  # in its own place
+    assert RewardEstimator.load(tmp_path / "model").get_params() == model.get_params()
+
+
+def test_saving_never_replaces_what_is_no_saved_model(tmp_path: Path) -> None:
+    X, y, _, _ = world(400)
+    model = RewardEstimator(method="naive", epochs=1, hidden=(8,)).fit(X, y)
+    (tmp_path / "precious.txt").write_text("mine")
+    for path, found in ((tmp_path, "precious.txt"), (tmp_path / "precious.txt", "a file")):
+        with pytest.raises(ValueError, match=f"path must be a new folder or one of a saved model, got .*{found}"):
+            model.save(path)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
 def test_a_folder_that_was_altered_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from causalrm_ray.config.options import load_config
+from causalrm_ray.errors import ConfigError
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, FORMATS, Registry
 
 
@@ -45,7 +47,20 @@ def test_another_package_adds_by_an_entry_point(tmp_path: Path, monkeypatch: pyt
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text("[causalrm_ray.estimators]\nours = other_package:method\n")
-    (tmp_path / "other_package.py").write_text("method = 'theirs'\n")
+    (tmp_path / "other_package.py").write_text("class method:\n    needs, fit = frozenset(), len\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert "ours" in ESTIMATORS.names()
-    assert ESTIMATORS.load(ESTIMATORS.check("ours")) == "theirs"
+    assert ESTIMATORS.load(ESTIMATORS.check("ours")).fit is len
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("causalrm_ray.rl.algorithms:ALGORITHMS.ppo", "must have the attributes needs, fit"),
+        ("no_such_package:thing", "cannot be imported: No module named 'no_such_package'"),
+        ("..relative:thing", "cannot be imported: "),
+    ],
+)
+def test_what_is_no_estimator_is_refused_when_it_is_chosen(path: str, rule: str) -> None:
+    with pytest.raises(ConfigError, match=rf"reward\.method: estimator '{path}' {rule}"):
+        load_config(None, [f"reward.method={path}"])
