@@ -202,8 +202,8 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         folder = Path(path)
         verify_folder(folder)
         record, tensors = read_json(folder / MODEL), load_file(folder / TENSORS)
-        params: dict[str, Any] = record["params"]
-        model = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in params.items()})  # type: ignore
+        params = {name: tuple(value) if isinstance(value, list) else value for name, value in record["params"].items()}
+        model = cls().set_params(**params)
         with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: the caller's numbers stay as they are
             model.scorer_ = rebuild(record["scorer"])
         model.scorer_.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("scorer.")})
