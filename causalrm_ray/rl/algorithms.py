@@ -112,13 +112,14 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": GRPO,
     "rloo": Algorithm(per_answer(rloo), "k1", grouped=True),
     "reinforce_pp": Algorithm(reinforce_pp_advantages, "k1"),
+    # The papers of the last three have no KL penalty: theirs is learner.kl.coefficient=0.
     # Zheng et al. 2025 (arXiv 2507.18071): the ratio of whole answers, and the clip of their section 5.1.
     "gspo": GRPO._replace(loss=gspo_loss, ratio=sequence_ratio, clip=Clip(3e-4, 4e-4)),
     # Yu et al. 2025 (arXiv 2503.14476): the loss only; dynamic sampling of prompts and overlong reward shaping are no part of it.
     "dapo": GRPO._replace(reduction="token_mean", clip=Clip(0.2, 0.28)),
     # Liu et al. 2025 (arXiv 2503.20783): GRPO without division by the group's deviation or the answer's length.
     "dr_grpo": GRPO._replace(advantages=per_answer(centred), reduction="constant"),
-    # MiniMax 2025 (arXiv 2506.13585): no lower bound; the upper one, 5, from Khatri et al. 2025 (arXiv 2510.13786).
+    # MiniMax 2025 (arXiv 2506.13585): no lower bound; the upper one, a ratio of 5, is our choice.
     "cispo": GRPO._replace(loss=cispo, reduction="token_mean", clip=Clip(1.0, 4.0)),
 }
 
