@@ -147,8 +147,10 @@ class LearnerRank(PolicyExport):
         own = {"algorithm": config.algorithm, "zero_stage": config.zero_stage, "lora": config.lora}
         own |= {"weight_decay": config.weight_decay} | ({"ranks": self._world_size} if config.zero_stage else {})
         for option, value in own.items():
-            if state.get(option) != value:
-                raise ValueError(f"{folder} was saved with learner.{option}={state.get(option)}, the learner has {value}")
+            if option not in state:
+                raise ValueError(f"{folder} was saved by an earlier version, without {option}: start a new run")
+            if state[option] != value:
+                raise ValueError(f"{folder} was saved with learner.{option}={state[option]}, the learner has {value}")
         self._engine.load(folder)
         self.version, self._kl_coefficient = state["version"], state["kl_coefficient"]
         self._rewards_seen = RunningMoments(*state["rewards_seen"])

@@ -9,6 +9,7 @@ A tracker of one's own: a class with the methods of `Tracker`, named in loop.tra
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol
 from uuid import uuid4
 
+from actors.cluster.telemetry import event
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.files import write_whole
 from causalrm_ray.registry import TRACKERS
@@ -85,7 +87,10 @@ class Trackers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         while self._started:
-            self._started.pop().finish(self._summary)
+            try:
+                self._started.pop().finish(self._summary)
+            except Exception as fault:  # noqa: BLE001 - of any package: the run's own end, or its error, must not be replaced
+                event("warning", level=logging.WARNING, text=f"loop.trackers: {without_secrets(str(fault))}")
 
 
 class TensorBoard:

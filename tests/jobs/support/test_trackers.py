@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from actors.errors import RoleDiedError
 from causalrm_ray.config.options import load_config
 from causalrm_ray.errors import ConfigError
+from causalrm_ray.registry import TRACKERS
 from jobs.__main__ import main
 from jobs.support.run_folder import Run
 from jobs.support.trackers import TrackedRun, Trackers
@@ -180,3 +182,31 @@ def test_a_tracker_that_cannot_start_says_why_without_its_password(tmp_path: Pat
 def test_an_unknown_tracker_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="did you mean 'tensorboard'"):
         load_config(None, ["loop.trackers=[tensorbord]"])
+
+
+class _Unreachable:
+    """A tracker whose server is gone when the run ends."""
+
+    def start(self, run: TrackedRun) -> None:
+        pass
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def finish(self, summary: object) -> None:
+        raise ConnectionError("no server")
+
+
+def test_a_tracker_that_cannot_finish_replaces_neither_the_end_of_a_run_nor_its_error(tmp_path: Path) -> None:
+    TRACKERS.register("unreachable", _Unreachable)
+    run = TrackedRun("run", tmp_path, {}, 0)
+    with Trackers(["unreachable"]) as trackers:
+        trackers.start(run)
+
+    def die() -> None:
+        with Trackers(["unreachable"]) as trackers:
+            trackers.start(run)
+            raise RoleDiedError("learner-0 died")
+
+    with pytest.raises(RoleDiedError):
+        die()

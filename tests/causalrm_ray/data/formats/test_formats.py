@@ -93,7 +93,7 @@ def test_a_job_imports_in_the_format_of_its_configuration(source: str, tmp_path:
     [
         ("nativ", "feedback.format: must be one of native, .*did you mean 'native'"),
         ("no_such_package:Format", "feedback.format: .* cannot be imported"),
-        ("their_package:NoFormat", "feedback.format 'their_package:NoFormat' must have `columns` and `read`"),
+        ("their_package:NoFormat", "feedback format 'their_package:NoFormat' must have the attributes columns, read"),
     ],
 )
 def test_what_is_no_format_is_refused_by_name(source: str, log: FeedbackLog, tmp_path: Path, name: str, message: str) -> None:
