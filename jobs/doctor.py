@@ -42,8 +42,8 @@ def run(config: Config) -> int:
     )
     table.add_row("accelerator", ", ".join(_gpus()) or "none: CPU engines", "")
     with ThreadPoolExecutor(1) as beside:
-        broken = broken_engines(config.rollout.engine, *ENGINES.names())
-        engines = [name for name in (config.rollout.engine, *ENGINES.names()) if name not in broken]
+        broken = broken_engines(*ENGINES.names())  # not the one that is configured: it was imported with the configuration
+        engines = [config.rollout.engine, *(name for name in ENGINES.names() if name not in broken)]
         libraries = {**LIBRARIES, **engine_libraries(*engines)}
         failing = beside.submit(import_errors, libraries)
         resources = _cluster_resources(config)
@@ -57,10 +57,8 @@ def run(config: Config) -> int:
     table.add_row("rollout.engine", ", ".join(rollout_engines(faults, engines)) or "none", "")
     for name, reason in broken.items():
         table.add_row("", name, reason)
-    needed = LIBRARIES.keys() | engine_libraries(*{config.rollout.engine} - set(broken))
+    needed = LIBRARIES.keys() | engine_libraries(config.rollout.engine)
     faults = {name: fault for name, fault in faults.items() if name in needed}  # other engines' are not needed here
-    if config.rollout.engine in broken:
-        faults["rollout.engine"] = broken[config.rollout.engine]
     faults |= _check_conflicts(table)
     if resources:
         table.add_row("ray cluster", ", ".join(f"{key} {value:g}" for key, value in sorted(resources.items())), "")

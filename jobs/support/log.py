@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,15 @@ def without_secrets(text: str) -> str:
     return USER_INFO.sub("://***@", text)
 
 
+def mask_secrets(tree: Any) -> Any:
+    """Data that JSON can hold with every text in it masked, before JSON escapes what would then no longer be found."""
+    if isinstance(tree, Mapping):
+        return {name: mask_secrets(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [mask_secrets(value) for value in tree]
+    return tree if tree is None or isinstance(tree, bool | int | float) else without_secrets(str(tree))
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON, without secrets."""
 
@@ -45,7 +54,7 @@ class JsonFormatter(logging.Formatter):
             "event": record.getMessage(),
             "fields": getattr(record, "fields", {}),
         }
-        return without_secrets(json.dumps(line, default=str))
+        return json.dumps(mask_secrets(line))
 
 
 class _LazyFile(logging.FileHandler):

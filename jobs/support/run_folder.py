@@ -24,7 +24,7 @@ from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_roll
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 from causalrm_ray.types import Scored
-from jobs.support.log import without_secrets
+from jobs.support.log import mask_secrets
 from jobs.support.trackers import TrackedRun, Trackers
 
 TIMINGS = frozenset(("seconds", "sync_seconds", "sync_gb_per_s"))  # figures of a step that no other run repeats
@@ -65,7 +65,7 @@ class Run:
 
     def start_tracking(self, config: Config) -> None:
         """Start the trackers; what they get of the configuration holds no secrets."""
-        tree = json.loads(without_secrets(config.model_dump_json()))
+        tree = mask_secrets(config.model_dump(mode="json"))
         self._trackers.start(TrackedRun(config.run.name, self.path, tree, self.first_step))
 
     @staticmethod

@@ -12,7 +12,7 @@ import pytest
 from actors.cluster.telemetry import LOGGER, METRICS, event, exported, record
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.errors import InputError
-from jobs.support.log import FILE, run_log
+from jobs.support.log import FILE, mask_secrets, run_log
 from jobs.support.progress import Progress
 
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
@@ -86,3 +86,10 @@ def test_secrets_never_reach_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise RuntimeError(text)
     (line,) = lines(run)
     assert line["fields"]["error"] == "no answer from https://***@host/api with key ***"
+
+
+def test_a_secret_is_masked_whatever_json_would_escape_and_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", 'ab"cd\\efégh')
+    monkeypatch.setenv("SOME_TOKEN", "12345678")
+    tree = {"url": 'db ab"cd\\efégh', "seed": 12345678, "parts": ["x", None, True, Path("12345678/y")]}
+    assert mask_secrets(tree) == {"url": "db ***", "seed": 12345678, "parts": ["x", None, True, "***/y"]}
