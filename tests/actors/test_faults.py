@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,16 +77,20 @@ def test_another_generator_answers_what_a_killed_one_had_not(config: Config, bac
         assert (found.prompt.id, found.token_ids) == (expected.prompt.id, expected.token_ids)
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)  # others share its batches now
 
-    def exhaust_memory(generator: Any) -> None:
-        def step() -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def exhaust_memory_in_third_step(generator: Any) -> None:  # of the six that most answers take
+        core, steps = generator._engine._core, itertools.count(1)
+        step = core.step
 
-        generator._engine._core.step = step
+        def fails() -> Any:
+            if next(steps) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return step()
 
+        core.step = fails
+
+    ray.get(generators.handles["generator-0"].__ray_call__.remote(exhaust_memory_in_third_step), timeout=TIMEOUT_S)
     chunks = generators.micro_batches(generators.generate(REQUESTS), None)
-    answers = list(next(chunks))
-    ray.get(generators.handles["generator-0"].__ray_call__.remote(exhaust_memory), timeout=TIMEOUT_S)
-    answers += [answer for chunk in chunks for answer in chunk]  # its process lives, its engine is dead
+    answers = [answer for chunk in chunks for answer in chunk]  # its process lives, its engine is dead
     assert reported[1:] == ["generator-0 died; another one takes its place (2 of loop.max_failures)"]
     assert [answer.prompt.id for answer in in_order(answers)] == [request.prompt.id for request in REQUESTS]
 
