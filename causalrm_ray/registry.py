@@ -49,19 +49,14 @@ class Registry:
 
     def load(self, name: str) -> Any:
         """The object behind a name or an import path. Raises ValueError where there is none of the kind, with the reason."""
-        found = self._load(name)
+        target = self._registered.get(name) or self._built_in.get(name) or (name if ":" in name else None)
+        if target is None:
+            declared = entry_points(group=self.group, name=name)
+            target = next(iter(declared)).value if declared else self.check(name)
+        found = import_path(target, self.kind) if isinstance(target, str) else target
         if missing := [attribute for attribute in self.attributes if not hasattr(found, attribute)]:
             raise ValueError(f"{self.kind} {name!r} must have the attributes {', '.join(missing)}, got {found!r}")
         return found
-
-    def _load(self, name: str) -> Any:
-        target = self._registered.get(name) or self._built_in.get(name) or (name if ":" in name else None)
-        if target is None:
-            found = entry_points(group=self.group, name=name)
-            if not found:
-                self.check(name)
-            target = next(iter(found)).value
-        return import_path(target, self.kind) if isinstance(target, str) else target
 
 
 def import_path(path: str, kind: str) -> Any:
@@ -93,7 +88,7 @@ ESTIMATORS = Registry(
         **_table(f"{_METHODS}.selection:SELECTION", "latent", "two_stage", "auto"),
         **_table(f"{_METHODS}.class_wise:CLASS_WISE", "causalrm_ips_stable", "causalrm_dr_stable"),
     },
-    ("needs", "fit"),
+    ("paper", "needs", "fit"),
 )
 ALGORITHMS = Registry(
     "algorithm",

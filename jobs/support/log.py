@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from actors.cluster.telemetry import LOGGER, event, run_name, step_now
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.errors import ConfigError, InputError
@@ -39,6 +41,12 @@ def mask_secrets(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [mask_secrets(value) for value in tree]
     return tree if tree is None or isinstance(tree, bool | int | float) else without_secrets(str(tree))
+
+
+def warn(text: str) -> None:
+    """Print and log a warning, without secrets."""
+    event("warning", level=logging.WARNING, text=text)
+    Console(stderr=True).print(without_secrets(text), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 class JsonFormatter(logging.Formatter):

@@ -24,7 +24,7 @@ from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_roll
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 from causalrm_ray.types import Scored
-from jobs.support.log import mask_secrets
+from jobs.support.log import mask_secrets, warn
 from jobs.support.trackers import TrackedRun, Trackers
 
 TIMINGS = frozenset(("seconds", "sync_seconds", "sync_gb_per_s"))  # figures of a step that no other run repeats
@@ -85,8 +85,7 @@ class Run:
     def _find_checkpoint(self) -> None:
         self.checkpoint, skipped = newest_complete(self.path / "checkpoints")
         for reason in skipped:
-            event("warning", level=logging.WARNING, text=f"skipped checkpoint: {reason}")
-            console.print(f"skipped checkpoint: {reason}", style="yellow", markup=False)
+            warn(f"skipped checkpoint: {reason}")
         if self.checkpoint is None:
             raise InputError(f"resume=true, but {self.path / 'checkpoints'} holds no complete checkpoint")
         console.print(f"continuing from {self.checkpoint}", markup=False)

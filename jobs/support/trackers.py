@@ -9,21 +9,21 @@ A tracker of one's own: a class with the methods of `Tracker`, named in loop.tra
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 from uuid import uuid4
 
-from actors.cluster.telemetry import event
+import pandas as pd
+
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.files import write_whole
 from causalrm_ray.registry import TRACKERS
-from jobs.support.log import without_secrets
+from jobs.support.log import warn, without_secrets
 
 PROJECT = "causalrm-ray"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names no other
 
@@ -54,24 +54,30 @@ class Tracker(Protocol):
         """Write out everything; `summary` is summary.json, None for a run that was stopped or failed."""
 
 
-class Trackers:
-    """The trackers of a run, ended with the block. Raises ConfigError for one that cannot be imported or started."""
+class Trackers(AbstractContextManager["Trackers"]):
+    """The trackers of a run, ended with the block. Raises ConfigError for one that cannot be imported."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._trackers: list[Tracker] = []
+        self._trackers: dict[str, Tracker] = {}
         for name in names:
             try:
-                self._trackers.append(TRACKERS.load(name)())
+                self._trackers[name] = TRACKERS.load(name)()
             except ValueError as error:
                 raise ConfigError(f"loop.trackers: {error}") from error
         self._summary: Mapping[str, Any] | None = None
         self._started: list[Tracker] = []
 
     def start(self, run: TrackedRun) -> None:
-        """Begin to track."""
-        for tracker in self._trackers:
-            tracker.start(run)
-            self._started.append(tracker)
+        """Begin to track. Raises ConfigError for one that cannot start; a run that continues warns, and goes on without it."""
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.start(run)
+                self._started.append(tracker)
+            except Exception as error:  # of any package
+                why = without_secrets(f"loop.trackers: {name} cannot start: {error}")
+                if run.first_step == 0:
+                    raise ConfigError(why) from error
+                warn(f"{why}; the run continues without it")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Track the metrics of a step."""
@@ -82,15 +88,12 @@ class Trackers:
         """Take the summary, which goes to each tracker at the end of the block."""
         self._summary = summary
 
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         while self._started:
             try:
                 self._started.pop().finish(self._summary)
             except Exception as fault:  # noqa: BLE001 - of any package: the run's own end, or its error, must not be replaced
-                event("warning", level=logging.WARNING, text=f"loop.trackers: {without_secrets(str(fault))}")
+                warn(f"loop.trackers: {fault}")
 
 
 class TensorBoard:
@@ -121,17 +124,14 @@ class WandB:
 
     def start(self, run: TrackedRun) -> None:
         run_id = _kept_id(run.folder / "wandb_run_id", lambda: uuid4().hex[:8])
-        try:
-            self._run = self._wandb.init(
-                project=os.environ.get("WANDB_PROJECT", PROJECT),
-                id=run_id,
-                resume="allow",
-                name=run.name,
-                dir=run.folder,
-                settings=self._wandb.Settings(silent=True, disable_git=True, disable_code=True),
-            )
-        except (self._wandb.errors.Error, OSError) as error:
-            raise _cannot_start("wandb", error) from error
+        self._run = self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=run_id,
+            resume="allow",
+            name=run.name,
+            dir=run.folder,
+            settings=self._wandb.Settings(silent=True, disable_git=True, disable_code=True),
+        )
         self._run.config.update(dict(run.config), allow_val_change=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -150,12 +150,9 @@ class MlFlow:
         self._mlflow = _package("mlflow")
 
     def start(self, run: TrackedRun) -> None:
-        try:
-            self._client = self._mlflow.MlflowClient()
-            self._id = _kept_id(run.folder / "mlflow_run_id", lambda: self._create(run))
-            self._client.update_run(self._id, status="RUNNING")
-        except (self._mlflow.exceptions.MlflowException, ImportError, OSError) as error:
-            raise _cannot_start("mlflow", error) from error
+        self._client = self._mlflow.MlflowClient()
+        self._id = _kept_id(run.folder / "mlflow_run_id", lambda: self._create(run))
+        self._client.update_run(self._id, status="RUNNING")
 
     def _create(self, run: TrackedRun) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
@@ -177,12 +174,9 @@ class MlFlow:
         self._client.set_terminated(self._id, "FINISHED" if summary is not None else "FAILED")
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The values of nested mappings by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+    return {str(name): value for name, value in pd.json_normalize(dict(tree)).to_dict("records")[0].items()}
 
 
 def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -196,10 +190,6 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"loop.trackers: {name} needs its package ({error}): pip install 'causalrm-ray[tracking]'") from error
-
-
-def _cannot_start(name: str, error: Exception) -> ConfigError:
-    return ConfigError(f"loop.trackers: {name} cannot start: {without_secrets(str(error))}")
 
 
 def _kept_id(file: Path, create: Callable[[], str]) -> str:

@@ -47,7 +47,7 @@ def test_another_package_adds_by_an_entry_point(tmp_path: Path, monkeypatch: pyt
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text("[causalrm_ray.estimators]\nours = other_package:method\n")
-    (tmp_path / "other_package.py").write_text("class method:\n    needs, fit = frozenset(), len\n")
+    (tmp_path / "other_package.py").write_text("class method:\n    paper, needs, fit = '', frozenset(), len\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert "ours" in ESTIMATORS.names()
     assert ESTIMATORS.load(ESTIMATORS.check("ours")).fit is len
@@ -56,7 +56,7 @@ def test_another_package_adds_by_an_entry_point(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("path", "rule"),
     [
-        ("causalrm_ray.rl.algorithms:ALGORITHMS.ppo", "must have the attributes needs, fit"),
+        ("causalrm_ray.rl.algorithms:ALGORITHMS.ppo", "must have the attributes paper, needs, fit"),
         ("no_such_package:thing", "cannot be imported: No module named 'no_such_package'"),
         ("..relative:thing", "cannot be imported: "),
     ],

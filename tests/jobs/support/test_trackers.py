@@ -184,6 +184,35 @@ def test_an_unknown_tracker_is_refused_with_the_nearest_name() -> None:
         load_config(None, ["loop.trackers=[tensorbord]"])
 
 
+class _Refusing:
+    """A tracker whose server takes no run."""
+
+    def start(self, run: TrackedRun) -> None:
+        raise PermissionError("no entry with key-12345")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        raise AssertionError("it was never started")
+
+    finish = log
+
+
+def test_a_tracker_that_cannot_start_ends_a_new_run_but_not_one_that_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKER_API_KEY", "key-12345")
+    monkeypatch.setattr(Memory, "calls", [])
+    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
+    refused = pytest.raises(ConfigError, match=r"mine:_Refusing cannot start: no entry with \*\*\*")
+    with refused, Trackers(["mine:_Refusing", "mine:Memory"]) as trackers:
+        trackers.start(TrackedRun("run", tmp_path, {}, 0))
+    with Trackers(["mine:_Refusing", "mine:Memory"]) as trackers:
+        trackers.start(TrackedRun("run", tmp_path, {"loop": {"steps": 4}}, 3))
+        trackers.log(3, {"reward": 1.0})
+    assert Memory.calls == [("run", 3, 4), (3, {"reward": 1.0}), None]
+    shown = capsys.readouterr().err
+    assert "mine:_Refusing cannot start: no entry with ***; the run continues without it" in shown
+
+
 class _Unreachable:
     """A tracker whose server is gone when the run ends."""
 
