@@ -10,19 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from causalrm_ray.conversation import Conversation
+
 StopReason = Literal["stop", "length"]
 NoiseEstimator = Literal["curve", "anchors"]  # of the noise rates: estimators.nuisances.noise_rates
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A user's request, ready for an engine.
+    """A conversation to answer, ready for an engine.
 
     `token_ids` is the chat-formatted prompt up to and including the generation prompt.
     """
 
     id: str
-    text: str
+    conversation: Conversation
     token_ids: tuple[int, ...]
 
 
@@ -94,15 +96,24 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Impression:
-    """One response shown to one user. `time` is in seconds since the epoch; `context` holds observed traits only."""
+    """One response shown to one user.
+
+    `time` is in seconds since the epoch; `context` holds observed traits only. `conversation_id` is shared by the impressions of
+    one conversation, `model` wrote the response, `logprob` <= 0 is the natural log of the probability with which it did, and
+    `asked_for_feedback` is whether the product asked this user for feedback; None where it is not known.
+    """
 
     id: str
-    prompt: str
+    prompt: Conversation
     response: str
     policy_version: int
     time: float
     user: str | None = None
     context: Mapping[str, str] = field(default_factory=dict)
+    conversation_id: str | None = None
+    model: str | None = None
+    logprob: float | None = None
+    asked_for_feedback: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from causalrm_ray.checkpoint import MANIFEST, atomic_folder, newest_complete, write_json
 from causalrm_ray.config.options import dump_config, load_config
 from causalrm_ray.config.train import Config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.embeddings import load_embeddings, write_embeddings
 from causalrm_ray.data.graded import read_graded
 from causalrm_ray.data.log.import_log import import_log
@@ -91,7 +92,7 @@ def _snapshot() -> Dataset:
         "time": [float(number) for number in range(ROWS)],
         "user": [None] * ROWS,
         "context": ["{}"] * ROWS,
-    }
+    } | {name: [None] * ROWS for name in ("conversation_id", "model", "logprob", "asked_for_feedback")}
     return Dataset(pa.table({field.name: pa.array(columns[field.name], field.type) for field in SNAPSHOT_SCHEMA}))
 
 
@@ -115,7 +116,10 @@ def _read_checkpoints(folder: Path) -> dict[str, bytes]:
 
 def _make_log(path: Path) -> None:
     log = FeedbackLog(f"sqlite:///{path}", SIGNALS)
-    shown = [Impression(f"i{n}", f"tell me about {n}", f"answer {n}", 0, float(n), None, {"style": "plain"}) for n in range(ROWS)]
+    shown = [
+        Impression(f"i{n}", Conversation.user(f"tell me about {n}"), f"answer {n}", 0, float(n), None, {"style": "plain"})
+        for n in range(ROWS)
+    ]
     done = [FeedbackEvent(f"e{n}", f"i{n}", ("upvote", "downvote")[n % 3 == 0], 1.0, n + 0.5) for n in range(0, ROWS, 2)]
     done += [FeedbackEvent(f"w{n}", f"i{n}", "retract", 1.0, n + 0.7, f"e{n}") for n in range(0, ROWS, 10)]
     log.append(shown, done)
@@ -132,7 +136,15 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _answers() -> list[Scored]:
     done = [
-        Completion(Prompt(f"p/{n}", f"why {n}", (1, n)), f"so {n}", (3, n, 5), (-0.5, -0.25 * n, -1.0), "stop", 4, (Span(4, 3),))
+        Completion(
+            Prompt(f"p/{n}", Conversation.user(f"why {n}"), (1, n)),
+            f"so {n}",
+            (3, n, 5),
+            (-0.5, -0.25 * n, -1.0),
+            "stop",
+            4,
+            (Span(4, 3),),
+        )
         for n in range(1, ROWS)
     ]
     return [Scored(completion, 0.1 * number, 2) for number, completion in enumerate(done)]
@@ -378,7 +390,7 @@ def test_rows_of_a_log_from_before_there_were_digests_are_read_and_new_ones_are_
         connection.executescript("ALTER TABLE impressions DROP COLUMN digest; ALTER TABLE events DROP COLUMN digest;")
     assert _read_log(path) == before
     log = FeedbackLog(f"sqlite:///{path}", SIGNALS)
-    log.append([Impression("new", "why", "so", 0, 99.0)])
+    log.append([Impression("new", Conversation.user("why"), "so", 0, 99.0)])
     log.close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE impressions SET response = 'other' WHERE id = 'new'")

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.snapshot import check_log, read_snapshot
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import Observations
@@ -55,7 +56,7 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
     """
     log = read_snapshot(snapshot)
     check_log(log)
-    token_rows = [encode_pair(tokenizer, *pair) for pair in zip(log["prompt"], log["response"], strict=True)]
+    token_rows = [encode_pair(tokenizer, *pair) for pair in zip(map(Conversation, log["prompt"]), log["response"], strict=True)]
     for number, row in enumerate(token_rows):
         if len(row) > max_length:
             name = log[number]["impression_id"]

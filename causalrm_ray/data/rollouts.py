@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.parquet import read_parquet, write_parquet
 from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt, Scored, Span
@@ -35,7 +36,7 @@ def write_rollout(scored: Sequence[Scored], path: Path) -> None:
     rows = [
         {
             "id": answer.completion.prompt.id,
-            "prompt": answer.completion.prompt.text,
+            "prompt": answer.completion.prompt.conversation.json,
             "prompt_ids": answer.completion.prompt.token_ids,
             "response": answer.completion.response,
             "token_ids": answer.completion.token_ids,
@@ -66,7 +67,7 @@ def read_rollout(path: Path) -> list[Scored]:
 
 def _scored(row: dict) -> Scored:
     completion = Completion(
-        prompt=Prompt(row["id"], row["prompt"], tuple(row["prompt_ids"])),
+        prompt=Prompt(row["id"], Conversation(row["prompt"]), tuple(row["prompt_ids"])),
         response=row["response"],
         token_ids=tuple(row["token_ids"]),
         logprobs=tuple(row["logprobs"]),

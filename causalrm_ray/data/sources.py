@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.data.parquet import PARQUET_FAULTS
 from causalrm_ray.errors import InputError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+JSON_PROMPTS = ('[{"', '{"messages":')  # how messages begin that a column of text holds
 _ROWS_PER_BATCH = 1_000
 
 
@@ -81,12 +83,15 @@ def data_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix in (*JSONL_SUFFIXES, ".parquet"))
 
 
-def read_prompts(source: str) -> list[str]:
-    """The `prompt` column of a source, in order. Raises SourceError that lists the faulty rows by number, or on no rows."""
+def read_prompts(source: str) -> list[Conversation]:
+    """The `prompt` column of a source, texts or messages, in order.
+
+    Raises SourceError that lists the faulty rows by number, or on no rows.
+    """
     prompts, faults = [], []
     for row in read_rows(source):
         try:
-            prompts.append(turn_text(row_fields(row), "prompt", "user"))
+            prompts.append(conversation(row_fields(row).get("prompt")))
         except RowError as error:
             faults.append(f"{row.where} row {row.number}: {error}")
     if faults:
@@ -96,11 +101,25 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def turn_text(fields: Mapping[str, Any], column: str, role: Literal["user", "assistant"]) -> str:
-    """A text, or the last turn of `role` in a list of chat messages, in valid Unicode. Raises RowError.
+def conversation(prompt: Any, tools: Any = None) -> Conversation:
+    """A prompt, one user's text or messages in OpenAI's form (or their JSON text), as a conversation. Raises RowError."""
+    if isinstance(prompt, str) and prompt.startswith(JSON_PROMPTS):
+        try:
+            read = json.loads(prompt)
+        except (ValueError, RecursionError):
+            pass  # a text that begins like one
+        else:
+            prompt, tools = (read["messages"], read.get("tools", tools)) if isinstance(read, dict) else (read, tools)
+    if not isinstance(prompt, list):
+        prompt = [{"role": "user", "content": turn_text({"prompt": prompt}, "prompt", "user")}]
+    try:
+        return Conversation.of(prompt, tools or ())
+    except ConversationError as error:
+        raise RowError(f"prompt: {error}") from error
 
-    Of a prompt only the last user turn is kept: a prompt is one user turn throughout (models/text.py formats it as such).
-    """
+
+def turn_text(fields: Mapping[str, Any], column: str, role: Literal["user", "assistant"]) -> str:
+    """A text, or the last turn of `role` in a list of chat messages, in valid Unicode. Raises RowError."""
     text = fields.get(column)
     if isinstance(text, list):
         turns = [turn for turn in text if isinstance(turn, Mapping) and turn.get("role") == role]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.errors import InputError
 
 
@@ -25,13 +26,15 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
-    """Ids of the chat-formatted prompt, up to and including the generation prompt."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> tuple[int, ...]:
+    """Ids of the chat-formatted prompt, up to and including the generation prompt. A plain text is one turn of a user."""
+    asked = Conversation.user(prompt) if isinstance(prompt, str) else prompt
+    tools: list[Any] | None = asked.tools or None
+    text = tokenizer.apply_chat_template(asked.messages, tools=tools, add_generation_prompt=True, tokenize=False)
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[int, ...]:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str, response: str) -> tuple[int, ...]:
     """Ids of the chat-formatted prompt, the response and the end-of-sequence token, as an engine would have produced them."""
     answer = tokenizer.encode(response, add_special_tokens=False)
     return encode_prompt(tokenizer, prompt) + (*answer, tokenizer.eos_token_id)

@@ -95,8 +95,8 @@ class SimulatedUsers:
     def react(self, impression: Impression) -> list[FeedbackEvent]:
         """What the user does about an impression: nothing, or one event."""
         u_liking, u_vote, u_flip, u_signal, u_delay = self._uniforms(impression)
-        liked = int(u_liking < self.liking_probability(impression.prompt, impression.response))
-        if u_vote >= self.vote_probability(impression.prompt, impression.response, liked):
+        liked = int(u_liking < self.liking_probability(impression.prompt.text, impression.response))
+        if u_vote >= self.vote_probability(impression.prompt.text, impression.response, liked):
             return []
         flipped = u_flip < (self._world.rho[0 if liked else 1])
         vote, other = SIMULATED_SIGNALS[1 - liked if flipped else liked]
@@ -106,7 +106,7 @@ class SimulatedUsers:
 
     def preference(self, impression: Impression) -> int:
         """r* of the user who saw this impression, 0 or 1: the truth, for measuring only."""
-        return int(self._uniforms(impression)[0] < self.liking_probability(impression.prompt, impression.response))
+        return int(self._uniforms(impression)[0] < self.liking_probability(impression.prompt.text, impression.response))
 
     def liking_probability(self, prompt: str, response: str) -> float:
         """P(r*=1 | x): the truth, for measuring only."""
@@ -138,7 +138,7 @@ class SimulatedUsers:
 
     def _uniforms(self, impression: Impression) -> np.ndarray:
         """Five uniforms in [0, 1) that belong to this user and this impression."""
-        key = json.dumps([self._seed, impression.id, impression.prompt, impression.response]).encode()
+        key = json.dumps([self._seed, impression.id, impression.prompt.text, impression.response]).encode()
         return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")).random(5)
 
 

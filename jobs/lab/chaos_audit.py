@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from causalrm_ray.checkpoint import newest_complete, read_json
 from causalrm_ray.config.train import Config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.types import Impression
 from causalrm_ray.world.users import SimulatedUsers
 from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import TIMINGS, Run
 
-KNOWN = ("prompt", "response", "policy_version", "time")  # what its user knows of an impression
+KNOWN = ("response", "policy_version", "time")  # what its user knows of an impression
 NOISE = 3.0  # standard errors that the two runs' rewards may differ by chance
 
 
@@ -74,7 +75,9 @@ def audit_log(config: Config) -> list[str]:
     shown = Counter(row["impression_id"].rsplit("/", 1)[0] for row in rows)
     faults = differences("prompts", Counter(request.prompt.id for request in requests), shown)
     users = SimulatedUsers(config.world, config.run.seed)
-    shown_to = [Impression(id=row["impression_id"], **{name: row[name] for name in KNOWN}) for row in rows]
+    shown_to = [
+        Impression(row["impression_id"], Conversation(row["prompt"]), **{name: row[name] for name in KNOWN}) for row in rows
+    ]
     expected = Counter(event.id for impression in shown_to for event in users.react(impression))
     return faults + differences("feedback events", expected, Counter(event.id for event in logged))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from causalrm_ray.config.train import Config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.snapshot import read_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.metrics import auroc, r2
@@ -40,11 +41,11 @@ class Oracle:
 
     def scores(self, completions: Sequence[Completion]) -> np.ndarray:
         """True scores [N], 0 to 4."""
-        return np.array([score(done.prompt.text, done.response) for done in completions], dtype=np.float64)
+        return np.array([score(done.prompt.conversation.text, done.response) for done in completions], dtype=np.float64)
 
     def flashy(self, completions: Sequence[Completion]) -> float:
         """Share of the answers in the flashy style; style has no part in the true score."""
-        parsed = [parse(done.prompt.text, done.response) for done in completions]
+        parsed = [parse(done.prompt.conversation.text, done.response) for done in completions]
         return float(np.mean([answer is not None and answer.style == "flashy" for answer in parsed]))
 
     def rollout_metrics(self, scored: Sequence[Scored]) -> dict[str, float]:
@@ -83,8 +84,13 @@ class Oracle:
 
 
 def _impressions(rows: Iterable[Any]) -> list[Impression]:
-    same = ("prompt", "response", "policy_version", "time", "user")
+    same = ("response", "policy_version", "time", "user")
     return [
-        Impression(row["impression_id"], **{name: row[name] for name in same}, context=json.loads(row["context"] or "{}"))
+        Impression(
+            row["impression_id"],
+            Conversation(row["prompt"]),
+            **{name: row[name] for name in same},
+            context=json.loads(row["context"] or "{}"),
+        )
         for row in rows
     ]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.train import EMBEDDED, Config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.sources import read_prompts
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.identity import check_weights
@@ -60,10 +61,10 @@ class PromptSource:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(models.policy)
         check_same_tokens(models, self.tokenizer)
         own = config.feedback.prompts
-        prompts = read_prompts(own) if own else train_prompts()
-        held_out = [text for text in prompts if zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0] if own else evaluation_prompts()
+        prompts = read_prompts(own) if own else _turns(train_prompts())
+        held_out = [prompt for prompt in prompts if _held_out(prompt)] if own else _turns(evaluation_prompts())
         if own and 0 < len(held_out) < len(prompts):
-            prompts = [text for text in prompts if zlib.crc32(text.encode()) % HELD_OUT_ONE_IN]
+            prompts = [prompt for prompt in prompts if not _held_out(prompt)]
         self._prompts = self._encode(prompts)
         self._held_out = self._encode(held_out or prompts)
 
@@ -91,7 +92,7 @@ class PromptSource:
         return [
             Impression(
                 f"{done.prompt.id}/{_digest(done.response)}",
-                done.prompt.text,
+                done.prompt.conversation,
                 done.response,
                 done.policy_version,
                 time,
@@ -101,24 +102,26 @@ class PromptSource:
             if done.response
         ]
 
-    def _requests(self, name: str, prompts: Sequence[tuple[str, tuple[int, ...]]], count: int, samples: int = 1) -> list[Request]:
+    def _requests(
+        self, name: str, prompts: Sequence[tuple[Conversation, tuple[int, ...]]], count: int, samples: int = 1
+    ) -> list[Request]:
         rng = np.random.default_rng([self._config.run.seed, zlib.crc32(name.encode())])
         picks = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))])[:count]
         seeds = rng.integers(MAX_SEED, size=count * samples).tolist()
         chosen = [prompts[pick] for pick in np.repeat(picks, samples).tolist()]
         identity = f"{self._config.run.name}/{name}"
         return [
-            Request(Prompt(f"{identity}/{number:06d}", text, token_ids), seed)
-            for number, ((text, token_ids), seed) in enumerate(zip(chosen, seeds, strict=True))
+            Request(Prompt(f"{identity}/{number:06d}", prompt, token_ids), seed)
+            for number, ((prompt, token_ids), seed) in enumerate(zip(chosen, seeds, strict=True))
         ]
 
-    def _encode(self, prompts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+    def _encode(self, prompts: Sequence[Conversation]) -> list[tuple[Conversation, tuple[int, ...]]]:
         room = self._config.model.max_length - self._config.rollout.max_new_tokens - 1  # the log appends an end token
-        encoded = [(text, encode_prompt(self.tokenizer, text)) for text in prompts]
-        for number, (text, token_ids) in enumerate(encoded, start=1):
+        encoded = [(prompt, encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        for number, (prompt, token_ids) in enumerate(encoded, start=1):
             if len(token_ids) > room:
                 limit = f"model.max_length - rollout.max_new_tokens - 1 = {room} tokens"
-                raise InputError(f"prompt {number} ({text[:40]!r}) must have at most {limit}, got {len(token_ids)}")
+                raise InputError(f"prompt {number} ({prompt.text[:40]!r}) must have at most {limit}, got {len(token_ids)}")
         return encoded
 
     def clock(self, step: int) -> float:
@@ -128,6 +131,14 @@ class PromptSource:
     def as_of(self, step: int) -> float | None:
         """Time of the snapshot that a refit before `step` reads; None, the whole log, for real users."""
         return self.clock(step - 1) if self._config.world.users != "none" else None
+
+
+def _turns(texts: Sequence[str]) -> list[Conversation]:
+    return [Conversation.user(text) for text in texts]
+
+
+def _held_out(prompt: Conversation) -> bool:
+    return zlib.crc32(prompt.json.encode()) % HELD_OUT_ONE_IN == 0
 
 
 def _digest(text: str) -> str:

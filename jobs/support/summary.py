@@ -161,4 +161,4 @@ def _judge_rewards(
 
 
 def _examples(completions: list[Completion], count: int = 6) -> list[dict[str, str]]:
-    return [{"prompt": done.prompt.text, "response": done.response} for done in completions[:count]]
+    return [{"prompt": done.prompt.conversation.text, "response": done.response} for done in completions[:count]]

@@ -19,6 +19,7 @@ from actors.learner.shares import Sharder, answer_metrics
 from actors.weights.ipc import attach
 from actors.weights.packing import checksum, unpack
 from causalrm_ray.config.train import LearnerConfig
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 VOCABULARY = 32
@@ -81,7 +82,9 @@ def make_step(version: int, answers: int = 13) -> list[Scored]:
     rng = np.random.default_rng(version)
     scored = []
     for number in range(answers):
-        prompt = Prompt(f"{version}-{number}", "", tuple(rng.integers(0, VOCABULARY, rng.integers(2, 6)).tolist()))
+        prompt = Prompt(
+            f"{version}-{number}", Conversation.user("hi"), tuple(rng.integers(0, VOCABULARY, rng.integers(2, 6)).tolist())
+        )
         tokens = tuple(rng.integers(0, VOCABULARY, rng.integers(1, 9)).tolist())
         logprobs = tuple(rng.normal(-3.0, 1.0, len(tokens)).tolist())
         reason = "length" if number % 4 == 0 else "stop"

@@ -28,13 +28,14 @@ from actors.streaming import RolloutStream
 from causalrm_ray.checkpoint import atomic_folder
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import Completion, Prompt, Request
 
 TIMEOUT_S = 120.0
 REQUESTS = [
-    Request(Prompt(f"prompt-{number}", "", (3, 5 + number % 40)), number) for number in range(800)
+    Request(Prompt(f"prompt-{number}", Conversation.user("hi"), (3, 5 + number % 40)), number) for number in range(800)
 ]  # a stream is held back
 # before half of a generator's answers are read: none has ended when its generator is killed
 

@@ -21,11 +21,12 @@ from actors.rollout.generator_pool import Generators
 from actors.streaming import RolloutStream
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Request
 
 TIMEOUT_S = 120.0
-REQUESTS = [Request(Prompt(f"prompt-{number:02d}", "ask", (3, 5 + number)), number) for number in range(20)]
+REQUESTS = [Request(Prompt(f"prompt-{number:02d}", Conversation.user("ask"), (3, 5 + number)), number) for number in range(20)]
 
 
 class Scores:
@@ -86,7 +87,7 @@ def sharder(config: Config) -> Sharder:
 
 
 def impression(done: Completion) -> Impression:
-    return Impression(done.prompt.id, done.prompt.text, done.response or "-", done.policy_version, 0.0)
+    return Impression(done.prompt.id, done.prompt.conversation, done.response or "-", done.policy_version, 0.0)
 
 
 def test_a_rollout_is_scored_prepared_and_shown_in_micro_batches_and_comes_in_request_order(
@@ -134,7 +135,13 @@ def test_the_log_is_filled_with_what_was_shown(config: Config, generators: Gener
 def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grown(backbone: str, tmp_path: Path) -> None:
     log = FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1, "downvote": 0})
     shown = [
-        Impression(f"i-{number}", "tell me about the lamp", ("stone certainly", "stone never")[number % 2], 0, float(number))
+        Impression(
+            f"i-{number}",
+            Conversation.user("tell me about the lamp"),
+            ("stone certainly", "stone never")[number % 2],
+            0,
+            float(number),
+        )
         for number in range(300)
     ]
     votes = [

@@ -14,6 +14,7 @@ import pytest
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.config.options import load_config, options
 from causalrm_ray.config.train import Config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt
 from jobs.__main__ import main
@@ -257,13 +258,13 @@ def test_samples_of_one_prompt_have_seeds_of_their_own(task: PromptSource) -> No
 
 
 def test_an_empty_answer_is_not_shown_and_nobody_sees_anything_without_users(task: PromptSource) -> None:
-    prompt = Prompt("t/1", "hello", (1,))
+    prompt = Prompt("t/1", Conversation.user("hello"), (1,))
     answers = [Completion(prompt, text, (1,), (0.0,), "stop", 0) for text in ("", "hi")]
     assert [impression.response for impression in task.impressions(answers, 0.0)] == ["hi"]
 
 
 def test_a_repeated_answer_is_the_same_impression_and_another_answer_another(task: PromptSource) -> None:
-    prompt = Prompt("t/1", "hello", (1,))
+    prompt = Prompt("t/1", Conversation.user("hello"), (1,))
     answers = [Completion(prompt, text, (1,), (0.0,), "stop", 0) for text in ("hi", "hi", "ho")]
     ids = [impression.id for impression in task.impressions(answers, 0.0)]
     assert ids[0] == ids[1] != ids[2]

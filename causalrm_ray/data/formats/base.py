@@ -1,41 +1,63 @@
-"""What a feedback format is: it reads the fields of a source's row as the answers that were shown, with the feedback on each.
+"""What a feedback format is: it reads the rows of a source as answers that were shown and as what users did about them.
 
-source --read_rows--> RawRow.fields --Format.read--> LoggedImpression ... --import_log--> Impression (+ FeedbackEvent)
+source --read_rows--> RawRow.fields --Format.read--> LoggedImpression, LoggedEvent ... --import_log--> Impression, FeedbackEvent
                                          +-- RowError --> quarantine
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.errors import InputError
 from causalrm_ray.registry import FORMATS
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEvent:
+    """One thing that a user did about an answer. The import checks every field and fills in those that are None.
+
+    impression_id   None: the LoggedImpression that holds the event; must be given for an event of its own row
+    signal, label   a signal of the log, or a bare label in {0, 1}, or both, which must agree
+    value           the signal's strength: stars, seconds, a score; 1.0 for a signal that is only there or not
+    id              None: a hash of impression, signal and time
+    time            seconds since the epoch; None: the impression's, or the import's default for an event of its own row
+    retracts        the id of the event that this one withdraws; signal and label are None then
+    """
+
+    signal: str | None = None
+    label: float | None = None
+    value: float = 1.0
+    id: str | None = None
+    time: float | None = None
+    retracts: str | None = None
+    impression_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedImpression:
     """One answer that was shown, and what is known of it. The import checks every field and fills in those that are None.
 
+    prompt          what the answer replies to: a text, which is one turn of a user, messages in OpenAI's form, or a Conversation
     id              None: a hash of the row and of how many equal rows precede it; equal rows are different impressions
     time            seconds since the epoch; None: the import's default
-    signal, label   the feedback: a signal of the log, or a bare label in {0, 1}, or both, which must agree; None: no feedback
-    value           the signal's strength
-    event_id        None: a hash of the impression's id and time
+    events          what was done about it, in any order; other rows may bring more
     """
 
-    prompt: str
+    prompt: str | Sequence[Mapping[str, Any]] | Conversation
     response: str
     id: str | None = None
     policy_version: int = 0
     time: float | None = None
     user: str | None = None
     context: Mapping[str, str] = field(default_factory=dict)
-    signal: str | None = None
-    label: float | None = None
-    value: float = 1.0
-    event_id: str | None = None
+    conversation_id: str | None = None
+    model: str | None = None
+    logprob: float | None = None
+    asked_for_feedback: bool | None = None
+    events: Sequence[LoggedEvent] = ()
 
 
 class Format(Protocol):
@@ -46,8 +68,8 @@ class Format(Protocol):
 
     columns: frozenset[str]
 
-    def read(self, fields: Mapping[str, Any]) -> Iterable[LoggedImpression]:
-        """The answers of one row, at least one. `fields` are its `columns` whose value is not null.
+    def read(self, fields: Mapping[str, Any]) -> Iterable[LoggedImpression | LoggedEvent]:
+        """What one row holds, at least one answer or event. `fields` are its `columns` whose value is not null.
 
         Raises `sources.RowError`, which names field, rule and value, to refuse the row: the whole row is quarantined with it.
         """

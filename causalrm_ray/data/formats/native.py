@@ -1,4 +1,4 @@
-"""The format of our own documentation: a row holds one answer and at most one piece of feedback."""
+"""The format of our own documentation: a row holds an answer and what was done about it, or one event about another row's."""
 
 from __future__ import annotations
 
@@ -7,48 +7,79 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from causalrm_ray.data.formats.base import LoggedImpression
-from causalrm_ray.data.sources import RowError, turn_text
+from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
+from causalrm_ray.data.sources import RowError, conversation
 
 
 class Native:
-    """`prompt` (text or chat messages) and `response`, and optionally:
+    """`prompt` (text or messages) and `response`, and optionally:
 
     id (or impression_id), user     text or whole numbers
+    conversation_id, model          likewise
+    tools                           schemas of the tools that the answer could call
     context                         traits by name: a mapping or JSON object
     time                            seconds, ISO text or timestamp; UTC where no zone is given
     policy_version                  whole number; 0 if not given
+    logprob, asked_for_feedback     log of the answer's probability; whether the product asked for feedback
     signal, label                   the feedback: a signal of the log, or a bare label in {0, 1}; or either as `feedback`
     value, event_id                 of the feedback; 1.0 if not given
+    events                          more feedback: a list of {signal, label, value, time, event_id, retracts}
+
+    A row without `prompt` and `response`, but with `impression_id`, is an event: its signal or label, value, time, event_id and
+    `retracts`, the id of an event that it withdraws.
     """
 
     columns = frozenset(
         ["id", "impression_id", "prompt", "response", "user", "context", "time", "policy_version"]
-        + ["signal", "label", "feedback", "value", "event_id"]
+        + ["conversation_id", "model", "tools", "logprob", "asked_for_feedback", "events"]
+        + ["signal", "label", "feedback", "value", "event_id", "retracts"]
     )
 
-    def read(self, fields: Mapping[str, Any]) -> list[LoggedImpression]:
-        """The one answer of a row. Raises RowError."""
-        signal, label, feedback = (fields.get(column) for column in ("signal", "label", "feedback"))
-        if isinstance(feedback, str):
-            signal = _agreed("signal", signal, feedback)
-        elif feedback is not None:
-            label = _agreed("label", label, feedback)
+    def read(self, fields: Mapping[str, Any]) -> list[LoggedImpression | LoggedEvent]:
+        """The one answer of a row, or its one event. Raises RowError."""
+        if "impression_id" in fields and "prompt" not in fields and "response" not in fields:
+            return [_event(fields, _name(fields, "impression_id"))]
+        later = fields.get("events", [])
+        if not isinstance(later, list) or not all(isinstance(event, Mapping) for event in later):
+            raise RowError(f"events must be a list of JSON objects, got {later!r:.80}")
+        given = [fields] if {"signal", "label", "feedback"} & fields.keys() else []
         return [
             LoggedImpression(
-                prompt=turn_text(fields, "prompt", "user"),
+                prompt=conversation(fields.get("prompt"), fields.get("tools")),
                 response=fields.get("response", ""),
                 id=_name(fields, "id", "impression_id"),
                 policy_version=_whole(fields.get("policy_version", 0)),
                 time=seconds(fields.get("time")),
                 user=_name(fields, "user"),
                 context=traits(fields.get("context", {})),
-                signal=signal,
-                label=label,
-                value=fields.get("value", 1.0),
-                event_id=_name(fields, "event_id"),
+                conversation_id=_name(fields, "conversation_id"),
+                model=_name(fields, "model"),
+                logprob=fields.get("logprob"),
+                asked_for_feedback=fields.get("asked_for_feedback"),
+                events=[_event(event) for event in (*given, *later)],
             )
         ]
+
+
+def _event(fields: Mapping[str, Any], impression_id: str | None = None) -> LoggedEvent:
+    signal, label, feedback = (fields.get(column) for column in ("signal", "label", "feedback"))
+    if isinstance(feedback, str):
+        signal = _agreed("signal", signal, feedback)
+    elif feedback is not None:
+        label = _agreed("label", label, feedback)
+    retracts = _name(fields, "retracts")
+    if signal is None and label is None and retracts is None:
+        raise RowError("an event must have a signal, a label or the id of an event that it retracts, got none")
+    value = fields.get("value")
+    return LoggedEvent(
+        signal=signal,
+        label=label,
+        value=1.0 if value is None else value,
+        id=_name(fields, "event_id"),
+        time=seconds(fields.get("time")),
+        retracts=retracts,
+        impression_id=impression_id,
+    )
 
 
 def seconds(time: Any) -> Any:
@@ -83,8 +114,7 @@ def traits(context: Any) -> dict[str, str]:
 def _name(fields: Mapping[str, Any], *columns: str) -> str | None:
     """The first of `columns` that is given, as text; None if none is."""
     for column in columns:
-        if column in fields:
-            name = fields[column]
+        if (name := fields.get(column)) is not None:
             if not isinstance(name, str | int) or not str(name).strip():
                 raise RowError(f"{column} must be a text or whole number that is not empty, got {name!r:.80}")
             return str(name)

@@ -1,40 +1,42 @@
 """Import of a log kept elsewhere into the feedback log: every row is imported, known already, or quarantined with its reason.
 
-source --read_rows--> RawRow --Format.read--> LoggedImpression --> Impression (+ FeedbackEvent) --batches--> FeedbackLog
-                         |                         |                                               |
-                         +--------- bad row -------+------------------ conflicting id -------------+-------> quarantine JSONL
+source --read_rows--> RawRow --Format.read--> Logged{Impression, Event} --> Impression, FeedbackEvent --batches--> FeedbackLog
+                         |                         |                                    |
+                         +--------- bad row -------+---------- conflicting id ----------+--------> quarantine JSONL
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from causalrm_ray.data.formats.base import Format, LoggedImpression, load_format
-from causalrm_ray.data.log.schema import LABEL_SIGNALS, RecordError, event_row, impression_row
+from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.formats.base import Format, LoggedEvent, LoggedImpression, load_format
+from causalrm_ray.data.log.schema import LABEL_SIGNALS, RETRACT, RecordError, event_row, impression_row
 from causalrm_ray.data.log.store import ConflictError, FeedbackLog
-from causalrm_ray.data.sources import Quarantine, RawRow, RowError, SourceError, read_rows, row_fields
+from causalrm_ray.data.sources import Quarantine, RawRow, RowError, SourceError, conversation, read_rows, row_fields
 from causalrm_ray.types import FeedbackEvent, Impression
 
 _COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
 _ROWS_PER_TRANSACTION = 1_000
 _BARE_LABELS = {label: signal for signal, label in LABEL_SIGNALS.items()}
-_Records = list[tuple[Impression, FeedbackEvent | None]]
+Records = tuple[list[Impression], list[FeedbackEvent]]  # of one row
 
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
     """Where every row of a source went.
 
-    rows = impressions + duplicate_impressions + quarantined        in a format with one answer a row, such as `native`
-    impressions + duplicate_impressions = events + duplicate_events + without_feedback
+    rows = impressions + duplicate_impressions + quarantined        in a format with one answer a row and no rows of events
 
     `impressions` and `events` are new in the log, the duplicates were there already (or twice in the source).
+    `without_feedback` are answers whose own row brought none.
     `ignored_columns` were in the source and mean nothing to the format.
     """
 
@@ -52,7 +54,7 @@ class ImportReport:
 class LengthLimit:
     """Refuses rows with `length_of(prompt, response)` above `longest` (tokens, or what `length_of` counts)."""
 
-    length_of: Callable[[str, str], int]
+    length_of: Callable[[Conversation, str], int]
     longest: int
 
 
@@ -103,7 +105,7 @@ class _Import:
     ) -> None:
         self._log, self._format, self._quarantine = log, format, quarantine
         self._limit, self._default_time = limit, default_time
-        self._waiting: list[tuple[RawRow, _Records]] = []
+        self._waiting: list[tuple[RawRow, Records]] = []
         self._occurrences: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._columns: set[str] = set()
@@ -125,11 +127,11 @@ class _Import:
         """Log the rows that wait; where one of them conflicts, one by one, so that only those that do are refused."""
         waiting, self._waiting = self._waiting, []
         try:
-            self._append([record for _, records in waiting for record in records])
+            self._append([records for _, records in waiting])
         except ConflictError:
             for row, records in waiting:
                 try:
-                    self._append(records)
+                    self._append([records])
                 except ConflictError as error:
                     self._refuse(row, error)
 
@@ -138,48 +140,59 @@ class _Import:
         counts = {name: self._counts[name] for name in _COUNTED}
         return ImportReport(ignored_columns=ignored, quarantined=self._quarantine.count, **counts)
 
-    def _append(self, records: _Records) -> None:
-        shown = [impression for impression, _ in records]
-        done = [event for _, event in records if event is not None]
+    def _append(self, rows: Sequence[Records]) -> None:
+        shown = [impression for impressions, _ in rows for impression in impressions]
+        done = [event for _, events in rows for event in events]
         written = self._log.append(shown, done)
         self._counts["impressions"] += written.impressions
         self._counts["duplicate_impressions"] += len(shown) - written.impressions
         self._counts["events"] += written.events
         self._counts["duplicate_events"] += len(done) - written.events
-        self._counts["without_feedback"] += len(shown) - len(done)
+        for impressions, events in rows:
+            reacted = {event.impression_id for event in events}
+            self._counts["without_feedback"] += sum(impression.id not in reacted for impression in impressions)
 
     def _refuse(self, row: RawRow, error: Exception) -> None:
         self._quarantine.refuse(row.where, row.number, str(error), row.text)
 
-    def _records(self, row: RawRow) -> _Records:
+    def _records(self, row: RawRow) -> Records:
         """What the log keeps of a row; raises RowError or RecordError."""
         columns = self._format.columns
         fields = {name: value for name, value in row_fields(row).items() if value is not None and name in columns}
-        records = [self._record(logged, fields) for logged in self._format.read(fields)]
-        if not records:
-            raise RowError("row must hold an answer that was shown, got none")
-        return records
+        shown: list[Impression] = []
+        done: list[FeedbackEvent] = []
+        for logged in self._format.read(fields):
+            if isinstance(logged, LoggedImpression):
+                impression = self._impression(logged, fields)
+                shown.append(impression)
+                done += [self._event(event, impression.id, impression.time) for event in logged.events]
+            elif logged.impression_id is None:
+                raise RowError("an event of its own row must name its impression, got none")
+            else:
+                done.append(self._event(logged, logged.impression_id, self._default_time))
+        if not shown and not done:
+            raise RowError("row must hold an answer that was shown, or an event, got none")
+        return shown, done
 
-    def _record(self, logged: LoggedImpression, fields: Mapping[str, Any]) -> tuple[Impression, FeedbackEvent | None]:
-        signal = _signal(logged.signal, logged.label, self._log.signals)
-        impression = Impression(
-            id=self._row_id({**fields, "prompt": logged.prompt}) if logged.id is None else logged.id,
-            prompt=logged.prompt,
-            response=logged.response,
-            policy_version=logged.policy_version,
-            time=self._default_time if logged.time is None else logged.time,
-            user=logged.user,
-            context=logged.context,
-        )
+    def _impression(self, logged: LoggedImpression, fields: Mapping[str, Any]) -> Impression:
+        given = {field.name: getattr(logged, field.name) for field in dataclasses.fields(Impression)}
+        given["id"] = self._row_id(fields) if logged.id is None else logged.id
+        given["time"] = self._default_time if logged.time is None else logged.time
+        prompt = logged.prompt
+        given["prompt"] = prompt if isinstance(prompt, Conversation) else conversation(prompt)
+        impression = Impression(**given)
         impression_row(impression)
-        if self._limit and (length := self._limit.length_of(logged.prompt, logged.response)) > self._limit.longest:
+        if self._limit and (length := self._limit.length_of(impression.prompt, impression.response)) > self._limit.longest:
             raise RowError(f"prompt and response must have a length of at most {self._limit.longest}, got {length}")
-        if signal is None:
-            return impression, None
-        event_id = _digest([impression.id, impression.time]) if logged.event_id is None else logged.event_id
-        event = FeedbackEvent(event_id, impression.id, signal, logged.value, impression.time)
+        return impression
+
+    def _event(self, logged: LoggedEvent, impression_id: str, default_time: float) -> FeedbackEvent:
+        time = default_time if logged.time is None else logged.time
+        signal = _signal(logged.signal, logged.label, self._log.signals) if logged.retracts is None else RETRACT
+        name = _digest([impression_id, signal, time, logged.retracts]) if logged.id is None else logged.id
+        event = FeedbackEvent(name, impression_id, signal, logged.value, time, logged.retracts)
         event_row(event, self._log.signals)
-        return impression, event
+        return event
 
     def _row_id(self, fields: Mapping[str, Any]) -> str:
         content = _digest(fields)
@@ -192,11 +205,13 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _signal(signal: Any, label: Any, signals: Mapping[str, int]) -> str | None:
-    """The signal that feedback is logged as, given by name or by label; None where there is no feedback. Raises RowError."""
+def _signal(signal: Any, label: Any, signals: Mapping[str, int]) -> str:
+    """The signal that feedback is logged as, given by name or by label. Raises RowError."""
     if signal is not None and (not isinstance(signal, str) or signal not in signals):
         raise RowError(f"signal must be one of {sorted(signals)}, got {signal!r:.80}")
     if label is None:
+        if signal is None:
+            raise RowError("an event must have a signal or a label, got neither")
         return signal
     if not isinstance(label, int | float) or label not in (0, 1):
         raise RowError(f"label must be 0 or 1, got {label!r:.80}")

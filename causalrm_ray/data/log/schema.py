@@ -69,6 +69,10 @@ impression_table = Table(
     Column("time", Double, nullable=False),
     Column("user", Text),
     Column("context", Text, nullable=False),
+    Column("conversation_id", Text),
+    Column("model", Text),
+    Column("logprob", Double),
+    Column("asked_for_feedback", Integer),
     _digest_column(),
 )
 
@@ -119,12 +123,16 @@ def impression_row(impression: Impression) -> dict[str, Any]:
     thing = f"impression {impression.id!r}"
     return {
         "id": _identifier("impression id", impression.id),
-        "prompt": _text(f"{thing}: prompt", impression.prompt),
+        "prompt": impression.prompt.json,
         "response": _text(f"{thing}: response", impression.response),
         "policy_version": _version(f"{thing}: policy_version", impression.policy_version),
         "time": _time(f"{thing}: time", impression.time),
-        "user": None if impression.user is None else _text(f"{thing}: user", impression.user),
+        "user": _optional_text(f"{thing}: user", impression.user),
         "context": _context(f"{thing}: context", impression.context),
+        "conversation_id": _optional_text(f"{thing}: conversation_id", impression.conversation_id),
+        "model": _optional_text(f"{thing}: model", impression.model),
+        "logprob": _logprob(f"{thing}: logprob", impression.logprob),
+        "asked_for_feedback": _flag(f"{thing}: asked_for_feedback", impression.asked_for_feedback),
     }
 
 
@@ -156,6 +164,20 @@ def _text(thing: str, value: Any) -> str:
     _require(isinstance(value, str), thing, "be text", value)
     _require(bool(value.strip()), thing, "not be empty", value)
     return _storable(thing, value)
+
+
+def _optional_text(thing: str, value: Any) -> str | None:
+    return None if value is None else _text(thing, value)
+
+
+def _logprob(thing: str, value: Any) -> float | None:
+    _require(value is None or _finite(thing, value) <= 0, thing, "be the log of a probability, at most 0", value)
+    return value
+
+
+def _flag(thing: str, value: Any) -> int | None:
+    _require(value is None or value in (0, 1), thing, "be true or false", value)
+    return None if value is None else int(value)
 
 
 def _storable(thing: str, value: str) -> str:

@@ -24,9 +24,13 @@ SNAPSHOT_SCHEMA = pa.schema(
         ("time", pa.float64()),
         ("user", pa.string()),
         ("context", pa.string()),
+        ("conversation_id", pa.string()),
+        ("model", pa.string()),
+        ("logprob", pa.float64()),
+        ("asked_for_feedback", pa.int8()),
     ]
 )
-_NULLABLE = ("label", "signal", "user")
+_NULLABLE = ("label", "signal", "user", "conversation_id", "model", "logprob", "asked_for_feedback")
 
 
 class SnapshotError(InputError):

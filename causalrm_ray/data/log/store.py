@@ -217,6 +217,7 @@ def _snapshot_query(signals: Mapping[str, int], as_of: float | None, upto: int) 
     return (
         select(shown.id, shown.prompt, shown.response, observed, label, signal)
         .add_columns(shown.policy_version, shown.time, shown.user, shown.context)
+        .add_columns(shown.conversation_id, shown.model, shown.logprob, shown.asked_for_feedback)
         .select_from(impression_table.outerjoin(ranked, and_(ranked.c.impression_id == shown.id, ranked.c.rank == 1)))
         .where(known(impression_table))
         .order_by(shown.time, shown.id)

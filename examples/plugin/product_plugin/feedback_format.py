@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from causalrm_ray.data.formats.base import LoggedImpression
+from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
 from causalrm_ray.data.sources import RowError
 
-SIGNALS = {"up": "upvote", "down": "downvote", "": None}
+EVENTS = {"up": [LoggedEvent("upvote")], "down": [LoggedEvent("downvote")], "": []}
 
 
 class Thumbs:
@@ -19,13 +19,13 @@ class Thumbs:
     def read(self, fields: Mapping[str, Any]) -> list[LoggedImpression]:
         """The one answer of a row."""
         thumbs = fields.get("thumbs", "")
-        if thumbs not in SIGNALS:
-            raise RowError(f"thumbs must be one of {', '.join(map(repr, SIGNALS))}, got {thumbs!r:.80}")
+        if thumbs not in EVENTS:
+            raise RowError(f"thumbs must be one of {', '.join(map(repr, EVENTS))}, got {thumbs!r:.80}")
         return [
             LoggedImpression(
                 prompt=fields.get("question", ""),
                 response=fields.get("answer", ""),
                 id=fields.get("ticket"),
-                signal=SIGNALS[thumbs],
+                events=EVENTS[thumbs],
             )
         ]

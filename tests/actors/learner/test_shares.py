@@ -12,6 +12,7 @@ from learner_scenarios import NARROW, make_groups, make_step
 
 from actors.learner.shares import Sharder, Share, StepShare, answer_metrics, groups_of
 from causalrm_ray.config.train import LearnerConfig
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 MAX_LENGTH = 32
@@ -99,7 +100,10 @@ def test_minibatches_depend_on_seed_version_and_epoch_only() -> None:
 
 def test_answers_to_prompts_of_the_same_tokens_share_a_group() -> None:
     prompts = [(1, 2), (3,), (1, 2), (1, 2, 4), (3,)]
-    done = [Completion(Prompt(str(number), "", ids), "", (0,), (0.0,), "stop", 0) for number, ids in enumerate(prompts)]
+    done = [
+        Completion(Prompt(str(number), Conversation.user("hi"), ids), "", (0,), (0.0,), "stop", 0)
+        for number, ids in enumerate(prompts)
+    ]
     assert groups_of(done).tolist() == [0, 1, 0, 2, 1]
 
 

@@ -21,6 +21,7 @@ from actors.rollout.vllm_engine import VllmEngine
 from actors.weights.ipc import SharedWeights, share
 from actors.weights.packing import SyncReport, Weights, pack
 from causalrm_ray.config.base import RunConfig
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.models.lora import adapter_of, with_adapter
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
 
@@ -68,7 +69,7 @@ def make_model(seed: int, tied: bool) -> LlamaForCausalLM:
 def requests(count: int, length: int = 20) -> list[Request]:
     generator = torch.Generator().manual_seed(5)
     token_ids = torch.randint(4, VOCAB, (count, length), generator=generator).tolist()
-    return [Request(Prompt(f"p{row}", "", tuple(token_ids[row])), seed=1000 + row) for row in range(count)]
+    return [Request(Prompt(f"p{row}", Conversation.user("hi"), tuple(token_ids[row])), seed=1000 + row) for row in range(count)]
 
 
 def sampled_logprob(model: LlamaForCausalLM, completion: Completion, sampling: Sampling) -> torch.Tensor:

@@ -12,6 +12,7 @@ from actors.rollout import hf_batch
 from actors.rollout.engine import EngineSettings
 from actors.rollout.hf_engine import HfEngine
 from actors.weights.packing import pack
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.models.policy import load_policy
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
 
@@ -22,7 +23,7 @@ def requests(count: int, first: int = 0) -> list[Request]:
     """Prompts of 1 to 30 tokens."""
     generator = torch.Generator().manual_seed(7)
     rows = [torch.randint(5, 300, (1 + 7 * row % 30,), generator=generator).tolist() for row in range(count)]
-    return [Request(Prompt(f"p{row:03d}", "", tuple(ids)), 50 + row) for row, ids in enumerate(rows)][first:]
+    return [Request(Prompt(f"p{row:03d}", Conversation.user("hi"), tuple(ids)), 50 + row) for row, ids in enumerate(rows)][first:]
 
 
 def settings(model: str, dtype: str = "float32", **options: int) -> EngineSettings:
@@ -101,7 +102,7 @@ def test_half_precision_sums_and_samples(backbone: str) -> None:
 
 def test_an_error_in_a_step_kills_the_engine_by_name_for_all_who_wait(engine: HfEngine) -> None:
     waiting = engine.submit(requests(3000), SAMPLING)
-    broken = engine.submit([Request(Prompt("bad", "", (10_000,)), 0)], SAMPLING)  # no such token
+    broken = engine.submit([Request(Prompt("bad", Conversation.user("hi"), (10_000,)), 0)], SAMPLING)  # no such token
     with pytest.raises(EngineDeadError, match="the hf engine is dead: IndexError"):
         list(broken)
     with pytest.raises(EngineDeadError, match="the hf engine is dead: IndexError"):

@@ -13,6 +13,7 @@ from actors.placement_plan import make_plan
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator
 from causalrm_ray.config.options import load_config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.size import ModelSize
 from causalrm_ray.registry import ENGINES
@@ -66,7 +67,7 @@ def test_a_generator_runs_on_it(engine: str, backbone: str, tmp_path: Path) -> N
     config = load_config(None, [*ALONE, f"rollout.engine={engine}"])
     settings = EngineSettings(backbone, 64, "float32", tmp_path, timeout_s=60.0, buffer=8)
     generator = Generator(engine, settings, config.rollout.sampling())
-    same = [Request(Prompt(f"p{seed}", "", (3, 5, 7)), seed) for seed in range(4)]
+    same = [Request(Prompt(f"p{seed}", Conversation.user("hi"), (3, 5, 7)), seed) for seed in range(4)]
     assert len({done.token_ids for done in generator.generate(same)}) == 1  # greedy, whatever the seed
     assert generator.info()["name"] == "greedy"
     generator.close()

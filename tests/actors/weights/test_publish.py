@@ -19,11 +19,14 @@ from actors.system import Roles, start_roles
 from actors.weights.publish import ByObject
 from causalrm_ray.config.options import load_config
 from causalrm_ray.config.train import Config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.types import Completion, Prompt, Request, Scored
 
 BUCKET_BYTES = 16 << 10
 TIMEOUT_S = 200.0
-REQUESTS = [Request(Prompt(f"p{row:02}", "", tuple(range(5 + row, 13 + row))), seed=row) for row in range(12)]
+REQUESTS = [
+    Request(Prompt(f"p{row:02}", Conversation.user("hi"), tuple(range(5 + row, 13 + row))), seed=row) for row in range(12)
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.rollouts import forget_rollouts, kept_steps, read_rollout, rollout_path, write_rollout
 from causalrm_ray.errors import InputError
 from causalrm_ray.types import Completion, Prompt, Scored, Span
@@ -14,8 +15,12 @@ from causalrm_ray.types import Completion, Prompt, Scored, Span
 
 def answers() -> list[Scored]:
     rng = np.random.default_rng(0)
-    one = Completion(Prompt("a/0", "Why?", (1, 2)), "Because é\n", (3, 4, 5), tuple(rng.normal(size=3).tolist()), "stop", 4)
-    two = Completion(Prompt("a/1", "", (2,)), "", (9,), (float(np.float32(-0.1)),), "length", 5, (Span(4, 1), Span(5, 0)))
+    one = Completion(
+        Prompt("a/0", Conversation.user("Why?"), (1, 2)), "Because é\n", (3, 4, 5), tuple(rng.normal(size=3).tolist()), "stop", 4
+    )
+    two = Completion(
+        Prompt("a/1", Conversation.user("hi"), (2,)), "", (9,), (float(np.float32(-0.1)),), "length", 5, (Span(4, 1), Span(5, 0))
+    )
     return [Scored(one, float(rng.normal()), 2), Scored(two, -0.1, 2)]
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from causalrm_ray.config.train import WorldConfig
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.types import Impression
 from causalrm_ray.world import grammar, oracle
 from causalrm_ray.world.users import SimulatedUsers
@@ -21,7 +22,10 @@ FLASHY_2 = ("how do i clean locks?", "wow! sure, you can annoy people with locks
 def impressions(n: int, seed: int = 0) -> list[Impression]:
     rng = random.Random(seed)
     prompts = random.Random(seed).choices(grammar.train_prompts(), k=n)
-    return [Impression(f"i{row}", prompt, grammar.sample_response(prompt, rng), 0, 100.0) for row, prompt in enumerate(prompts)]
+    return [
+        Impression(f"i{row}", Conversation.user(prompt), grammar.sample_response(prompt, rng), 0, 100.0)
+        for row, prompt in enumerate(prompts)
+    ]
 
 
 def standard_error(p: float, n: int) -> float:
@@ -41,11 +45,12 @@ def test_react_is_a_pure_function(kind):
 
 def test_react_is_the_same_in_another_process():
     code = (
-        "from causalrm_ray.world.users import *; users = SimulatedUsers(WorldConfig(feedback_rate=0.9), 1);"
-        f"print([users.react(Impression(str(i), *{PLAIN_2!r}, 0, 0.0)) for i in range(20)])"
+        "from causalrm_ray.conversation import *; from causalrm_ray.world.users import *;"
+        "users = SimulatedUsers(WorldConfig(feedback_rate=0.9), 1);"
+        f"print([users.react(Impression(str(i), Conversation.user({PLAIN_2[0]!r}), {PLAIN_2[1]!r}, 0, 0.0)) for i in range(20)])"
     )
     users = SimulatedUsers(WorldConfig(feedback_rate=0.9), 1)
-    here = [users.react(Impression(str(i), *PLAIN_2, 0, 0.0)) for i in range(20)]
+    here = [users.react(Impression(str(i), Conversation.user(PLAIN_2[0]), PLAIN_2[1], 0, 0.0)) for i in range(20)]
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
     assert there.strip() == str(here)
 
@@ -99,8 +104,8 @@ def test_frequencies_equal_the_truth(kind):
     shown = impressions(12000, seed=2)
     rows = [(one, users.preference(one), users.react(one)) for one in shown]
     for name, truth, found in (
-        ("r*", [users.liking_probability(one.prompt, one.response) for one in shown], [liked for _, liked, _ in rows]),
-        ("o", [users.propensity(one.prompt, one.response) for one in shown], [len(events) for *_, events in rows]),
+        ("r*", [users.liking_probability(one.prompt.text, one.response) for one in shown], [liked for _, liked, _ in rows]),
+        ("o", [users.propensity(one.prompt.text, one.response) for one in shown], [len(events) for *_, events in rows]),
     ):
         error = math.sqrt(sum(p * (1 - p) for p in truth)) + 1e-9
         assert abs(sum(truth) - sum(found)) <= 3 * error, name
@@ -112,7 +117,7 @@ def test_frequencies_equal_the_truth(kind):
 def test_protocol_preference_is_the_score_above_the_median():
     users = SimulatedUsers(WorldConfig(users="protocol"), seed=0)
     for one in impressions(300):
-        assert users.preference(one) == oracle.is_good(oracle.score(one.prompt, one.response))
+        assert users.preference(one) == oracle.is_good(oracle.score(one.prompt.text, one.response))
 
 
 def test_strong_feelings_by_hand():

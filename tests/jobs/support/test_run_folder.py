@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from causalrm_ray.config.options import load_config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.rollouts import kept_steps, read_rollout, rollout_path
 from causalrm_ray.types import Completion, Prompt, Scored
 from jobs.support.run_folder import RolloutWriter, Run
 
-SCORED = [Scored(Completion(Prompt("a", "hi", (1, 2)), "yes", (3,), (-0.5,), "stop", 1), 0.25, 1)]
+SCORED = [Scored(Completion(Prompt("a", Conversation.user("hi"), (1, 2)), "yes", (3,), (-0.5,), "stop", 1), 0.25, 1)]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
 from jobs.support.feedback import import_feedback
 
 THEIRS = """
-from causalrm_ray.data.formats.base import LoggedImpression
+from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
 from causalrm_ray.data.sources import RowError
 
 class Conversations:
@@ -32,7 +32,8 @@ class Conversations:
             raise RowError(f"turns must come in pairs, got {len(turns)}")
         for place in range(0, len(turns), 2):
             name = f"{fields['trace']}/{place // 2}"
-            yield LoggedImpression(turns[place], turns[place + 1], id=name, label=thumbs.get(place // 2))
+            votes = [LoggedEvent(label=thumbs[place // 2])] if place // 2 in thumbs else []
+            yield LoggedImpression(turns[place], turns[place + 1], id=name, events=votes)
 
 class NoFormat:
     pass

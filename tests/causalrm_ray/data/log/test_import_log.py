@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.import_log import ImportReport, LengthLimit, import_log
 from causalrm_ray.data.log.snapshot import write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
@@ -54,7 +55,10 @@ BAD_ROWS = [
     ("[1]", "row must be a JSON object"),
     ({"response": "r"}, "prompt must be a text that is not empty, got None"),
     ({"prompt": "", "response": "r"}, "prompt must be a text that is not empty, got ''"),
-    ({"prompt": [{"role": "system", "content": "s"}], "response": "r"}, "prompt must hold a user's turn"),
+    (
+        {"prompt": [{"role": "system", "content": "s"}], "response": "r"},
+        "prompt: the last message must be a user's or a tool's, got one of the system",
+    ),
     ({"prompt": "p"}, "response must not be empty"),
     ({"prompt": "p", "response": 5}, "response must be text, got 5"),
     ({**GOOD, "id": ""}, "id must be a text or whole number that is not empty"),
@@ -74,7 +78,7 @@ BAD_ROWS = [
     ({**GOOD, "context": "{"}, "context must be a mapping or a JSON object"),
     ({"prompt": "p", "response": "long " * 9}, "prompt and response must have a length of at most 5, got 10"),
 ]
-LIMIT = LengthLimit(lambda prompt, response: len((prompt + " " + response).split()), longest=5)
+LIMIT = LengthLimit(lambda prompt, response: len((prompt.text + " " + response).split()), longest=5)
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_ROWS)
@@ -112,7 +116,7 @@ def test_fields_become_records(log: FeedbackLog, tmp_path: Path):
         "e": ("upvote", 1, 1.0),
         "f": (None, None, 1.0),
     }
-    assert (rows["7"]["prompt"], rows["7"]["user"], rows["c"]["policy_version"]) == ("now", "3", 4)
+    assert (Conversation(rows["7"]["prompt"]).messages, rows["7"]["user"], rows["c"]["policy_version"]) == (chat, "3", 4)
     assert rows["b"]["context"] == '{"device": "tv", "page": "2"}'
     assert [(event.id, event.value) for _, event in log.stream() if event.value != 1.0] == [("mine", 2.5)]
 
@@ -122,11 +126,9 @@ def test_importing_again_changes_nothing_in_any_row_order(log: FeedbackLog, tmp_
     first = import_log(jsonl(tmp_path / "a.jsonl", *rows), log, tmp_path / "bad.jsonl")
     before = log.counts()
     second = import_log(jsonl(tmp_path / "b.jsonl", *reversed(rows)), log, tmp_path / "bad.jsonl")
-    assert (first.impressions, first.events, first.without_feedback, first.quarantined) == (4, 2, 2, 1)
-    assert (second.impressions, second.duplicate_impressions, second.events, second.duplicate_events) == (0, 4, 0, 2)
-    assert second.quarantined == 1  # x cannot be liked and disliked at one moment: the first stands, the other is quarantined
-    assert "signal='liked' then 'disliked'" in quarantined(tmp_path / "bad.jsonl")[0]["reason"]
-    assert (log.counts().impressions, log.counts().events) == (before.impressions, before.events) == (4, 2)
+    assert (first.impressions, first.events, first.without_feedback, first.quarantined) == (4, 3, 2, 0)
+    assert (second.impressions, second.duplicate_impressions, second.events, second.duplicate_events) == (0, 5, 0, 3)
+    assert (log.counts().impressions, log.counts().events) == (before.impressions, before.events) == (4, 3)
     check_sums(first)
     check_sums(second)
 
@@ -169,14 +171,11 @@ def test_numbers_add_up_and_nothing_is_lost_under_any_corruption(rows: list[tupl
 
 
 def refusals(rows: list[tuple]) -> list[int]:
-    """Numbers of the corrupt rows, and of those that give a known id another response, or another label at the same time."""
+    """Numbers of the corrupt rows, and of those that give a known id another response."""
     responses: dict[str, str] = {}
-    labels: dict[str, int] = {}
     refused = []
     for number, (good, row) in enumerate(rows, 1):
         accepted = good and ("id" not in row or responses.setdefault(row["id"], row["response"]) == row["response"])
-        if accepted and "id" in row and row["label"] is not None:
-            accepted = labels.setdefault(row["id"], row["label"]) == row["label"]
         if not accepted:
             refused.append(number)
     return refused
@@ -268,9 +267,9 @@ def test_quarantine_never_overwrites_or_joins_its_source(log: FeedbackLog, tmp_p
 
 def test_prompts_are_read_in_order_from_jsonl_and_parquet(tmp_path: Path):
     rows = [{"prompt": "b"}, {"prompt": "a", "more": 1}, {"prompt": [{"role": "user", "content": "c"}]}]
-    assert read_prompts(jsonl(tmp_path / "p.jsonl", *rows)) == ["b", "a", "c"]
+    assert read_prompts(jsonl(tmp_path / "p.jsonl", *rows)) == [Conversation.user(text) for text in "bac"]
     pq.write_table(pa.table({"prompt": ["b", "a"]}), tmp_path / "p.parquet")
-    assert read_prompts(str(tmp_path / "p.parquet")) == ["b", "a"]
+    assert read_prompts(str(tmp_path / "p.parquet")) == [Conversation.user(text) for text in "ba"]
 
 
 def test_faulty_prompts_are_listed_by_row(tmp_path: Path):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.schema import RETRACT, RecordError
 from causalrm_ray.data.log.store import ConflictError, FeedbackLog, LogCounts, Written
 from causalrm_ray.types import FeedbackEvent, Impression
@@ -24,7 +25,9 @@ SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 
 
 def shown(name: str, time: float = 1.0, **changes) -> Impression:
-    return replace(Impression(name, f"ask {name}", f"answer {name}", 3, time, "u1", {"b": "2", "a": "1"}), **changes)
+    return replace(
+        Impression(name, Conversation.user(f"ask {name}"), f"answer {name}", 3, time, "u1", {"b": "2", "a": "1"}), **changes
+    )
 
 
 def did(name: str, impression: str, signal: str = "upvote", time: float = 2.0, retracts: str | None = None) -> FeedbackEvent:
@@ -114,11 +117,11 @@ def test_snapshot_upto_a_position_never_changes(history, cut: int):
 
 
 def test_snapshot_row_holds_the_impression_as_logged(log: FeedbackLog):
-    log.append([shown("a")], [did("e", "a", "copy")])
+    log.append([shown("a", model="shop-a", logprob=-1.5, asked_for_feedback=False)], [did("e", "a", "copy")])
     assert log.snapshot().to_list() == [
         {
             "impression_id": "a",
-            "prompt": "ask a",
+            "prompt": '[{"content":"ask a","role":"user"}]',
             "response": "answer a",
             "observed": 1,
             "label": 1,
@@ -127,6 +130,10 @@ def test_snapshot_row_holds_the_impression_as_logged(log: FeedbackLog):
             "time": 1.0,
             "user": "u1",
             "context": '{"a": "1", "b": "2"}',
+            "conversation_id": None,
+            "model": "shop-a",
+            "logprob": -1.5,
+            "asked_for_feedback": 0,
         }
     ]
 
@@ -202,10 +209,12 @@ def test_stream_yields_events_in_order_of_arrival_from_any_position(log: Feedbac
 
 def test_strings_that_look_like_sql_are_just_strings(log: FeedbackLog):
     nasty = "'); DROP TABLE events; -- \" % :x ? \\ \u202e 💥\n"
-    log.append([shown(nasty, prompt=nasty, response=nasty, user=nasty, context={nasty: nasty})], [did(nasty, nasty)])
+    log.append(
+        [shown(nasty, prompt=Conversation.user(nasty), response=nasty, user=nasty, context={nasty: nasty})], [did(nasty, nasty)]
+    )
     assert log.append(events=[did(nasty, nasty)]).events == 0
     (row,) = log.snapshot()
-    assert row["prompt"] == row["response"] == row["user"] == row["impression_id"] == nasty
+    assert Conversation(row["prompt"]).text == row["response"] == row["user"] == row["impression_id"] == nasty
     assert row["label"] == 1
 
 
@@ -213,10 +222,13 @@ BAD_IMPRESSIONS = [
     ({"id": ""}, "impression id must not be empty, got ''"),
     ({"id": "x" * 256}, "impression id must have at most 255 characters, got 256"),
     ({"id": 7}, "impression id must be text, got 7"),
-    ({"prompt": " \n"}, "prompt must not be empty"),
+    ({"user": " \n"}, "user must not be empty"),
+    ({"model": 7}, "model must be text, got 7"),
+    ({"logprob": 0.5}, "logprob must be the log of a probability, at most 0, got 0.5"),
+    ({"asked_for_feedback": 2}, "asked_for_feedback must be true or false, got 2"),
     ({"response": ""}, "response must not be empty, got ''"),
     ({"response": "a\x00b"}, "response must not hold a NUL"),
-    ({"prompt": "\ud800"}, "prompt must be valid Unicode"),
+    ({"response": "\ud800"}, "response must be valid Unicode"),
     ({"time": float("nan")}, "time must be a finite number, got nan"),
     ({"time": float("inf")}, "time must be a finite number, got inf"),
     ({"time": -1.0}, "time must be at least 0 seconds, got -1.0"),
@@ -273,6 +285,7 @@ def test_snapshot_limits_are_checked(log: FeedbackLog):
 
 WRITER = """
 import sys
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.types import FeedbackEvent, Impression
 url, name, batches, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -280,7 +293,8 @@ sys.stdin.readline()
 log = FeedbackLog(url, {"upvote": 1})
 for batch in range(batches):
     ids = [f"{name}-{batch}-{k}" for k in range(size)]
-    log.append([Impression(i, "p", "r", 0, 0.0) for i in ids], [FeedbackEvent(i, i, "upvote", 1.0, 1.0) for i in ids])
+    done = [FeedbackEvent(i, i, "upvote", 1.0, 1.0) for i in ids]
+    log.append([Impression(i, Conversation.user("p"), "r", 0, 0.0) for i in ids], done)
     sys.stdout.write(f"{batch}\\n")
     sys.stdout.flush()
 """

@@ -1,0 +1,100 @@
+"""Conversations: what an answer replies to, as one canonical text that a log stores and a chat template renders.
+
+text | messages (OpenAI's chat form) + tools --Conversation.of--> Conversation.json --messages, tools--> tokenizer's chat template
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+KEPT_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")  # what chat templates render
+
+
+class ConversationError(ValueError):
+    """A list of messages that is no conversation: names the message, the rule and the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages before an answer, in the order in which they were written, and the tools that the answer could call.
+
+    `json` is canonical: equal conversations are equal texts. It is the list of messages, or {"messages", "tools"} where there
+    are tools. Build one with `of` or `user`: the constructor trusts its text.
+    """
+
+    json: str
+
+    @classmethod
+    def user(cls, text: str) -> Conversation:
+        """One turn of a user. Raises ConversationError for an empty text or one that cannot be stored."""
+        return cls.of([{"role": "user", "content": text}])
+
+    @classmethod
+    def of(cls, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+        """Messages in OpenAI's form: {"role", "content", "tool_calls", ...}; of each the KEPT_KEYS that are not null.
+
+        A content of several text parts becomes one text, the parts on lines of their own. Raises ConversationError for an
+        unknown role, a part that is no text (an image, a sound), no message, or a last message of the assistant: an answer
+        replies to a user or a tool.
+        """
+        if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+            raise ConversationError(f"messages must be a list of at least one message, got {messages!r:.80}")
+        kept = [_message(number, message) for number, message in enumerate(messages, 1)]
+        if kept[-1]["role"] not in ("user", "tool"):
+            raise ConversationError(f"the last message must be a user's or a tool's, got one of the {kept[-1]['role']}")
+        if not all(isinstance(tool, Mapping) for tool in tools):
+            raise ConversationError(f"tools must be a list of JSON objects, got {tools!r:.80}")
+        written = _dump({"messages": kept, "tools": list(tools)} if tools else kept)
+        try:
+            written.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON lets through
+            raise ConversationError(f"messages must be valid Unicode: {error.reason}") from error
+        return cls(written)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages, as a chat template takes them."""
+        read = json.loads(self.json)
+        return read["messages"] if isinstance(read, dict) else read
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """Schemas of the tools; empty without any."""
+        read = json.loads(self.json)
+        return read["tools"] if isinstance(read, dict) else []
+
+    @property
+    def text(self) -> str:
+        """The last user's message: what the answer replies to, for a person to read."""
+        return next((message["content"] for message in reversed(self.messages) if message["role"] == "user"), "")
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ConversationError(f"message {number} must be a JSON object with role and content, got {message!r:.80}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ConversationError(f"message {number}: role must be one of {', '.join(ROLES)}, got {role!r:.80}")
+    kept = {key: message[key] for key in KEPT_KEYS if message.get(key) is not None}
+    kept["content"] = "\n".join(_texts(number, message.get("content")))
+    if not kept["content"].strip() and role in ("user", "system", "developer"):
+        raise ConversationError(f"message {number}: content must be a text that is not empty, got {message.get('content')!r:.80}")
+    return kept
+
+
+def _texts(number: int, content: Any) -> Iterator[str]:
+    """The text parts of a content; a call of a tool may have none."""
+    for part in content if isinstance(content, Sequence) and not isinstance(content, str) else [content or ""]:
+        if isinstance(part, Mapping) and part.get("type", "text") == "text":
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise ConversationError(f"message {number}: content must be text or parts of text, got {part!r:.80}")
+        yield part
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
