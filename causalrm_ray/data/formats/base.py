@@ -1,6 +1,7 @@
 """What a feedback format is: it reads the rows of a source as answers that were shown and as what users did about them.
 
 source --read_rows--> RawRow.fields --Format.read--> LoggedImpression, LoggedEvent ... --import_log--> Impression, FeedbackEvent
+                                         |                    +-- Format.finish, after the last row
                                          +-- RowError --> quarantine
 """
 
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.errors import InputError
 from causalrm_ray.registry import FORMATS
+
+FIRST_ROWS = 100  # that a format is recognised by
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,24 @@ class LoggedImpression:
 class Format(Protocol):
     """A format of logs. Its class is what `registry.FORMATS` holds; each import makes an instance, without arguments.
 
-    `columns` are those that it reads: the import reports the others as ignored.
+    `columns` are those that it reads: the import reports the others as ignored. One instance reads all files of an import that
+    are of its format, so it may join answers in one file with feedback in another.
+
+    Two more methods are optional:
+
+    finish() -> Iterable[LoggedImpression | LoggedEvent | RowError]
+        what it assembled over rows, once, after the last row of all files; a RowError that it yields refuses one such thing and
+        goes to the quarantine. A format with `finish` may return nothing from `read`.
+    matches(columns, rows) -> float                                                                        a classmethod
+        how surely a file is of this format: 0 it is not, 1 no other format looks like this. `columns` are all names of columns
+        in the first rows, `rows` those rows without their nulls, at most FIRST_ROWS, at least one. `feedback.format=auto` takes
+        the format of the highest value above 0, refuses a tie, and never takes a format without `matches`.
     """
 
     columns: frozenset[str]
 
     def read(self, fields: Mapping[str, Any]) -> Iterable[LoggedImpression | LoggedEvent]:
-        """What one row holds, at least one answer or event. `fields` are its `columns` whose value is not null.
+        """What one row holds, at least one answer or event unless it has `finish`. `fields` are its `columns` that are not null.
 
         Raises `sources.RowError`, which names field, rule and value, to refuse the row: the whole row is quarantined with it.
         """

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def import_log(
         run = _Import(log, reader, refused, limit, default_time)
         for row in read_rows(source, split):
             run.take(row)
+        run.finish(source)
         run.flush()
     report = run.report()
     if report.rows == 0:
@@ -113,8 +114,21 @@ class _Import:
     def take(self, row: RawRow) -> None:
         self._counts["rows"] += 1
         self._columns.update(row.fields or ())
+        self._keep(row, lambda: self._read(row))
+
+    def finish(self, source: str) -> None:
+        """Take what the format assembled over the rows of `source`: row 0 of it in the quarantine."""
+        for logged in getattr(self._format, "finish", tuple)():
+            if isinstance(logged, RowError):
+                self._refuse(RawRow(source, 0, "", None), logged)
+            else:
+                content = dataclasses.asdict(logged)
+                row = RawRow(source, 0, json.dumps(content, default=str, ensure_ascii=False), content)
+                self._keep(row, lambda logged=logged, content=content: self._records([logged], content))
+
+    def _keep(self, row: RawRow, records: Callable[[], Records]) -> None:
         try:
-            self._waiting.append((row, self._records(row)))
+            self._waiting.append((row, records()))
         except (RowError, RecordError, RecursionError) as error:  # the last: values nested without end
             self._refuse(row, error)
         except Exception as error:
@@ -155,13 +169,20 @@ class _Import:
     def _refuse(self, row: RawRow, error: Exception) -> None:
         self._quarantine.refuse(row.where, row.number, str(error), row.text)
 
-    def _records(self, row: RawRow) -> Records:
+    def _read(self, row: RawRow) -> Records:
         """What the log keeps of a row; raises RowError or RecordError."""
         columns = self._format.columns
         fields = {name: value for name, value in row_fields(row).items() if value is not None and name in columns}
+        shown, done = self._records(self._format.read(fields), fields)
+        if not shown and not done and not hasattr(self._format, "finish"):
+            raise RowError("row must hold an answer that was shown, or an event, got none")
+        return shown, done
+
+    def _records(self, found: Iterable[LoggedImpression | LoggedEvent], fields: Mapping[str, Any]) -> Records:
+        """What the log keeps of what a format found in `fields`; raises RowError or RecordError."""
         shown: list[Impression] = []
         done: list[FeedbackEvent] = []
-        for logged in self._format.read(fields):
+        for logged in found:
             if isinstance(logged, LoggedImpression):
                 impression = self._impression(logged, fields)
                 shown.append(impression)
@@ -170,8 +191,6 @@ class _Import:
                 raise RowError("an event of its own row must name its impression, got none")
             else:
                 done.append(self._event(logged, logged.impression_id, self._default_time))
-        if not shown and not done:
-            raise RowError("row must hold an answer that was shown, or an event, got none")
         return shown, done
 
     def _impression(self, logged: LoggedImpression, fields: Mapping[str, Any]) -> Impression:

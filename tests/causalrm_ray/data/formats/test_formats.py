@@ -35,6 +35,25 @@ class Conversations:
             votes = [LoggedEvent(label=thumbs[place // 2])] if place // 2 in thumbs else []
             yield LoggedImpression(turns[place], turns[place + 1], id=name, events=votes)
 
+class Joined:
+    '''Answers in some rows, votes in others; both are joined at the end.'''
+
+    columns = frozenset({"trace", "turns", "vote"})
+
+    def __init__(self):
+        self.turns, self.votes = {}, {}
+
+    def read(self, fields):
+        (self.turns if "turns" in fields else self.votes)[fields["trace"]] = fields
+        return []
+
+    def finish(self):
+        for name, fields in self.turns.items():
+            votes = [LoggedEvent(label=self.votes[name]["vote"])] if name in self.votes else []
+            yield LoggedImpression(fields["turns"][0], fields["turns"][1], events=votes)
+        for name in self.votes.keys() - self.turns.keys():
+            yield RowError(f"trace must be one of an answer, got {name!r}")
+
 class NoFormat:
     pass
 """
@@ -79,6 +98,21 @@ def test_a_format_by_import_path_imports_several_answers_of_a_row(source: str, l
         (6, "impressions: id 'a/1' must keep its cont"),  # the whole row, its first answer too
     ]
     assert import_log(source, log, tmp_path / "bad.jsonl", format=PATH).duplicate_impressions == 3
+
+
+def test_a_format_may_assemble_answers_over_rows(source: str, log: FeedbackLog, tmp_path: Path) -> None:
+    rows = [{"trace": "a", "vote": 1}, {"trace": "a", "turns": ["hi", "hello"]}, {"trace": "b", "turns": ["hi", ""]}]
+    rows += [{"trace": "c", "turns": ["why?", "because"]}, {"trace": "z", "vote": 0}]
+    Path(source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = import_log(source, log, tmp_path / "bad.jsonl", format="their_package:Joined")
+    assert report == ImportReport(5, 2, 0, 1, 0, 1, 2, ())
+    assert sorted(str(label) for label in labels(log).values()) == ["1", "None"]
+    refused = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["reason"].split(": ")[-1]) for row in refused] == [
+        (0, "response must not be empty, got ''"),
+        (0, "trace must be one of an answer, got 'z'"),
+    ]
+    assert import_log(source, log, tmp_path / "bad.jsonl", format="their_package:Joined").duplicate_impressions == 2
 
 
 def test_a_job_imports_in_the_format_of_its_configuration(source: str, tmp_path: Path) -> None:
