@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 
@@ -28,7 +28,6 @@ LIBRARIES = {  # what must import, whatever the engine
     "datasets": Library(("datasets",), "pip install datasets"),
     "peft": Library(("peft",), "pip install peft"),
 }
-IMPORTED_WITH = {"peft": ("torch", "transformers")}  # where the one imports, the others do
 BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -84,22 +83,11 @@ def broken_engines(*engines: str) -> dict[str, str]:
     return broken
 
 
-def import_errors(libraries: Iterable[str]) -> dict[str, str]:
-    """Those of `libraries` that cannot be imported, each with the reason. Each is tried in a process of its own, side by side.
-
-    In processes: importing vLLM's CPU build changes torch for the process that does it. A library that another one imports is
-    tried by itself only where that one fails.
-    """
-    reasons: dict[str, str] = {}
-    inner = {name for names in IMPORTED_WITH.values() for name in names}
+def import_errors(libraries: Collection[str]) -> dict[str, str]:
+    """Those of `libraries` that cannot be imported, each with the reason. Each is tried in a process of its own, side by side:
+    importing vLLM's CPU build changes torch for the process that does it."""
     with ThreadPoolExecutor() as pool:
-        reasons |= _tried(pool, set(libraries) - inner)
-        reasons |= _tried(pool, {name for outer in reasons for name in IMPORTED_WITH.get(outer, ())})
-    return reasons
-
-
-def _tried(pool: ThreadPoolExecutor, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    return ((name, reason) for name, reason in zip(names, pool.map(_import_error, names), strict=True) if reason)
+        return {name: reason for name, reason in zip(libraries, pool.map(_import_error, libraries), strict=True) if reason}
 
 
 def _import_error(name: str) -> str:

@@ -13,14 +13,11 @@ from safetensors.torch import load_file
 
 from causalrm_ray.checkpoint import newest_complete, read_json
 from causalrm_ray.config.train import Config
-from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.store import FeedbackLog
-from causalrm_ray.types import Impression
-from causalrm_ray.world.users import SimulatedUsers
+from jobs.support.oracle import Oracle
 from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import TIMINGS, Run
 
-KNOWN = ("response", "policy_version", "time")  # what its user knows of an impression
 NOISE = 3.0  # standard errors that the two runs' rewards may differ by chance
 
 
@@ -69,17 +66,10 @@ def audit_log(config: Config) -> list[str]:
     """Is every prompt of the log and of each step shown exactly once, and every reaction of its user logged exactly once?"""
     task = PromptSource(config, find_models(config))
     requests = [*task.log_requests(), *(request for step in range(config.loop.steps) for request in task.step_requests(step))]
-    log = FeedbackLog(config.log_url, config.feedback.signals)
-    rows, logged = log.snapshot().to_list(), [event for _, event in log.stream()]
-    log.close()
-    shown = Counter(row["impression_id"].rsplit("/", 1)[0] for row in rows)
+    impressions, expected, found = Oracle(config).reactions(FeedbackLog(config.log_url, config.feedback.signals))
+    shown = Counter(impression.id.rsplit("/", 1)[0] for impression in impressions)
     faults = differences("prompts", Counter(request.prompt.id for request in requests), shown)
-    users = SimulatedUsers(config.world, config.run.seed)
-    shown_to = [
-        Impression(row["impression_id"], Conversation(row["prompt"]), **{name: row[name] for name in KNOWN}) for row in rows
-    ]
-    expected = Counter(event.id for impression in shown_to for event in users.react(impression))
-    return faults + differences("feedback events", expected, Counter(event.id for event in logged))
+    return faults + differences("feedback events", expected, found)
 
 
 def differences(what: str, expected: Counter[str], found: Counter[str]) -> list[str]:

@@ -29,26 +29,19 @@ def refuse(job: str, why: object) -> int:
     return REFUSED
 
 
-def no_room(error: BaseException, run: RunFolder) -> str | None:
-    """The message for an error that a full disk, or a quota, caused in any process; None for other errors."""
-    for cause in _causes(error):
-        if getattr(cause, "errno", None) in FULL or any(word in str(cause) for word in WORDS):
-            return (
-                f"no room to write, most likely under {run.path}: {cause}\nNothing half-written will be read. Make room, then "
-                "continue with resume=true, or start again if there is no checkpoint yet"
-            )
-    return None
-
-
 @contextlib.contextmanager
 def naming_full_disks(run: RunFolder) -> Iterator[None]:
-    """Raise InputError with the message of `no_room` where it applies; every other error passes."""
+    """Raise InputError for an error that a full disk, or a quota, caused in any process; every other error passes."""
     try:
         yield
     except Exception as error:  # each library has a class of its own for it: OSError, torch's, safetensors', SQLAlchemy's, Ray's
-        if (why := no_room(error, run)) is None:
-            raise
-        raise InputError(why) from error
+        for cause in _causes(error):
+            if getattr(cause, "errno", None) in FULL or any(word in str(cause) for word in WORDS):
+                raise InputError(
+                    f"no room to write, most likely under {run.path}: {cause}\nNothing half-written will be read. Make room, "
+                    "then continue with resume=true, or start again if there is no checkpoint yet"
+                ) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from actors.system import Roles
@@ -15,6 +14,7 @@ from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import encode_pair
+from jobs.support.log import warn
 from jobs.support.prompts import EPOCH_S, PromptSource
 
 
@@ -30,9 +30,7 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
         quarantine = config.run.path / "quarantine.jsonl"
         report = asdict(import_log(config.feedback.source, log, quarantine, format=config.feedback.format, limit=limit))
         if report["quarantined"]:
-            Console(stderr=True).print(
-                f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}", style="yellow"
-            )
+            warn(f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}")
     check_log(log.snapshot())
     log.close()
     return report

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,13 @@ from causalrm_ray.world.oracle import score
 from causalrm_ray.world.users import SimulatedUsers
 
 
-@dataclass(frozen=True)
-class Audit:
-    """The log compared with the feedback that users gave: `lost` and `duplicated` must be 0."""
-
-    impressions: int
-    events: int
-    lost: int
-    duplicated: int
-
-
 class Oracle:
     """Oracle of a run in the embedded world; for a user's own prompts `known` is False and metrics are empty."""
 
     def __init__(self, config: Config) -> None:
         self.known = config.has_truth
         self._users = SimulatedUsers(config.world, config.run.seed)
+        self._own = f"{config.run.name}/"  # how the ids of the run's impressions begin
 
     def scores(self, completions: Sequence[Completion]) -> np.ndarray:
         """True scores [N], 0 to 4."""
@@ -72,15 +63,19 @@ class Oracle:
         logit = torch.tensor(logits, dtype=torch.float64)
         return {"r2": r2(torch.sigmoid(logit), liked), "auroc": auroc(logit, liked)}
 
-    def audit(self, log: FeedbackLog, run_name: str, shown: int) -> Audit:
-        """Compare the log with the feedback that its `shown` impressions lead to: simulated users react the same way again."""
-        own = f"{run_name}/"
-        impressions = [row for row in _impressions(log.snapshot()) if row.id.startswith(own)]
-        expected = {event.id for impression in impressions for event in self._users.react(impression)}
-        found = [event.id for _, event in log.stream() if event.impression_id.startswith(own)]
-        lost = max(0, shown - len(impressions)) + len(expected - set(found))
-        extra = max(0, len(impressions) - shown) + len(found) - len(expected & set(found))
-        return Audit(len(impressions), len(found), lost, extra)
+    def reactions(self, log: FeedbackLog) -> tuple[list[Impression], Counter[str], Counter[str]]:
+        """The run's impressions in the log, the ids of the events that they lead to (simulated users react the same way again),
+        and those that are there."""
+        impressions = [row for row in _impressions(log.snapshot()) if row.id.startswith(self._own)]
+        expected = Counter(event.id for impression in impressions for event in self._users.react(impression))
+        return impressions, expected, Counter(event.id for _, event in log.stream() if event.impression_id.startswith(self._own))
+
+    def audit(self, log: FeedbackLog, shown: int) -> dict[str, int]:
+        """The log compared with the feedback that `shown` impressions lead to: "lost" and "duplicated" must be 0."""
+        impressions, expected, found = self.reactions(log)
+        lost = max(0, shown - len(impressions)) + (expected - found).total()
+        extra = max(0, len(impressions) - shown) + (found - expected).total()
+        return {"impressions": len(impressions), "events": found.total(), "lost": lost, "duplicated": extra}
 
 
 def _impressions(rows: Iterable[Any]) -> list[Impression]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -25,16 +24,9 @@ class Progress:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        columns = (
-            TextColumn("{task.description:20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bars = RichProgress(
-            *columns, TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal
-        )
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        texts = (TextColumn("{task.description:20}"), TextColumn("{task.fields[figures]}"))
+        self._bars = RichProgress(texts[0], *columns, texts[1], console=console, disable=not console.is_terminal)
         self._bar: TaskID | None = None
         self._total = 0
 
@@ -42,7 +34,7 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
     def phase(self, name: str) -> None:
@@ -57,7 +49,7 @@ class Progress:
         """A step of the embedded policy's pretraining."""
         if step == 1:
             self._open("embedded policy", steps)
-        self._advance(step, f"loss {loss:.2f}")
+        self.task(step, f"loss {loss:.2f}")
 
     def plan(self, plan: Plan) -> None:
         """Print where the roles will run, and their estimated memory."""
@@ -84,16 +76,12 @@ class Progress:
         """A policy step is done."""
         event("step", figures=dict(metrics))
         shown = {"reward": "reward", "oracle": "oracle_mean", "kl": "kl", "mismatch": "logprob_mismatch_max_abs"}
-        self._advance(step + 1, "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics))
+        self.task(step + 1, "  ".join(f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics))
 
     def tasks(self, name: str, total: int) -> None:
         """`total` tasks begin, completed in any order."""
         self.phase(f"{name}: {total} to do")
         self._open(name, total)
-
-    def task(self, done: int, figures: str) -> None:
-        """`done` tasks are complete."""
-        self._advance(done, figures)
 
     def conclude(self, folder: Path, summary: Mapping[str, Any]) -> None:
         """Print the run's result in a few lines."""
@@ -110,7 +98,8 @@ class Progress:
         self._total = total
         self._bar = self._bars.add_task(name, total=total, completed=completed, figures="")
 
-    def _advance(self, done: int, figures: str) -> None:
+    def task(self, done: int, figures: str) -> None:
+        """`done` tasks, or steps, are complete."""
         if self._bar is not None:
             self._bars.update(self._bar, completed=done, figures=figures)
         if not console.is_terminal and (done % max(1, self._total // LINES) == 0 or done == self._total):

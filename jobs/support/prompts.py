@@ -91,7 +91,7 @@ class PromptSource:
             return []
         return [
             Impression(
-                f"{done.prompt.id}/{_digest(done.response)}",
+                f"{done.prompt.id}/{hashlib.blake2b(done.response.encode(), digest_size=4).hexdigest()}",
                 done.prompt.conversation,
                 done.response,
                 done.policy_version,
@@ -139,10 +139,6 @@ def _turns(texts: Sequence[str]) -> list[Conversation]:
 
 def _held_out(prompt: Conversation) -> bool:
     return zlib.crc32(prompt.json.encode()) % HELD_OUT_ONE_IN == 0
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def check_same_tokens(models: Models, tokenizer: PreTrainedTokenizerBase) -> None:

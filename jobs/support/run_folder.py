@@ -9,8 +9,9 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -39,7 +40,7 @@ class Run:
 
     def __init__(self, config: Config, fresh_start: bool = False, trackers: Trackers | None = None) -> None:
         self.path = config.run.path
-        self._trackers, self._has_logged = trackers or Trackers(()), False
+        self._trackers = trackers or Trackers(())
         self.checkpoint: Path | None = None
         if config.run.resume:
             self._find_checkpoint()
@@ -47,6 +48,7 @@ class Run:
             resume = "continue it with resume=true, " if (self.path / "checkpoints").exists() else ""
             raise InputError(f"{self.path} holds a run already: {resume}remove it, or choose another run.name")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._drop_metrics_from(self.first_step)
         dump_config(config, self.path / "config.yaml")
 
     @property
@@ -55,10 +57,7 @@ class Run:
         return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl, without those that this run repeats, and log the same to the trackers."""
-        if not self._has_logged:
-            self._drop_metrics_from(step)
-            self._has_logged = True
+        """Append one line to metrics.jsonl, and log the same to the trackers."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._trackers.log(step, metrics)
@@ -120,7 +119,7 @@ def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-class RolloutWriter:
+class RolloutWriter(AbstractContextManager["RolloutWriter"]):
     """Writes each step's scored answers beside the learner's update, and deletes those that no replay needs.
 
     An error in writing is raised by the next call, or at the end of the block.
@@ -147,12 +146,9 @@ class RolloutWriter:
         forget_rollouts(self._folder, before=self._kept_from)
         self._kept_from = checkpoint
 
-    def __enter__(self) -> RolloutWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._pool.shutdown()
-        if error is None:
+        if kind is None:
             self.wait()
 
 
@@ -180,7 +176,7 @@ class MemoryMonitor:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._done.set()
         self._thread.join()
 
@@ -193,7 +189,6 @@ class MemoryMonitor:
 
 def _pss_bytes(process: psutil.Process) -> int:
     try:
-        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    except (OSError, psutil.Error):  # it ended meanwhile
+        return process.memory_full_info().pss
+    except psutil.Error:  # it ended meanwhile
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

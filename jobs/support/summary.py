@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from causalrm_ray.config.train import Config, WorldConfig
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.estimators.diagnostics.advice import advise, verdict
 from causalrm_ray.rl.drift import drift_warnings
-from causalrm_ray.types import Completion
 from jobs.support.oracle import Oracle
 from jobs.support.prompts import PromptSource
 from jobs.support.run_folder import Run
@@ -38,10 +37,17 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
     """Results of a fit of propensity, noise rates and reward model, with the true rates for users of a known `world`."""
     truth = {} if world is None else dict(zip(("rho_01", "rho_10"), world.rho, strict=True))
     rates = {name: {**_rate(fit.reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
+    found, propensity = to_json(fit.reward.diagnostics), to_json(fit.propensity)
     return {
         "noise_rates": rates,
-        "propensity": to_json(fit.propensity),
-        "diagnostics": _diagnostics(fit, rates),
+        "propensity": propensity,
+        "diagnostics": {
+            **found,
+            "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "curve")},
+            "rates": rates,
+            "verdict": verdict(found),
+            "warnings": [*advise(found, propensity, rates), *_doubts(fit.reward)],
+        },
         "reward_fit": {
             "heldout_risk": {name: method.heldout_risk for name, method in fit.reward.methods.items()},
             "best_epoch": {name: method.best_epoch for name, method in fit.reward.methods.items()},
@@ -49,18 +55,6 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
             "train_seconds": fit.train_seconds,
             "folders": dict(fit.folders),
         },
-    }
-
-
-def _diagnostics(fit: Refit, rates: Mapping[str, Any]) -> dict[str, Any]:
-    """Diagnostics of a fit, with verdict and warnings."""
-    found, propensity = to_json(fit.reward.diagnostics), to_json(fit.propensity)
-    return {
-        **found,
-        "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "curve")},
-        "rates": rates,
-        "verdict": verdict(found),
-        "warnings": [*advise(found, propensity, rates), *_doubts(fit.reward)],
     }
 
 
@@ -93,13 +87,19 @@ def promotion_metrics(refit: Refit) -> dict[str, float]:
 
 
 def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Oracle, fit: Refit, shown: int) -> Start:
-    """Measure the starting policy on held-out prompts, and the reward models on its fresh answers."""
+    """Measure the starting policy on held-out prompts, and R2 and AUROC of each method's model on its fresh answers."""
     answers = roles.sample(prompts.evaluation_requests())
     summary = fit_summary(fit, config.world if oracle.known else None)
     if not oracle.known:
         return Start(shown, summary, roles.score(answers).tolist(), None)
-    judged = _judge_rewards(config, roles, prompts, oracle, fit, answers)
-    return Start(shown, summary, oracle.scores(answers).tolist(), judged)
+    seen = [done for done in answers if done.response]  # by users
+    impressions = prompts.impressions(seen, prompts.clock(0))
+    models: dict[str, Any] = {"method": config.reward.method, "answers": len(seen)}
+    for name, folder in fit.folders.items():
+        prefix = {"oracle": "oracle_trained_", config.reward.method: ""}.get(name, f"{name}_")
+        judged = oracle.judge(roles.score(seen, config.run.path / folder), impressions)
+        models |= {f"{prefix}{key}": value for key, value in judged.items()}
+    return Start(shown, summary, oracle.scores(answers).tolist(), models)
 
 
 def summarise(config: Config, run: Run, roles: Roles, prompts: PromptSource, oracle: Oracle, start: Start) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def summarise(config: Config, run: Run, roles: Roles, prompts: PromptSource, ora
             "checksum_ok": all(row["sync_checksum_ok"] == 1 for row in rows),
             "transport": roles.plan.transport,
         },
-        "answers": _examples(after),
+        "answers": [{"prompt": done.prompt.conversation.text, "response": done.response} for done in after[:6]],
     }
     if oracle.known:
         before, now = np.array(start.scores), oracle.scores(after)
@@ -135,30 +135,9 @@ def summarise(config: Config, run: Run, roles: Roles, prompts: PromptSource, ora
         summary["oracle_reward"] = {"before": float(before.mean()), "after": float(now.mean()), "stderr": stderr}
         summary["reward_model"] = start.reward_model
         shown = start.shown + int(sum(row["shown"] for row in rows))
-        summary["feedback"] = asdict(oracle.audit(FeedbackLog(config.log_url, config.feedback.signals), config.run.name, shown))
+        summary["feedback"] = oracle.audit(FeedbackLog(config.log_url, config.feedback.signals), shown)
     else:
         first = run.path / start.fit["reward_fit"]["folders"][config.reward.method]  # the same model judges both
         now = roles.score(after, first)
         summary["model_reward"] = {"before": float(np.mean(start.scores)), "after": float(now.mean())}
     return summary
-
-
-def _judge_rewards(
-    config: Config, roles: Roles, prompts: PromptSource, oracle: Oracle, fit: Refit, fresh: list[Completion]
-) -> dict[str, Any]:
-    """R2 and AUROC of each fitted method's model on fresh answers about held-out topics, against the users' preferences."""
-    answers = [done for done in fresh if done.response]  # what users would see
-    impressions = prompts.impressions(answers, prompts.clock(0))
-    folders = {name: config.run.path / folder for name, folder in fit.folders.items()}
-    judged = {name: oracle.judge(roles.score(answers, folder), impressions) for name, folder in folders.items()}
-    own = judged[config.reward.method]
-    result: dict[str, Any] = {"method": config.reward.method, "answers": len(answers), **own}
-    for name, figures in judged.items():
-        if name != config.reward.method:
-            prefix = "oracle_trained" if name == "oracle" else name
-            result |= {f"{prefix}_{key}": value for key, value in figures.items()}
-    return result
-
-
-def _examples(completions: list[Completion], count: int = 6) -> list[dict[str, str]]:
-    return [{"prompt": done.prompt.conversation.text, "response": done.response} for done in completions[:count]]

@@ -14,10 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -74,30 +71,15 @@ def run(config: Config) -> int:
 def _drive(attempt: Attempt) -> int:
     """Start a driver and wait for it. Returns its exit status; negative: the signal that killed it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    driver = subprocess.Popen(
-        [sys.executable, "-P", "-m", "jobs.support.supervise"], stdin=subprocess.PIPE, text=True, env=environment
-    )
-    assert driver.stdin is not None
-    with _passing_on(signal.SIGTERM, driver):
-        with driver.stdin as pipe:
-            pipe.write(attempt.model_dump_json())
-        try:
-            return driver.wait()
-        except KeyboardInterrupt:  # the terminal sent it to the driver, too
-            driver.wait()
-            raise
-
-
-@contextmanager
-def _passing_on(number: signal.Signals, driver: subprocess.Popen[str]) -> Iterator[None]:
-    def pass_on(received: int, frame: FrameType | None) -> None:
-        driver.send_signal(received)
-
-    previous = signal.signal(number, pass_on)
+    command = [sys.executable, "-P", "-m", "jobs.support.supervise"]
+    driver = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+    previous = signal.signal(signal.SIGTERM, lambda *_: driver.send_signal(signal.SIGTERM))
     try:
-        yield
-    finally:
-        signal.signal(number, previous)
+        driver.communicate(attempt.model_dump_json())
+    finally:  # after Ctrl-C, too, which the terminal sent to the driver as well
+        status = driver.wait()
+        signal.signal(signal.SIGTERM, previous)
+    return status
 
 
 def _checkpoint(config: Config) -> Path | None:

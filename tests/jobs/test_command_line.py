@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from causalrm_ray.checkpoint import atomic_folder
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.config.options import load_config, options
 from causalrm_ray.config.train import Config
@@ -278,6 +279,8 @@ def test_metrics_of_steps_that_will_be_repeated_are_dropped(tmp_path: Path) -> N
         run.log(step, {"value": float(step)})
     with (run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "val')  # the kill came in the middle of a line
-    resumed = Run(config)
+    with atomic_folder(run.path / "checkpoints" / "step-2"):
+        pass
+    resumed = Run(load_config(None, [f"run.dir={tmp_path}", "run.name=r", "resume=true"]))
     resumed.log(2, {"value": 9.0})
     assert [(row["step"], row["value"]) for row in Run.read_metrics(run.path)] == [(0, 0.0), (1, 1.0), (2, 9.0)]

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config.base import RunFolder
 from causalrm_ray.data.parquet import write_parquet
-from jobs.support.errors import no_room
+from causalrm_ray.errors import InputError
+from jobs.support.errors import naming_full_disks
 
 LIMIT = 64 << 10  # bytes of a file: the kernel refuses more to this process, as a quota would
 NUMBERS = np.random.default_rng(0).integers(256, size=16 * LIMIT, dtype=np.uint8)  # which nothing can compress
@@ -53,14 +54,13 @@ def json(path: Path) -> None:
 @pytest.mark.parametrize("write", [tensors, archive, table, json])
 def test_a_full_disk_is_reported_as_such_and_leaves_nothing_half_written(write: Callable[[Path], None], tmp_path: Path) -> None:
     run = RunFolder(dir=tmp_path, name="run")
-    with pytest.raises(Exception) as met, atomic_folder(run.path / "step-2") as folder:  # noqa: PT011 - each has a type of its own
+    named = pytest.raises(InputError, match=f"no room to write, most likely under {run.path}: ")
+    with named, naming_full_disks(run), atomic_folder(run.path / "step-2") as folder:
         write(folder / "file")
-    why = no_room(met.value, run)
-    assert why is not None
-    assert f"no room to write, most likely under {run.path}: " in why
     assert list(run.path.iterdir()) == []
 
 
-def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
-    assert no_room(FileNotFoundError(2, "No such file or directory"), RunFolder(dir=tmp_path)) is None
-    assert no_room(RuntimeError("loss is not finite"), RunFolder(dir=tmp_path)) is None
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory"), RuntimeError("loss is not finite")])
+def test_other_errors_are_not_taken_for_it(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error), match=str(error.args[-1])), naming_full_disks(RunFolder(dir=tmp_path)):
+        raise error
