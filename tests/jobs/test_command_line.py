@@ -247,14 +247,14 @@ def task() -> PromptSource:
 
 def test_the_requests_of_a_step_are_a_function_of_seed_and_step(task: PromptSource) -> None:
     assert task.step_requests(3) == task.step_requests(3)
-    assert [r.prompt.text for r in task.step_requests(3)] != [r.prompt.text for r in task.step_requests(4)]
+    assert [r.prompt.conversation for r in task.step_requests(3)] != [r.prompt.conversation for r in task.step_requests(4)]
     ids = [request.prompt.id for step in range(3) for request in task.step_requests(step)]
     assert len(set(ids)) == len(ids) == 3 * 64 * 2
 
 
 def test_samples_of_one_prompt_have_seeds_of_their_own(task: PromptSource) -> None:
     first, second = task.step_requests(0)[:2]
-    assert first.prompt.text == second.prompt.text
+    assert first.prompt.conversation == second.prompt.conversation
     assert first.seed != second.seed
 
 
