@@ -133,7 +133,7 @@ def start_roles(
     log = users = propensity_role = reward_role = None
     if "log" in parts:
         beside_driver = Placement("log", beside_driver=True, restarts=restarts)
-        log = place(FeedbackRole, beside_driver, config.log_url, dict(config.feedback.signals))
+        log = place(FeedbackRole, beside_driver, config.log_url, dict(config.feedback.signals), config.feedback.order)
     if "users" in parts:
         users = place(UsersRole, Placement("users", restarts=restarts), config.world, config.run.seed)
     if "reward" in parts:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
 
 from causalrm_ray.conversation import Conversation
 
+LABEL_SIGNALS: Mapping[str, int] = MappingProxyType({"liked": 1, "disliked": 0})  # stand for a bare label in an imported log
 StopReason = Literal["stop", "length"]
 NoiseEstimator = Literal["curve", "anchors"]  # of the noise rates: estimators.nuisances.noise_rates
 
@@ -114,6 +116,19 @@ class Impression:
     model: str | None = None
     logprob: float | None = None
     asked_for_feedback: bool | None = None
+
+
+class Graded(Protocol):
+    """A signal whose value says what it means: label 1 from `high` on, 0 up to `low`, no feedback between; None: never."""
+
+    @property
+    def low(self) -> float | None: ...
+
+    @property
+    def high(self) -> float | None: ...
+
+
+Meaning = int | Graded  # of a signal: its label, or thresholds on its value
 
 
 @dataclass(frozen=True, slots=True)

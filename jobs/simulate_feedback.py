@@ -10,7 +10,7 @@ from actors.cluster.runtime import ray_cluster
 from actors.system import start_roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.snapshot import write_snapshot
-from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import ConfigError
 from jobs.support.feedback import simulate_feedback
 from jobs.support.progress import Progress
@@ -30,7 +30,7 @@ def run(config: Config) -> int:
         roles = start_roles(config, models.policy, models.reward, parts=("log", "users", "generators"))
         progress.phase("filling the feedback log")
         simulate_feedback(config, task, roles)
-    log = FeedbackLog(config.log_url, config.feedback.signals)
+    log = open_log(config)
     write_snapshot(log.snapshot(), run.path / "feedback.parquet")
     counts = log.counts()
     run.summarise(asdict(counts))

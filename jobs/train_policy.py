@@ -17,7 +17,7 @@ from actors.cluster.runtime import ray_cluster
 from actors.system import Roles, start_roles
 from causalrm_ray.checkpoint import atomic_folder, read_json, write_json
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import Scored
@@ -50,7 +50,7 @@ def run(config: Config, fresh_start: bool = False) -> int:
         if not config.has_truth:
             import_feedback(config, prompts.tokenizer)
         elif config.feedback.url:  # simulated users will fill it: can it be opened?
-            FeedbackLog(config.feedback.url, config.feedback.signals).close()
+            open_log(config).close()
         run.start_tracking(config)
         with ray_cluster(config.cluster, config.run.cache):
             progress.phase("starting roles")

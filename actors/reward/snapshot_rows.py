@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,8 +102,10 @@ def _traits(contexts: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _signals(signals: Sequence[str | None], labels: Sequence[int | None]) -> Signals:
-    meaning = {signal: label for signal, label in zip(signals, labels, strict=True) if signal is not None and label is not None}
-    names = tuple(sorted(meaning))
-    place = {name: number for number, name in enumerate(names)}
-    numbers = torch.tensor([-1 if signal is None else place[signal] for signal in signals])
-    return Signals(numbers, names, tuple(meaning[name] for name in names))
+    """Each signal with its label; a graded one has both, and is two."""
+    given = list(zip(signals, labels, strict=True))
+    meanings = sorted({(signal, label) for signal, label in given if signal is not None and label is not None})
+    place: dict[Any, int] = {meaning: number for number, meaning in enumerate(meanings)}
+    graded = {signal for signal, label in meanings if (signal, 1 - label) in place}
+    names = tuple(f"{signal}, {('low', 'high')[label]}" if signal in graded else signal for signal, label in meanings)
+    return Signals(torch.tensor([place.get(meaning, -1) for meaning in given]), names, tuple(label for _, label in meanings))

@@ -77,6 +77,8 @@ def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"[{', '.join('...' if part is ... else _kind(part) for part in parts)}]"
     if origin is dict:
         return f"{{{_kind(parts[0])}: {_kind(parts[1])}}}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"{{{', '.join(f'{name}: {_kind(info.annotation)}' for name, info in annotation.model_fields.items())}}}"
     return "null" if annotation is NoneType else annotation.__name__.lower()
 
 

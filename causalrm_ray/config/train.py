@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -19,13 +20,40 @@ from causalrm_ray.config.base import (
     TrackerName,
 )
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS
-from causalrm_ray.types import NoiseEstimator, NoiseRates, Sampling
+from causalrm_ray.types import LABEL_SIGNALS, NoiseEstimator, NoiseRates, Sampling
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
-SIGNALS: dict[str, Literal[0, 1]] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
+
+
+class Thresholds(Section):
+    """What the values of a graded signal mean: stars, seconds, a score, an edit distance."""
+
+    low: float | None = Field(None, description="values up to this one are label 0")
+    high: float | None = Field(None, description="values from this one on are label 1")
+
+    @model_validator(mode="after")
+    def _labels_are_apart(self) -> Thresholds:
+        if self.low is None and self.high is None:
+            raise ValueError("a graded signal must have a threshold, low or high, got neither")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"low must be below high, got {self.low} >= {self.high}")
+        return self
+
+
+SIGNALS: dict[str, Literal[0, 1] | Thresholds] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
 
 SIMULATED_SIGNALS = (("downvote", "regenerate"), ("upvote", "copy"))  # what simulated users send of a bad and of a good label
+
+
+def check_order(order: Sequence[Sequence[str]], signals: Iterable[str]) -> None:
+    """Raise ValueError unless each signal of `order` is one of `signals`, or stands for a bare label, and comes once."""
+    known = {*LABEL_SIGNALS, *signals}
+    for rank in order:
+        for name in rank:
+            if name not in known:
+                raise ValueError(f"feedback.order must name signals of feedback.signals, got {name!r}")
+            known.remove(name)  # a second time, it is unknown
 
 
 class ModelConfig(Section):
@@ -66,8 +94,15 @@ class FeedbackConfig(Section):
     prompts: str | None = Field(
         None, description="JSONL or Parquet file with a `prompt` column to tune on; null: the embedded prompts"
     )
-    signals: dict[str, Literal[0, 1]] = Field(
-        SIGNALS, description="label of each signal, 1 liked or 0 disliked; yours are added to these, and null takes one away"
+    signals: dict[str, Literal[0, 1] | Thresholds] = Field(
+        SIGNALS,
+        description="label of each signal, 1 liked or 0 disliked, or thresholds on its value, {low: 2, high: 4}, between which "
+        "it is no feedback; yours are added to these, and null takes one away",
+    )
+    order: tuple[tuple[str, ...], ...] = Field(
+        (),
+        description="signals by rank, [[upvote, downvote], [copy]]: an impression's label is that of its newest event of the "
+        "first of these that it has any of; signals not named come last, together",
     )
 
     @field_validator("signals", mode="before")
@@ -77,8 +112,13 @@ class FeedbackConfig(Section):
             return given
         return {signal: label for signal, label in {**SIGNALS, **given}.items() if label is not None}
 
+    @model_validator(mode="after")
+    def _order_is_of_known_signals(self) -> FeedbackConfig:
+        check_order(self.order, self.signals)
+        return self
+
     @field_serializer("signals")
-    def _keep_what_was_taken_away(self, signals: dict[str, int]) -> dict[str, int | None]:
+    def _keep_what_was_taken_away(self, signals: dict[str, Any]) -> dict[str, Any]:
         return {**dict.fromkeys(SIGNALS), **signals}
 
 

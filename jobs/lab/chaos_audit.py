@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from causalrm_ray.checkpoint import newest_complete, read_json
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.log.store import open_log
 from jobs.support.oracle import Oracle
 from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import TIMINGS, Run
@@ -66,7 +66,7 @@ def audit_log(config: Config) -> list[str]:
     """Is every prompt of the log and of each step shown exactly once, and every reaction of its user logged exactly once?"""
     task = PromptSource(config, find_models(config))
     requests = [*task.log_requests(), *(request for step in range(config.loop.steps) for request in task.step_requests(step))]
-    impressions, expected, found = Oracle(config).reactions(FeedbackLog(config.log_url, config.feedback.signals))
+    impressions, expected, found = Oracle(config).reactions(open_log(config))
     shown = Counter(impression.id.rsplit("/", 1)[0] for impression in impressions)
     faults = differences("prompts", Counter(request.prompt.id for request in requests), shown)
     return faults + differences("feedback events", expected, found)

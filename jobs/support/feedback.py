@@ -11,7 +11,7 @@ from actors.system import Roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.import_log import LengthLimit, import_log
 from causalrm_ray.data.log.snapshot import check_log
-from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import encode_pair
 from jobs.support.log import warn
@@ -23,7 +23,7 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
 
     Returns the import's report; None where nothing is imported.
     """
-    log = FeedbackLog(config.log_url, config.feedback.signals)
+    log = open_log(config)
     report = None
     if config.feedback.source is not None:
         limit = LengthLimit(lambda prompt, response: len(encode_pair(tokenizer, prompt, response)), config.model.max_length)
@@ -41,7 +41,7 @@ def simulate_feedback(config: Config, task: PromptSource, roles: Roles) -> int:
 
     Raises InputError if the log holds anything but this run's own impressions: real feedback is never mixed with simulated.
     """
-    log = FeedbackLog(config.log_url, config.feedback.signals)
+    log = open_log(config)
     foreign = [name for name in log.snapshot()["impression_id"] if not name.startswith(f"{config.run.name}/")]
     log.close()
     if foreign:

@@ -11,7 +11,7 @@ import numpy as np
 from actors.reward.report import Refit, RewardReport, to_json
 from actors.system import Roles
 from causalrm_ray.config.train import Config, WorldConfig
-from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.log.store import open_log
 from causalrm_ray.estimators.diagnostics.advice import advise, verdict
 from causalrm_ray.rl.drift import drift_warnings
 from jobs.support.oracle import Oracle
@@ -135,7 +135,7 @@ def summarise(config: Config, run: Run, roles: Roles, prompts: PromptSource, ora
         summary["oracle_reward"] = {"before": float(before.mean()), "after": float(now.mean()), "stderr": stderr}
         summary["reward_model"] = start.reward_model
         shown = start.shown + int(sum(row["shown"] for row in rows))
-        summary["feedback"] = oracle.audit(FeedbackLog(config.log_url, config.feedback.signals), shown)
+        summary["feedback"] = oracle.audit(open_log(config), shown)
     else:
         first = run.path / start.fit["reward_fit"]["folders"][config.reward.method]  # the same model judges both
         now = roles.score(after, first)

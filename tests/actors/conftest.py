@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, write_snapshot
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
 
@@ -57,18 +58,17 @@ def make_snapshot(tmp_path: Path) -> Callable[..., Path]:
             liked = int((word == GOOD) != (rng.random() < 0.1)) if label is None else label
             row = {
                 "impression_id": f"impression-{number}",
-                "prompt": f"tell me about the {rng.choice(FILLER)}",
+                "prompt": Conversation.user(f"tell me about the {rng.choice(FILLER)}").json,
                 "response": f"{rng.choice(FILLER)} {rng.choice(FILLER)} {word}" + (tail if number == rows - 1 else ""),
                 "observed": int(observed),
                 "label": liked if observed else None,
                 "signal": ("downvote", "upvote")[liked] if observed else None,
                 "policy_version": 0,
                 "time": float(number),
-                "user": None,
                 "context": "{}",
             }
-            for name, value in row.items():
-                table[name].append(value)
+            for name, values in table.items():
+                values.append(row.get(name))
         columns = {field.name: pa.array(table[field.name], field.type) for field in SNAPSHOT_SCHEMA}
         path = tmp_path / "snapshot.parquet"
         write_snapshot(Dataset(pa.table(columns)), path)

@@ -24,7 +24,7 @@ class LoggedEvent:
 
     impression_id   None: the LoggedImpression that holds the event; must be given for an event of its own row
     signal, label   a signal of the log, or a bare label in {0, 1}, or both, which must agree
-    value           the signal's strength: stars, seconds, a score; 1.0 for a signal that is only there or not
+    value           the signal's strength: stars, seconds, a score; None: 1.0, of a signal that is only there or not
     id              None: a hash of impression, signal and time
     time            seconds since the epoch; None: the impression's, or the import's default for an event of its own row
     retracts        the id of the event that this one withdraws; signal and label are None then
@@ -32,7 +32,7 @@ class LoggedEvent:
 
     signal: str | None = None
     label: float | None = None
-    value: float = 1.0
+    value: float | None = None
     id: str | None = None
     time: float | None = None
     retracts: str | None = None

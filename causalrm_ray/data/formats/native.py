@@ -22,7 +22,7 @@ class Native:
     policy_version                  whole number; 0 if not given
     logprob, asked_for_feedback     log of the answer's probability; whether the product asked for feedback
     signal, label                   the feedback: a signal of the log, or a bare label in {0, 1}; or either as `feedback`
-    value, event_id                 of the feedback; 1.0 if not given
+    value, event_id                 of the feedback; a signal with thresholds must have a value
     events                          more feedback: a list of {signal, label, value, time, event_id, retracts}
 
     A row without `prompt` and `response`, but with `impression_id`, is an event: its signal or label, value, time, event_id and
@@ -77,11 +77,10 @@ def _event(fields: Mapping[str, Any], impression_id: str | None = None) -> Logge
     retracts = _name(fields, "retracts")
     if signal is None and label is None and retracts is None:
         raise RowError("an event must have a signal, a label or the id of an event that it retracts, got none")
-    value = fields.get("value")
     return LoggedEvent(
         signal=signal,
         label=label,
-        value=1.0 if value is None else value,
+        value=fields.get("value"),
         id=_name(fields, "event_id"),
         time=seconds(fields.get("time")),
         retracts=retracts,

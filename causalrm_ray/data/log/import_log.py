@@ -18,10 +18,10 @@ from typing import Any
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import Format, LoggedEvent, LoggedImpression, load_format
-from causalrm_ray.data.log.schema import LABEL_SIGNALS, RETRACT, RecordError, event_row, impression_row
+from causalrm_ray.data.log.schema import RETRACT, RecordError, event_row, impression_row
 from causalrm_ray.data.log.store import ConflictError, FeedbackLog
 from causalrm_ray.data.sources import Quarantine, RawRow, RowError, SourceError, conversation, read_rows, row_fields
-from causalrm_ray.types import FeedbackEvent, Impression
+from causalrm_ray.types import LABEL_SIGNALS, FeedbackEvent, Impression, Meaning
 
 _COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
 _ROWS_PER_TRANSACTION = 1_000
@@ -209,7 +209,10 @@ class _Import:
         time = default_time if logged.time is None else logged.time
         signal = _signal(logged.signal, logged.label, self._log.signals) if logged.retracts is None else RETRACT
         name = _digest([impression_id, signal, time, logged.retracts]) if logged.id is None else logged.id
-        event = FeedbackEvent(name, impression_id, signal, logged.value, time, logged.retracts)
+        if logged.value is None and not isinstance(self._log.signals.get(signal, 1), int):
+            raise RowError(f"value must be given with the signal {signal!r}, whose value says what it means, got none")
+        value = 1.0 if logged.value is None else logged.value
+        event = FeedbackEvent(name, impression_id, signal, value, time, logged.retracts)
         event_row(event, self._log.signals)
         return event
 
@@ -224,7 +227,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _signal(signal: Any, label: Any, signals: Mapping[str, int]) -> str:
+def _signal(signal: Any, label: Any, signals: Mapping[str, Meaning]) -> str:
     """The signal that feedback is logged as, given by name or by label. Raises RowError."""
     if signal is not None and (not isinstance(signal, str) or signal not in signals):
         raise RowError(f"signal must be one of {sorted(signals)}, got {signal!r:.80}")
@@ -236,6 +239,8 @@ def _signal(signal: Any, label: Any, signals: Mapping[str, int]) -> str:
         raise RowError(f"label must be 0 or 1, got {label!r:.80}")
     if signal is None:
         return _BARE_LABELS[int(label)]
+    if not isinstance(signals[signal], int):
+        raise RowError(f"label must not be given with the signal {signal!r}, whose value says what it means, got {label!r}")
     if signals[signal] != label:
         raise RowError(f"label must be that of the signal {signal!r}, {signals[signal]}, got {label!r}")
     return signal

@@ -15,16 +15,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
 
 from causalrm_ray.errors import InputError
-from causalrm_ray.types import FeedbackEvent, Impression
+from causalrm_ray.types import LABEL_SIGNALS, FeedbackEvent, Impression, Meaning
 
 RETRACT = "retract"  # the signal of an event that withdraws another
-LABEL_SIGNALS: Mapping[str, int] = MappingProxyType({"liked": 1, "disliked": 0})  # stand for a bare label in an imported log
 MAX_ID_CHARS = 255
 
 # Ids are compared byte by byte on every database: a language's collation would change the order of ties.
@@ -105,17 +103,19 @@ class RecordError(ValueError):
     """A record that cannot be logged: names the field, the rule and the value."""
 
 
-def check_signals(signals: Mapping[str, int]) -> dict[str, int]:
-    """The mapping of signals to labels, joined with LABEL_SIGNALS. Raises InputError on a label other than 0 and 1."""
+def check_signals(signals: Mapping[str, Meaning]) -> dict[str, Meaning]:
+    """The meaning of each signal, those of LABEL_SIGNALS too. Raises InputError on a label other than 0 and 1."""
     for signal, label in signals.items():
         _identifier("signal", signal)
         if signal == RETRACT:
             raise InputError(f"signals must not map {RETRACT!r}: it withdraws an event and has no label")
+        if not isinstance(label, int | float):
+            continue
         if label not in (0, 1):
             raise InputError(f"signals[{signal!r}] must be 0 or 1, got {label!r}")
         if LABEL_SIGNALS.get(signal, label) != label:
             raise InputError(f"signals[{signal!r}] must be {LABEL_SIGNALS[signal]}, its fixed meaning, got {label!r}")
-    return {**LABEL_SIGNALS, **{signal: int(label) for signal, label in signals.items()}}
+    return {**LABEL_SIGNALS, **signals}
 
 
 def impression_row(impression: Impression) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def impression_row(impression: Impression) -> dict[str, Any]:
     }
 
 
-def event_row(event: FeedbackEvent, signals: Mapping[str, int]) -> dict[str, Any]:
+def event_row(event: FeedbackEvent, signals: Mapping[str, Meaning]) -> dict[str, Any]:
     """The columns of one event, without `seq` and `digest`; raises RecordError. `signals` are those that are known."""
     thing = f"event {event.id!r}"
     row = {

@@ -14,9 +14,25 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
-from sqlalchemy import ColumnElement, Connection, Integer, Select, Table, and_, case, cast, exists, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    Select,
+    Table,
+    and_,
+    case,
+    cast,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.database import open_database, verify
 from causalrm_ray.data.log.schema import (
     RETRACT,
@@ -29,7 +45,7 @@ from causalrm_ray.data.log.schema import (
 )
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA
 from causalrm_ray.errors import InputError
-from causalrm_ray.types import FeedbackEvent, Impression
+from causalrm_ray.types import FeedbackEvent, Impression, Meaning
 
 _IDS_PER_QUERY = 500
 _ROWS_PER_PAGE = 10_000
@@ -68,12 +84,14 @@ class LogCounts:
 class FeedbackLog:
     """An append-only log behind an SQLAlchemy URL, e.g. "sqlite:////data/feedback.db"; several processes may write at once.
 
-    `signals` maps each signal to its label (1 liked, 0 disliked). The log stores the signal; the label is looked up when a
-    snapshot is taken, so that the same log may be read under another mapping.
+    `signals` maps each signal to its label (1 liked, 0 disliked) or to thresholds on its value, `order` ranks them (see
+    `snapshot`). The log stores signals and values: labels are made when a snapshot is taken, so that the same log may be read
+    under other rules.
     """
 
-    def __init__(self, url: str, signals: Mapping[str, int]) -> None:
+    def __init__(self, url: str, signals: Mapping[str, Meaning], order: Sequence[Sequence[str]] = ()) -> None:
         self.signals = check_signals(signals)
+        self._order = order
         self._engine = open_database(url)
         self._shown = self._engine.url.render_as_string(hide_password=True)
 
@@ -133,10 +151,12 @@ class FeedbackLog:
     def snapshot(self, as_of: float | None = None, upto: int | None = None) -> Dataset:
         """What was known at time `as_of` (seconds; None: no limit), from the rows up to position `upto` (None: all).
 
-        One row per impression with time <= as_of, ordered by (time, id), under SNAPSHOT_SCHEMA. Its label is that of the last
-        event, by (time, event id), among those of a mapped signal with time <= as_of which no retraction with time <= as_of
-        withdraws; without one it is unobserved. A retraction counts only for its own impression and is final. Late events
-        change the snapshot of a past `as_of`; the one of a given `upto` never changes. Raises InputError for a damaged log.
+        One row per impression with time <= as_of, ordered by (time, id), under SNAPSHOT_SCHEMA. Its label is made of the events
+        that count: those with time <= as_of whose signal, at its value, means a label, and which no retraction with time <=
+        as_of withdraws. Of the signals of the highest rank among them (the first of `order`; others come last, together) it is
+        that of the newest event, by (time, event id). Without an event that counts an impression is unobserved. A retraction
+        counts only for its own impression and is final. Late events change the snapshot of a past `as_of`; the one of a given
+        `upto` never changes. Raises InputError for a damaged log.
         """
         if as_of is not None and math.isnan(as_of):
             raise ValueError(f"as_of must be a time in seconds, got {as_of}")
@@ -146,7 +166,7 @@ class FeedbackLog:
                 verify(connection, newest, self._shown)
             if upto is not None and not 0 <= upto <= newest:
                 raise ValueError(f"upto must be a position in [0, {newest}], got {upto}")
-            query = _snapshot_query(self.signals, as_of, newest if upto is None else upto)
+            query = _snapshot_query(self.signals, self._order, as_of, newest if upto is None else upto)
             result = connection.execution_options(yield_per=_ROWS_PER_PAGE).execute(query)
             batches = [_snapshot_batch(page) for page in result.partitions()]
         return Dataset(pa.Table.from_batches(batches, SNAPSHOT_SCHEMA))
@@ -168,6 +188,11 @@ class FeedbackLog:
     def close(self) -> None:
         """Let go of the database's connections."""
         self._engine.dispose()
+
+
+def open_log(config: Config) -> FeedbackLog:
+    """The log of a run, read under the run's rules."""
+    return FeedbackLog(config.log_url, config.feedback.signals, config.feedback.order)
 
 
 def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]], position: int) -> int:
@@ -194,7 +219,28 @@ def _count(table: Table, *conditions: ColumnElement[bool]) -> Any:
     return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
 
 
-def _snapshot_query(signals: Mapping[str, int], as_of: float | None, upto: int) -> Select:
+def _label(signals: Mapping[str, Meaning]) -> ColumnElement[int | None]:
+    """The label that an event means; NULL for one of an unknown signal, or between its thresholds."""
+    value, branches = event_table.c.value, []
+    for name, meaning in signals.items():
+        of_signal = event_table.c.signal == name
+        if isinstance(meaning, int):
+            branches.append((of_signal, meaning))
+            continue
+        if meaning.high is not None:
+            branches.append((and_(of_signal, value >= meaning.high), 1))
+        if meaning.low is not None:
+            branches.append((and_(of_signal, value <= meaning.low), 0))
+    return case(*branches, else_=None)
+
+
+def _rank(order: Sequence[Sequence[str]]) -> ColumnElement[int]:
+    """The place of an event's signal in `order`, from 0."""
+    ranks = {name: place for place, names in enumerate(order) for name in names}
+    return case(ranks, value=event_table.c.signal, else_=len(order)) if ranks else literal(0)
+
+
+def _snapshot_query(signals: Mapping[str, Meaning], order: Sequence[Sequence[str]], as_of: float | None, upto: int) -> Select:
     """The rows of a snapshot, their columns in the order of SNAPSHOT_SCHEMA."""
 
     def known(table: Any) -> ColumnElement[bool]:
@@ -205,20 +251,20 @@ def _snapshot_query(signals: Mapping[str, int], as_of: float | None, upto: int) 
     withdrawn = exists().where(
         withdrawal.c.retracts == event_table.c.id, withdrawal.c.impression_id == event_table.c.impression_id, known(withdrawal)
     )
-    newest_first = (event_table.c.time.desc(), event_table.c.id.desc())
-    rank = func.row_number().over(partition_by=event_table.c.impression_id, order_by=newest_first)
+    first = (_rank(order), event_table.c.time.desc(), event_table.c.id.desc())
+    place, meant = func.row_number().over(partition_by=event_table.c.impression_id, order_by=first), _label(signals)
     ranked = (
-        select(event_table.c.impression_id, event_table.c.signal, rank.label("rank"))
-        .where(event_table.c.signal.in_(sorted(signals)), known(event_table), ~withdrawn)
+        select(event_table.c.impression_id, event_table.c.signal, meant.label("label"), place.label("place"))
+        .where(meant.is_not(None), known(event_table), ~withdrawn)
         .subquery()
     )
-    shown, signal = impression_table.c, ranked.c.signal
-    observed, label = cast(signal.is_not(None), Integer), case(dict(signals), value=signal)
+    shown, signal, label = impression_table.c, ranked.c.signal, ranked.c.label
+    observed = cast(signal.is_not(None), Integer)
     return (
         select(shown.id, shown.prompt, shown.response, observed, label, signal)
         .add_columns(shown.policy_version, shown.time, shown.user, shown.context)
         .add_columns(shown.conversation_id, shown.model, shown.logprob, shown.asked_for_feedback)
-        .select_from(impression_table.outerjoin(ranked, and_(ranked.c.impression_id == shown.id, ranked.c.rank == 1)))
+        .select_from(impression_table.outerjoin(ranked, and_(ranked.c.impression_id == shown.id, ranked.c.place == 1)))
         .where(known(impression_table))
         .order_by(shown.time, shown.id)
     )

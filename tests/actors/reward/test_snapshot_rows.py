@@ -39,3 +39,13 @@ def test_traits_of_few_values_make_strata_and_ids_do_not(backbone: str, make_sna
     assert torch.equal(log.signals.place >= 0, log.observations.o == 1)
     assert torch.equal(log.signals.place[log.observations.o == 1].float(), log.observations.r[log.observations.o == 1])
     assert int(log.lengths.number.max()) + 1 == len(log.lengths.names) > 1
+
+
+def test_a_graded_signal_is_two_in_diagnostics(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    path = make_snapshot(800)
+    table = pq.read_table(path)
+    signals = [signal and "stars" for signal in table["signal"].to_pylist()]
+    pq.write_table(table.set_column(table.column_names.index("signal"), "signal", pa.array(signals)), path)
+    log = load_rows(path, load_tokenizer(backbone), 64)
+    assert (log.signals.names, log.signals.labels) == (("stars, low", "stars, high"), (0, 1))
+    assert torch.equal(log.signals.place[log.observations.o == 1].float(), log.observations.r[log.observations.o == 1])

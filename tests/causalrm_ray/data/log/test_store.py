@@ -15,13 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from causalrm_ray.config.train import Thresholds
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.schema import RETRACT, RecordError
 from causalrm_ray.data.log.store import ConflictError, FeedbackLog, LogCounts, Written
 from causalrm_ray.types import FeedbackEvent, Impression
 
-SIGNALS = {"upvote": 1, "copy": 1, "downvote": 0}
-SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+SIGNALS = {"upvote": 1, "copy": 1, "downvote": 0, "stars": Thresholds(low=2, high=4), "seconds": Thresholds(high=30)}
+ORDER = [["upvote", "downvote"], ["stars"]]
+SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def shown(name: str, time: float = 1.0, **changes) -> Impression:
@@ -30,13 +32,13 @@ def shown(name: str, time: float = 1.0, **changes) -> Impression:
     )
 
 
-def did(name: str, impression: str, signal: str = "upvote", time: float = 2.0, retracts: str | None = None) -> FeedbackEvent:
-    return FeedbackEvent(name, impression, signal, 1.0, time, retracts)
+def did(name: str, impression: str, signal: str = "upvote", time: float = 2.0, retracts: str | None = None, value: float = 1.0):
+    return FeedbackEvent(name, impression, signal, value, time, retracts)
 
 
 @contextmanager
 def fresh_log():
-    with tempfile.TemporaryDirectory() as folder, closing(FeedbackLog(f"sqlite:///{folder}/log.db", SIGNALS)) as log:
+    with tempfile.TemporaryDirectory() as folder, closing(FeedbackLog(f"sqlite:///{folder}/log.db", SIGNALS, ORDER)) as log:
         yield log
 
 
@@ -51,6 +53,12 @@ def labels(log: FeedbackLog, **limits) -> dict[str, tuple]:
     return {row["impression_id"]: (row["observed"], row["label"], row["signal"]) for row in rows}
 
 
+def meaning(event: FeedbackEvent) -> int | None:
+    """The label that an event means, if it means one."""
+    of_value = {"stars": {0.0: 0, 2.0: 0, 4.0: 1, 31.0: 1}, "seconds": {31.0: 1}}
+    return of_value[event.signal].get(event.value) if event.signal in of_value else SIGNALS[event.signal]
+
+
 def expected(impressions, events, as_of: float) -> list[tuple]:
     """The rule of `FeedbackLog.snapshot`, naively."""
     events = [event for event in events if event.time <= as_of]
@@ -58,9 +66,10 @@ def expected(impressions, events, as_of: float) -> list[tuple]:
     rows = []
     for impression in sorted((item for item in impressions if item.time <= as_of), key=lambda item: (item.time, item.id)):
         own = [event for event in events if event.impression_id == impression.id and not event.retracts]
-        kept = [event for event in own if (event.id, event.impression_id) not in withdrawn]
-        last = max(kept, key=lambda event: (event.time, event.id), default=None)
-        rows.append((impression.id, int(last is not None), last and SIGNALS[last.signal], last and last.signal))
+        kept = [event for event in own if (event.id, event.impression_id) not in withdrawn and meaning(event) is not None]
+        rank = {"upvote": 2, "downvote": 2, "stars": 1}
+        last = max(kept, key=lambda event: (rank.get(event.signal, 0), event.time, event.id), default=None)
+        rows.append((impression.id, int(last is not None), last and meaning(last), last and last.signal))
     return rows
 
 
@@ -73,7 +82,16 @@ def histories(draw):
     for k in range(draw(st.integers(0, 12))):
         target = draw(st.none() | st.sampled_from([f"e{other}" for other in range(12) if other != k]))
         signal = RETRACT if target else draw(st.sampled_from(sorted(SIGNALS)))
-        events.append(did(f"e{k}", f"i{draw(st.integers(0, 6))}", signal, draw(time), target))
+        events.append(
+            did(
+                f"e{k}",
+                f"i{draw(st.integers(0, 6))}",
+                signal,
+                draw(time),
+                target,
+                draw(st.sampled_from([0.0, 2.0, 3.0, 4.0, 31.0])),
+            )
+        )
     return impressions, events
 
 
@@ -285,6 +303,7 @@ def test_snapshot_limits_are_checked(log: FeedbackLog):
 
 WRITER = """
 import sys
+from causalrm_ray.config.train import Thresholds
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.types import FeedbackEvent, Impression
