@@ -168,5 +168,5 @@ def test_an_estimator_of_another_package_is_fitted_by_its_import_path(tmp_path: 
     torch.testing.assert_close(theirs, ours, atol=0.1, rtol=0)
     with pytest.raises(ValueError, match="estimator 'third_party:THIRD' cannot be imported"):
         fitted(observations, methods=("third_party:THIRD",))
-    with pytest.raises(ValueError, match=r"method estimator 'third_party:METHODS' must have the attributes needs, fit"):
+    with pytest.raises(ValueError, match=r"method estimator 'third_party:METHODS' must have the attributes paper, needs, fit"):
         fitted(observations, methods=("third_party:METHODS",))
