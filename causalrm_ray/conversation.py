@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from causalrm_ray.errors import brief, kind_of
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEPT_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")  # what chat templates render
 
@@ -42,12 +44,12 @@ class Conversation:
         replies to a user or a tool.
         """
         if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-            raise ConversationError(f"messages must be a list of at least one message, got {messages!r:.80}")
+            raise ConversationError(f"messages must be a list of at least one message, got {kind_of(messages)}")
         kept = [_message(number, message) for number, message in enumerate(messages, 1)]
         if kept[-1]["role"] not in ("user", "tool"):
             raise ConversationError(f"the last message must be a user's or a tool's, got one of the {kept[-1]['role']}")
         if not all(isinstance(tool, Mapping) for tool in tools):
-            raise ConversationError(f"tools must be a list of JSON objects, got {tools!r:.80}")
+            raise ConversationError(f"tools must be a list of JSON objects, got {kind_of(tools)}")
         written = _dump({"messages": kept, "tools": list(tools)} if tools else kept)
         try:
             written.encode()
@@ -75,14 +77,15 @@ class Conversation:
 
 def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise ConversationError(f"message {number} must be a JSON object with role and content, got {message!r:.80}")
+        raise ConversationError(f"message {number} must be a JSON object with role and content, got {kind_of(message)}")
     role = message.get("role")
     if role not in ROLES:
-        raise ConversationError(f"message {number}: role must be one of {', '.join(ROLES)}, got {role!r:.80}")
+        raise ConversationError(f"message {number}: role must be one of {', '.join(ROLES)}, got {brief(role)}")
     kept = {key: message[key] for key in KEPT_KEYS if message.get(key) is not None}
-    kept["content"] = "\n".join(_texts(number, message.get("content")))
+    given = message.get("content")
+    kept["content"] = "\n".join(_texts(number, given))
     if not kept["content"].strip() and role in ("user", "system", "developer"):
-        raise ConversationError(f"message {number}: content must be a text that is not empty, got {message.get('content')!r:.80}")
+        raise ConversationError(f"message {number}: content must be a text that is not empty, got {kind_of(given)}")
     return kept
 
 
@@ -92,7 +95,7 @@ def _texts(number: int, content: Any) -> Iterator[str]:
         if isinstance(part, Mapping) and part.get("type", "text") == "text":
             part = part.get("text")
         if not isinstance(part, str):
-            raise ConversationError(f"message {number}: content must be text or parts of text, got {part!r:.80}")
+            raise ConversationError(f"message {number}: content must be text or parts of text, got {kind_of(part)}")
         yield part
 
 

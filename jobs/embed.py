@@ -22,8 +22,8 @@ from causalrm_ray.config.base import ClusterConfig
 from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.data.graded import read_graded
+from causalrm_ray.data.rows import Quarantine
 from causalrm_ray.data.shards import RowShards, conclude, write_rows
-from causalrm_ray.data.sources import Quarantine
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.identity import check_length, model_digest
 from causalrm_ray.models.text import load_tokenizer

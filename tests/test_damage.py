@@ -33,8 +33,9 @@ from causalrm_ray.data.log.import_log import import_log
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, read_snapshot, write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import read_rollout, write_rollout
+from causalrm_ray.data.rows import Quarantine
 from causalrm_ray.data.shards import read_states, write_states
-from causalrm_ray.data.sources import Quarantine, read_prompts
+from causalrm_ray.data.sources import read_prompts
 from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.models.identity import check_weights
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Scored, Span

@@ -22,7 +22,9 @@ import numpy as np
 from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetNotFoundError
 
-from causalrm_ray.data.sources import Quarantine, RowError, SourceError, data_files, read_rows, row_fields, turn_text
+from causalrm_ray.data.rows import Quarantine, RowError, SourceError, row_fields, turn_text
+from causalrm_ray.data.sources import data_files, read_rows
+from causalrm_ray.errors import brief
 
 Split = Literal["train", "test"]
 SCHEMA_ROWS = 100  # rows whose columns show the schema
@@ -161,7 +163,7 @@ def _first(found: Mapping[str, list[tuple[str, str]]], names: Sequence[str]) -> 
 def _number(fields: Mapping[str, Any], column: str, low: float, high: float) -> float:
     value = fields.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-        raise RowError(f"{column} must be a finite number, got {value!r:.80}")
+        raise RowError(f"{column} must be a finite number, got {brief(value)}")
     if not low <= value <= high:
-        raise RowError(f"{column} must be in [{low:g}, {high:g}], got {value!r:.80}")
+        raise RowError(f"{column} must be in [{low:g}, {high:g}], got {brief(value)}")
     return float(value)

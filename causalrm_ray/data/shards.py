@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from causalrm_ray.data.embeddings import write_embeddings
 from causalrm_ray.data.graded import GradedRow, Split
 from causalrm_ray.data.parquet import CHECKSUMS, read_parquet, write_parquet
-from causalrm_ray.data.sources import Quarantine
+from causalrm_ray.data.rows import Quarantine
 from causalrm_ray.errors import InputError
 
 ROW_SCHEMA = pa.schema(

@@ -3,60 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from causalrm_ray.conversation import Conversation, ConversationError
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.parquet import PARQUET_FAULTS
-from causalrm_ray.errors import InputError
+from causalrm_ray.data.rows import RawRow, RowError, SourceError, conversation, row_fields
+from causalrm_ray.errors import brief
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-JSON_PROMPTS = ('[{"', '{"messages":')  # how messages begin that a column of text holds
 _ROWS_PER_BATCH = 1_000
-
-
-class SourceError(InputError):
-    """A source that cannot be read, or holds no usable row: names the source, the rule and what was found."""
-
-
-class RowError(ValueError):
-    """A row that breaks a rule: names the field, the rule and the value."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as it came: `where` is the file or source, `number` its row there from 1 (in JSONL: its line).
-
-    `fields` is None where the row could not be parsed, and `fault` says why. `text` is the whole row for a person to read.
-    """
-
-    where: str
-    number: int
-    text: str
-    fields: Mapping[str, Any] | None
-    fault: str = ""
-
-
-class Quarantine:
-    """A JSONL file of the rows that broke a rule: {source, row, reason, raw}."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.count = 0
-        self.first_fault = ""
-        self._file = file
-
-    def refuse(self, where: str, number: int, reason: str, raw: str) -> None:
-        """Write one row; `number` counts from 1 within `where`."""
-        self.count += 1
-        self.first_fault = self.first_fault or f"{where} row {number}: {reason}"
-        self._file.write(json.dumps({"source": where, "row": number, "reason": reason, "raw": raw}) + "\n")
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
@@ -101,47 +62,6 @@ def read_prompts(source: str) -> list[Conversation]:
     return prompts
 
 
-def conversation(prompt: Any, tools: Any = None) -> Conversation:
-    """A prompt, one user's text or messages in OpenAI's form (or their JSON text), as a conversation. Raises RowError."""
-    if isinstance(prompt, str) and prompt.startswith(JSON_PROMPTS):
-        try:
-            read = json.loads(prompt)
-        except (ValueError, RecursionError):
-            pass  # a text that begins like one
-        else:
-            prompt, tools = (read["messages"], read.get("tools", tools)) if isinstance(read, dict) else (read, tools)
-    if not isinstance(prompt, list):
-        prompt = [{"role": "user", "content": turn_text({"prompt": prompt}, "prompt", "user")}]
-    try:
-        return Conversation.of(prompt, tools or ())
-    except ConversationError as error:
-        raise RowError(f"prompt: {error}") from error
-
-
-def turn_text(fields: Mapping[str, Any], column: str, role: Literal["user", "assistant"]) -> str:
-    """A text, or the last turn of `role` in a list of chat messages, in valid Unicode. Raises RowError."""
-    text = fields.get(column)
-    if isinstance(text, list):
-        turns = [turn for turn in text if isinstance(turn, Mapping) and turn.get("role") == role]
-        if not turns:
-            raise RowError(f"{column} must hold {'a user' if role == 'user' else 'an assistant'}'s turn, got {text!r:.80}")
-        text = turns[-1].get("content")
-    if not isinstance(text, str) or not text.strip():
-        raise RowError(f"{column} must be a text that is not empty, got {text!r:.80}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON lets through
-        raise RowError(f"{column} must be valid Unicode, got {text!r:.80}") from error
-    return text
-
-
-def row_fields(row: RawRow) -> Mapping[str, Any]:
-    """The fields of a row; raises RowError if it could not be parsed."""
-    if row.fields is None:
-        raise RowError(row.fault)
-    return row.fields
-
-
 def _file_rows(path: Path) -> Iterator[RawRow]:
     if path.suffix in JSONL_SUFFIXES:
         return _jsonl_rows(path)
@@ -163,10 +83,10 @@ def _json_row(where: str, number: int, line: bytes, text: str) -> RawRow:
         line.decode()
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        return RawRow(where, number, text, None, f"row must be JSON in UTF-8: {error}")
+        return RawRow(where, number, line, None, f"row must be JSON in UTF-8: {error}")
     if not isinstance(fields, dict):
-        return RawRow(where, number, text, None, f"row must be a JSON object, got {text:.80}")
-    return RawRow(where, number, text, fields)
+        return RawRow(where, number, line, None, f"row must be a JSON object, got {brief(fields)}")
+    return RawRow(where, number, line, fields)
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
@@ -193,4 +113,4 @@ def _dataset_rows(source: str, split: str, saved: bool) -> Iterator[RawRow]:
 def _numbered(where: str, batches: Iterator[pa.RecordBatch | pa.Table]) -> Iterator[RawRow]:
     rows = (fields for batch in batches for fields in batch.to_pylist())
     for number, fields in enumerate(rows, 1):
-        yield RawRow(where, number, json.dumps(fields, default=str, ensure_ascii=False), fields)
+        yield RawRow(where, number, None, fields)

@@ -37,11 +37,11 @@ def test_turns_and_tools_come_back_as_they_were() -> None:
     ("messages", "fault"),
     [
         ([], "must be a list of at least one message, got"),
-        ("hi", "must be a list of at least one message, got 'hi'"),
-        (["hi"], "message 1 must be a JSON object with role and content, got 'hi'"),
+        ("hi", "must be a list of at least one message, got a text of 2 characters"),
+        (["hi"], "message 1 must be a JSON object with role and content, got a text of 2 characters"),
         ([{"content": "hi"}], "message 1: role must be one of system, developer, user, assistant, tool, got None"),
         ([USER, {"role": "human", "content": "hi"}], "message 2: role must be one of .*, got 'human'"),
-        ([{"role": "user", "content": " "}], "message 1: content must be a text that is not empty, got ' '"),
+        ([{"role": "user", "content": " "}], "message 1: content must be a text that is not empty, got a text of 1 characters"),
         ([{"role": "user", "content": 3}], "message 1: content must be text or parts of text, got 3"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "content must be text or parts of text"),
         (

@@ -21,8 +21,8 @@ from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.options import load_tree
 from causalrm_ray.data.embeddings import load_pair
 from causalrm_ray.data.graded import GradedRow, read_graded
+from causalrm_ray.data.rows import Quarantine
 from causalrm_ray.data.shards import read_states, write_rows
-from causalrm_ray.data.sources import Quarantine
 from causalrm_ray.models.identity import model_digest
 from causalrm_ray.models.text import encode_pair, load_tokenizer
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer

@@ -85,7 +85,7 @@ class Format(Protocol):
     def read(self, fields: Mapping[str, Any]) -> Iterable[LoggedImpression | LoggedEvent]:
         """What one row holds, at least one answer or event unless it has `finish`. `fields` are its `columns` that are not null.
 
-        Raises `sources.RowError`, which names field, rule and value, to refuse the row: the whole row is quarantined with it.
+        Raises `rows.RowError`, which names field, rule and value, to refuse the row: the whole row is quarantined with it.
         """
         ...
 

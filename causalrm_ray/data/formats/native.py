@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
-from causalrm_ray.data.sources import RowError, conversation
+from causalrm_ray.data.rows import RowError, conversation
+from causalrm_ray.errors import brief, kind_of
 
 
 class Native:
@@ -48,7 +49,7 @@ class Native:
             return [_event(fields, _name(fields, "impression_id"))]
         later = fields.get("events", [])
         if not isinstance(later, list) or not all(isinstance(event, Mapping) for event in later):
-            raise RowError(f"events must be a list of JSON objects, got {later!r:.80}")
+            raise RowError(f"events must be a list of JSON objects, got {brief(later)}")
         given = [fields] if {"signal", "label", "feedback"} & fields.keys() else []
         return [
             LoggedImpression(
@@ -94,7 +95,7 @@ def seconds(time: Any) -> Any:
         try:
             time = datetime.fromisoformat(time)
         except ValueError as error:
-            raise RowError(f"time must be seconds or an ISO date and time, got {time!r:.80}") from error
+            raise RowError(f"time must be seconds or an ISO date and time, got {brief(time)}") from error
     if isinstance(time, datetime):
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     return time
@@ -109,7 +110,7 @@ def traits(context: Any) -> dict[str, str]:
         except (ValueError, RecursionError):
             found = None
     if not isinstance(found, Mapping):
-        raise RowError(f"context must be a mapping or a JSON object, got {context!r:.80}")
+        raise RowError(f"context must be a mapping or a JSON object, got {kind_of(context)}")
     return {
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
         for name, value in found.items()
@@ -122,7 +123,7 @@ def _name(fields: Mapping[str, Any], *columns: str) -> str | None:
     for column in columns:
         if (name := fields.get(column)) is not None:
             if not isinstance(name, str | int) or not str(name).strip():
-                raise RowError(f"{column} must be a text or whole number that is not empty, got {name!r:.80}")
+                raise RowError(f"{column} must be a text or whole number that is not empty, got {brief(name)}")
             return str(name)
     return None
 
@@ -134,5 +135,5 @@ def _whole(number: Any) -> Any:
 
 def _agreed(column: str, value: Any, feedback: Any) -> Any:
     if value is not None and value != feedback:
-        raise RowError(f"feedback must agree with {column} {value!r:.80}, got {feedback!r:.80}")
+        raise RowError(f"feedback must agree with {column} {brief(value)}, got {brief(feedback)}")
     return feedback

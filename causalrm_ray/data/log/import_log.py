@@ -20,7 +20,9 @@ from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import Format, LoggedEvent, LoggedImpression, load_format
 from causalrm_ray.data.log.schema import RETRACT, RecordError, event_row, impression_row
 from causalrm_ray.data.log.store import ConflictError, FeedbackLog
-from causalrm_ray.data.sources import Quarantine, RawRow, RowError, SourceError, conversation, read_rows, row_fields
+from causalrm_ray.data.rows import Quarantine, RawRow, RowError, SourceError, conversation, row_fields
+from causalrm_ray.data.sources import read_rows
+from causalrm_ray.errors import brief
 from causalrm_ray.types import LABEL_SIGNALS, FeedbackEvent, Impression, Meaning
 
 _COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
@@ -123,7 +125,7 @@ class _Import:
                 self._refuse(RawRow(source, 0, "", None), logged)
             else:
                 content = dataclasses.asdict(logged)
-                row = RawRow(source, 0, json.dumps(content, default=str, ensure_ascii=False), content)
+                row = RawRow(source, 0, None, content)
                 self._keep(row, lambda logged=logged, content=content: self._records([logged], content))
 
     def _keep(self, row: RawRow, records: Callable[[], Records]) -> None:
@@ -230,13 +232,13 @@ def _digest(content: Any) -> str:
 def _signal(signal: Any, label: Any, signals: Mapping[str, Meaning]) -> str:
     """The signal that feedback is logged as, given by name or by label. Raises RowError."""
     if signal is not None and (not isinstance(signal, str) or signal not in signals):
-        raise RowError(f"signal must be one of {sorted(signals)}, got {signal!r:.80}")
+        raise RowError(f"signal must be one of {sorted(signals)}, got {brief(signal)}")
     if label is None:
         if signal is None:
             raise RowError("an event must have a signal or a label, got neither")
         return signal
     if not isinstance(label, int | float) or label not in (0, 1):
-        raise RowError(f"label must be 0 or 1, got {label!r:.80}")
+        raise RowError(f"label must be 0 or 1, got {brief(label)}")
     if signal is None:
         return _BARE_LABELS[int(label)]
     if not isinstance(signals[signal], int):

@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
 
-from causalrm_ray.errors import InputError
+from causalrm_ray.errors import InputError, brief
 from causalrm_ray.types import LABEL_SIGNALS, FeedbackEvent, Impression, Meaning
 
 RETRACT = "retract"  # the signal of an event that withdraws another
@@ -157,7 +157,7 @@ def event_row(event: FeedbackEvent, signals: Mapping[str, Meaning]) -> dict[str,
 
 def _require(holds: bool, thing: str, rule: str, value: Any) -> None:
     if not holds:
-        raise RecordError(f"{thing} must {rule}, got {value!r:.80}")
+        raise RecordError(f"{thing} must {rule}, got {brief(value)}")
 
 
 def _text(thing: str, value: Any) -> str:

@@ -44,11 +44,12 @@ from causalrm_ray.data.log.schema import (
     state_table,
 )
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA
-from causalrm_ray.errors import InputError
+from causalrm_ray.errors import InputError, brief, kind_of
 from causalrm_ray.types import FeedbackEvent, Impression, Meaning
 
 _IDS_PER_QUERY = 500
 _ROWS_PER_PAGE = 10_000
+_PERSONAL = ("prompt", "response", "user", "context")  # never shown in errors
 
 
 class ConflictError(InputError):
@@ -208,11 +209,15 @@ def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, A
         if before is row:
             new.append({**row, "seq": position + 1 + len(new)})
         elif before != row:
-            parts = [f"{name}={before[name]!r:.80} then {row[name]!r:.80}" for name in row if before[name] != row[name]]
+            parts = [f"{name}={_shown(name, before)} then {_shown(name, row)}" for name in row if before[name] != row[name]]
             raise ConflictError(f"{table.name}: id {row['id']!r} must keep its content, got {', '.join(parts)}")
     if new:
         connection.execute(insert(table), new)
     return len(new)
+
+
+def _shown(column: str, row: Mapping[str, Any]) -> str:
+    return kind_of(row[column]) if column in _PERSONAL else brief(row[column])
 
 
 def _count(table: Table, *conditions: ColumnElement[bool]) -> Any:

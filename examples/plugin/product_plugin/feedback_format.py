@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
-from causalrm_ray.data.sources import RowError
+from causalrm_ray.data.rows import RowError
+from causalrm_ray.errors import brief
 
 EVENTS = {"up": [LoggedEvent("upvote")], "down": [LoggedEvent("downvote")], "": []}
 
@@ -20,7 +21,7 @@ class Thumbs:
         """The one answer of a row."""
         thumbs = fields.get("thumbs", "")
         if thumbs not in EVENTS:
-            raise RowError(f"thumbs must be one of {', '.join(map(repr, EVENTS))}, got {thumbs!r:.80}")
+            raise RowError(f"thumbs must be one of {', '.join(map(repr, EVENTS))}, got {brief(thumbs)}")
         return [
             LoggedImpression(
                 prompt=fields.get("question", ""),

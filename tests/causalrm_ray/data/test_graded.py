@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from causalrm_ray.data.graded import SCHEMAS, read_graded, split_of
-from causalrm_ray.data.sources import Quarantine, SourceError
+from causalrm_ray.data.rows import Quarantine, SourceError
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -96,7 +96,7 @@ BAD = [
     ("helpsteer", {**HELPSTEER, "helpfulness": "4"}, "helpfulness must be a finite number, got '4'"),
     ("helpsteer", {**HELPSTEER, "helpfulness": True}, "helpfulness must be a finite number, got True"),
     ("helpsteer", {**HELPSTEER, "helpfulness": 5}, "helpfulness must be in [0, 4], got 5"),
-    ("helpsteer", {**HELPSTEER, "response": " "}, "response must be a text that is not empty, got ' '"),
+    ("helpsteer", {**HELPSTEER, "response": " "}, "response must be a text that is not empty, got a text of 1 characters"),
     ("helpsteer", {**HELPSTEER, "response": ["r"]}, "response must hold an assistant's turn"),
     ("helpsteer", {**HELPSTEER, "response": "\ud800"}, "response must be valid Unicode"),
     ("helpsteer", {**HELPSTEER, "prompt": None}, "prompt must be a text that is not empty"),

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from causalrm_ray.data.embeddings import load_pair
 from causalrm_ray.data.graded import GradedRow, Split
+from causalrm_ray.data.rows import Quarantine
 from causalrm_ray.data.shards import RowShards, conclude, read_states, write_rows, write_states
-from causalrm_ray.data.sources import Quarantine
 from causalrm_ray.errors import InputError
 
 

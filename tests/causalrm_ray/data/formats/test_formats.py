@@ -19,7 +19,7 @@ from jobs.support.feedback import import_feedback
 
 THEIRS = """
 from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
-from causalrm_ray.data.sources import RowError
+from causalrm_ray.data.rows import RowError
 
 class Conversations:
     '''Turns of a user and an assistant one after the other; `thumbs` holds the place and the label of each answer's vote.'''

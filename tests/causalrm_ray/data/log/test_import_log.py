@@ -19,7 +19,8 @@ from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.import_log import ImportReport, LengthLimit, import_log
 from causalrm_ray.data.log.snapshot import write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
-from causalrm_ray.data.sources import SourceError, read_prompts
+from causalrm_ray.data.rows import SourceError
+from causalrm_ray.data.sources import read_prompts
 
 SIGNALS = {"upvote": 1, "downvote": 0}
 GOOD = {"prompt": "p", "response": "r"}
@@ -141,7 +142,7 @@ def test_conflicting_row_is_quarantined_alone(log: FeedbackLog, tmp_path: Path):
     check_sums(report)
     entries = quarantined(tmp_path / "bad.jsonl")
     assert [entry["row"] for entry in entries] == [3, 5]
-    assert "id 'a' must keep its content, got response='r' then 'other'" in entries[0]["reason"]
+    assert "id 'a' must keep its content, got response=a text of 1 characters then a text of 5 " in entries[0]["reason"]
     assert set(log.snapshot()["impression_id"][:]) == {"a", "b", "c"}
 
 
