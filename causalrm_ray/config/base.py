@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS, FORMATS, TRACKERS, Registry
+from causalrm_ray.types import NoiseRates
 
 IN_PROCESS = "in-process"  # the address of no cluster at all
 
@@ -41,6 +42,28 @@ AlgorithmName = chosen_from(ALGORITHMS)
 EngineName = chosen_from(ENGINES)
 FormatName = chosen_from(FORMATS)
 TrackerName = chosen_from(TRACKERS)
+
+
+def _check_rates(pair: tuple[float, float]) -> tuple[float, float]:
+    NoiseRates(*pair)
+    return pair
+
+
+def _check_not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("must hold at least one value")
+    return values
+
+
+def _check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"must not hold a value twice, got {list(values)}")
+    return values
+
+
+NotEmpty = AfterValidator(_check_not_empty)  # unlike min_length it does not count values that are refused
+Distinct = AfterValidator(_check_distinct)
+RatePair = Annotated[tuple[float, float], AfterValidator(_check_rates)]  # rho_01, rho_10
 
 
 class Section(BaseModel):

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from dataclasses import astuple
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from causalrm_ray.config.base import ClusterConfig, ComparedName, RunFolder, Section
-from causalrm_ray.types import SCENARIOS, NoiseRates
-
-
-def _check_rates(pair: tuple[float, float]) -> tuple[float, float]:
-    NoiseRates(*pair)
-    return pair
-
-
-def _check_not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not values:
-        raise ValueError("must hold at least one value")
-    return values
-
-
-NotEmpty = AfterValidator(_check_not_empty)  # unlike min_length it does not count values that are refused
-RatePair = Annotated[tuple[float, float], AfterValidator(_check_rates)]  # rho_01, rho_10
+from causalrm_ray.config.base import ClusterConfig, ComparedName, Distinct, NotEmpty, RatePair, RunFolder, Section
+from causalrm_ray.types import SCENARIOS
 
 
 class BenchmarkCluster(ClusterConfig):
@@ -56,20 +41,22 @@ class BenchmarkConfig(Section):
 
     train: Path = Field(description="graded embeddings to simulate a log from: embeddings, labels")
     test: Path = Field(description="graded embeddings of the clean test split")
-    alpha: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], NotEmpty] = Field(
+    alpha: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], NotEmpty, Distinct] = Field(
         (0.5,), description="selection strengths; 1 is none, smaller is stronger"
     )
-    scenarios: tuple[Literal[1, 2], ...] = Field(
+    scenarios: Annotated[tuple[Literal[1, 2], ...], Distinct] = Field(
         (1, 2), description="noise rates (rho_01, rho_10): 1 is (0.2, 0.1), 2 is (0.1, 0.2)"
     )
-    rho: tuple[RatePair, ...] = Field(
+    rho: Annotated[tuple[RatePair, ...], Distinct] = Field(
         (), description="further noise rates as pairs [rho_01,rho_10], for the sensitivity to them: [[0.05,0.05],[0.1,0.1]]"
     )
-    selection: Annotated[tuple[Literal["label", "features"], ...], NotEmpty] = Field(
+    selection: Annotated[tuple[Literal["label", "features"], ...], NotEmpty, Distinct] = Field(
         ("label", "features"), description="what drives feedback: the label (missing not at random), or features"
     )
-    methods: tuple[ComparedName, ...] = Field((), description="estimators; []: every one, and oracle, fitted on true preferences")
-    seeds: Annotated[tuple[NonNegativeInt, ...], NotEmpty] = Field(
+    methods: Annotated[tuple[ComparedName, ...], Distinct] = Field(
+        (), description="estimators; []: every one, and oracle, fitted on true preferences"
+    )
+    seeds: Annotated[tuple[NonNegativeInt, ...], NotEmpty, Distinct] = Field(
         (0, 1, 2), description="seeds of the simulated logs and of the fits"
     )
     bias_draws: int = Field(
@@ -80,11 +67,7 @@ class BenchmarkConfig(Section):
     cluster: BenchmarkCluster = BenchmarkCluster()
 
     @model_validator(mode="after")
-    def _nothing_twice(self) -> BenchmarkConfig:
-        for name in ("alpha", "scenarios", "rho", "selection", "methods", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: must not hold a value twice, got {list(values)}")
+    def _cells(self) -> BenchmarkConfig:
         if repeated := {astuple(SCENARIOS[number]) for number in self.scenarios} & set(self.rho):
             raise ValueError(f"rho: must not repeat a scenario, got {min(repeated)}")
         if not self.scenarios and not self.rho:

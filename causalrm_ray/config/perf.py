@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from causalrm_ray.config.base import ClusterConfig, RunFolder, Section
+from causalrm_ray.config.base import ClusterConfig, Distinct, RunFolder, Section
 
 Part = Literal["rollout", "sync", "learner", "driver", "trl", "asynchronous", "memory"]
 Case = tuple[Literal["0.94M", "26M"], int, int]
@@ -17,8 +17,10 @@ WARM_STEPS = 20  # of the memory part, after which nothing should grow
 class PerfConfig(Section):
     """How fast the parts of a step are, each against the same work done without us, on randomly initialised Llamas."""
 
-    parts: tuple[Part, ...] = Field(get_args(Part), min_length=1, description="what to measure; trl needs the extra [perf]")
-    cases: tuple[Case, ...] = Field(
+    parts: Annotated[tuple[Part, ...], Distinct] = Field(
+        get_args(Part), min_length=1, description="what to measure; trl needs the extra [perf]"
+    )
+    cases: Annotated[tuple[Case, ...], Distinct] = Field(
         (("0.94M", 32, 64), ("26M", 32, 64), ("0.94M", 128, 192)),
         min_length=1,
         description="[parameters, answers per step, tokens per answer]: [[0.94M,32,64],[26M,32,64]]; memory takes the first",
@@ -34,19 +36,10 @@ class PerfConfig(Section):
     run: RunFolder = RunFolder()
     cluster: ClusterConfig = ClusterConfig()
 
-    @field_validator("parts")
-    @classmethod
-    def _each_once(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        if len(set(parts)) < len(parts):
-            raise ValueError(f"must not hold a part twice, got {list(parts)}")
-        return parts
-
     @field_validator("cases")
     @classmethod
     def _whole_groups(cls, cases: tuple[Case, ...]) -> tuple[Case, ...]:
         for _, answers, tokens in cases:
             if answers < SAMPLES or answers % SAMPLES or tokens < 1:
                 raise ValueError(f"answers must be a multiple of {SAMPLES}, tokens at least 1, got {answers} and {tokens}")
-        if len(set(cases)) < len(cases):
-            raise ValueError(f"must not hold a case twice, got {[list(case) for case in cases]}")
         return cases

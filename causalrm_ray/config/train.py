@@ -15,12 +15,13 @@ from causalrm_ray.config.base import (
     EngineName,
     EstimatorName,
     FormatName,
+    RatePair,
     RunConfig,
     Section,
     TrackerName,
 )
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS
-from causalrm_ray.types import LABEL_SIGNALS, NoiseEstimator, NoiseRates, Sampling
+from causalrm_ray.types import LABEL_SIGNALS, NoiseEstimator, Sampling
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
@@ -73,16 +74,10 @@ class WorldConfig(Section):
     )
     alpha: float = Field(0.5, gt=0, le=1, description="selection strength of `protocol` users; 1 is none, smaller is stronger")
     feedback_rate: float = Field(0.2, gt=0, lt=1, description="mean share of impressions that get feedback")
-    rho: tuple[float, float] = Field(
+    rho: RatePair = Field(
         (0.2, 0.1), description="true label noise (rho_01, rho_10): P(r=0 | r*=1), a liked answer voted down, and P(r=1 | r*=0)"
     )
     impressions: int = Field(5000, ge=200, description="impressions logged before the loop starts")
-
-    @field_validator("rho")
-    @classmethod
-    def _rates_leave_information(cls, rho: tuple[float, float]) -> tuple[float, float]:
-        NoiseRates(*rho)
-        return rho
 
 
 class FeedbackConfig(Section):
@@ -136,7 +131,7 @@ class RewardConfig(Section):
     caution: float = Field(
         0.0, ge=0, description="standard deviations of its ensemble that the reward model stays below their mean; 0: the mean"
     )
-    rho: tuple[float, float] | None = Field(None, description="known (rho_01, rho_10); null estimates them from the log")
+    rho: RatePair | None = Field(None, description="known (rho_01, rho_10); null estimates them from the log")
     noise_rates: NoiseEstimator = Field(
         "curve", description="how they are estimated: curve, of the labels along a proxy's ranks; anchors, the paper's quantiles"
     )
@@ -147,13 +142,6 @@ class RewardConfig(Section):
         if self.caution and "states" not in ESTIMATORS.load(self.method).needs:
             raise ValueError(f"reward.caution needs a reward.method that fits an ensemble, such as auto, got {self.method}")
         return self
-
-    @field_validator("rho")
-    @classmethod
-    def _known_rates_leave_information(cls, rho: tuple[float, float] | None) -> tuple[float, float] | None:
-        if rho is not None:
-            NoiseRates(*rho)
-        return rho
 
 
 class SamplingConfig(Section):
@@ -323,24 +311,19 @@ class Config(Section):
         return self.world.users != "none" and self.feedback.prompts is None and self.feedback.source is None
 
     @model_validator(mode="after")
-    def _simulated_signals_have_labels(self) -> Config:
+    def _sections_agree(self) -> Config:
         sent = {*SIMULATED_SIGNALS[0], *SIMULATED_SIGNALS[1]} if self.world.users != "none" else set()
         missing = sorted(sent - set(self.feedback.signals))
         if missing:
             raise ValueError(f"feedback.signals must label what simulated users send, got none for {', '.join(missing)}")
-        return self
-
-    @model_validator(mode="after")
-    def _prompts_have_groups(self) -> Config:
         samples, algorithm = self.rollout.samples_per_prompt, self.learner.algorithm
         if samples < 2 and ALGORITHMS.load(algorithm).grouped:
             raise ValueError(f"rollout.samples_per_prompt must be at least 2 with learner.algorithm={algorithm}, got {samples}")
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Config:
         if self.learner.warmup and self.learner.warmup >= self.loop.steps:
             raise ValueError(f"learner.warmup must be below loop.steps, got {self.learner.warmup} >= {self.loop.steps}")
+        if self.rollout.max_new_tokens >= self.model.max_length:
+            lengths = f"{self.rollout.max_new_tokens} >= {self.model.max_length}"
+            raise ValueError(f"rollout.max_new_tokens must be below model.max_length, got {lengths}")
         return self
 
     @model_validator(mode="after")
@@ -358,11 +341,4 @@ class Config(Section):
             wrong.insert(0, f"a rollout.engine that can share a process, such as hf, got {self.rollout.engine}")
         if wrong:
             raise ValueError(f"cluster.address={IN_PROCESS} needs {'; '.join(wrong)}")
-        return self
-
-    @model_validator(mode="after")
-    def _answers_fit(self) -> Config:
-        if self.rollout.max_new_tokens >= self.model.max_length:
-            lengths = f"{self.rollout.max_new_tokens} >= {self.model.max_length}"
-            raise ValueError(f"rollout.max_new_tokens must be below model.max_length, got {lengths}")
         return self

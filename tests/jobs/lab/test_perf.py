@@ -62,7 +62,7 @@ def test_without_the_right_trl_the_error_says_what_to_install(
     [
         ("cases=[[0.94M,12,64]]", "answers must be a multiple of 8"),
         ("cases=[[7B,8,64]]", "cases"),
-        ("parts=[sync,sync]", "must not hold a part twice"),
+        ("parts=[sync,sync]", "must not hold a value twice"),
         ("memory_steps=20", "memory_steps"),
     ],
 )
