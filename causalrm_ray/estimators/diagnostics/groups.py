@@ -54,7 +54,7 @@ def diagnose_groups(
     except InputError as error:
         fault = str(error)
     if opinion is not None:
-        selection = selection_by_stratum(opinion, observations, groups.number, groups.names, rates, seed=seed).strata
+        selection = selection_by_stratum(opinion, observations, groups.number, groups.names, rates, seed=seed)
     return GroupReport(found, selection, fault)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from causalrm_ray.checks import check_both_classes, check_finite, check_same_length
+from causalrm_ray.checks import check_finite, check_same_length
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.nuisances.noise_curve import resample
 from causalrm_ray.losses.selection import DISLIKED, LIKED, MISSING, outcomes
@@ -22,7 +22,6 @@ OTHER = "other"
 BINS = 50  # of P(r* = 1 | x) within a stratum
 STEPS, RESTEPS = 1000, 400  # of expectation-maximisation, from the start and from the log's own fit
 WIDE = 3.0  # ratio of the ends of an interval of the two probabilities' ratio beyond which there is a warning
-FLAT = 0.1  # standard deviation of P(r* = 1 | x) below which rates cannot be learned along
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,6 @@ class StratumSelection:
     ratio_interval: tuple[float, float]
     differ: bool
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SelectionByStratum:
-    """The strata by name, and the noise `rates`, given or learned along."""
-
-    strata: dict[str, StratumSelection]
-    rates: NoiseRates
 
 
 def stratify(
@@ -99,35 +90,28 @@ def selection_by_stratum(
     observations: Observations,
     strata: Tensor,
     names: Sequence[str],
-    rates: NoiseRates | None = None,
+    rates: NoiseRates,
     draws: int = 300,
     seed: int = 0,
-) -> SelectionByStratum:
+) -> dict[str, StratumSelection]:
     """Two probabilities of feedback per stratum, by maximum likelihood of MISSING, DISLIKED and LIKED.
 
         P(LIKED | x)    = liked e (1 - rho_01) + disliked (1 - e) rho_10,     e = sigmoid(f) = P(r* = 1 | x)
         P(DISLIKED | x) = liked e rho_01       + disliked (1 - e) (1 - rho_10)
 
     `f` [N] are logits of P(r* = 1 | x), calibrated over all impressions and out of fold; `strata` [N] in 0..len(names) - 1.
-    `rates` are known, or learned along, shared by all strata. Counts in bins of f within each stratum are fitted by
-    expectation-maximisation, and again for `draws` resamples of the rows; the uncertainty of f is not in the intervals.
-    Within a stratum selection depends on the opinion only. With known rates the labels' shares alone identify both
-    probabilities; learned rates need an f that varies, and without (FLAT) ValueError asks for rates.
+    Counts in bins of f within each stratum are fitted by expectation-maximisation, and again for `draws` resamples of the rows;
+    the uncertainty of f and `rates` is not in the intervals. Within a stratum selection depends on the opinion only.
     """
     check_same_length(f=f, o=observations.o, strata=strata)
     check_finite("f", f)
     if len(strata) == 0 or not 0 <= int(strata.min()) <= int(strata.max()) < len(names):
         raise ValueError(f"strata must be in 0..{len(names) - 1} and not empty, got {strata.unique().tolist()[:8]}")
-    sure = torch.sigmoid(f.double())
-    if rates is None:
-        check_both_classes("r of the rows with feedback", observations.r[observations.o == 1])
-    if rates is None and float(sure.std()) < FLAT:
-        raise ValueError(f"rates must be given where P(r* = 1 | x) hardly varies, got a standard deviation of {sure.std():.3f}")
-    counts, sure = _cells(sure, outcomes(observations.o, observations.r), strata.long(), len(names))
-    point, noise = _fit(counts[None], sure, rates, None, STEPS)
-    drawn, _ = _fit(resample(counts, draws, seed), sure, rates, (point, noise), RESTEPS)
-    found = {name: _figures(counts[s], point[0, s], drawn[:, s]) for s, name in enumerate(names)}
-    return SelectionByStratum(found, rates or NoiseRates(*noise[0].tolist()))
+    outcome = outcomes(observations.o, observations.r)
+    counts, sure = _cells(torch.sigmoid(f.double()), outcome, strata.long(), len(names))
+    point = _fit(counts[None], sure, rates, None, STEPS)
+    drawn = _fit(resample(counts, draws, seed), sure, rates, point, RESTEPS)
+    return {name: _figures(counts[s], point[0, s], drawn[:, s]) for s, name in enumerate(names)}
 
 
 def _cells(sure: Tensor, outcome: Tensor, strata: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -143,32 +127,24 @@ def _cells(sure: Tensor, outcome: Tensor, strata: Tensor, number: int) -> tuple[
     return counts, total / counts.sum(-1).clamp_min(1)
 
 
-def _fit(
-    counts: Tensor, sure: Tensor, rates: NoiseRates | None, start: tuple[Tensor, Tensor] | None, steps: int
-) -> tuple[Tensor, Tensor]:
-    """(liked, disliked) [D, S, 2] and (rho_01, rho_10) [D, 2] for `counts` [D, S, B, 3], given P(r* = 1 | x) [S, B]."""
+def _fit(counts: Tensor, sure: Tensor, rates: NoiseRates, start: Tensor | None, steps: int) -> Tensor:
+    """(liked, disliked) [D, S, 2] for `counts` [D, S, B, 3], given P(r* = 1 | x) [S, B]."""
     share = counts[..., [DISLIKED, LIKED]].sum((-1, -2)) / counts.sum((-1, -2)).clamp_min(1)
-    on = share.clamp(0.01, 0.99)[..., None].expand(*share.shape, 2) if start is None else start[0].expand(*share.shape, 2)
-    known = torch.tensor([0.15, 0.15] if rates is None else [rates.rho_01, rates.rho_10], dtype=torch.float64)
-    noise = (known[None] if start is None else start[1]).expand(len(counts), 2)
+    on = (share.clamp(0.01, 0.99)[..., None] if start is None else start).expand(*share.shape, 2)
     for _ in range(steps):
-        rho_01, rho_10 = noise[:, 0, None, None], noise[:, 1, None, None]
         liked, disliked = sure * on[..., :1], (1 - sure) * on[..., 1:]  # P(o = 1, r*) [D, S, B]
         posterior = {}  # P(r* = 1 | outcome, x)
         for outcome, one, zero in (
             (MISSING, sure - liked, 1 - sure - disliked),
-            (DISLIKED, liked * rho_01, disliked * (1 - rho_10)),
-            (LIKED, liked * (1 - rho_01), disliked * rho_10),
+            (DISLIKED, liked * rates.rho_01, disliked * (1 - rates.rho_10)),
+            (LIKED, liked * (1 - rates.rho_01), disliked * rates.rho_10),
         ):
             posterior[outcome] = one / (one + zero).clamp_min(1e-12)
         ones = torch.stack([(counts[..., k] * posterior[k]).sum(-1) for k in (MISSING, DISLIKED, LIKED)], -1)
         zeros = counts.sum(-2) - ones  # expected rows of r* = 0 per outcome [D, S, 3]
         seen = torch.stack([rows[..., [DISLIKED, LIKED]].sum(-1) / rows.sum(-1).clamp_min(1e-12) for rows in (ones, zeros)], -1)
         on = seen.clamp(1e-6, 1 - 1e-6)
-        if rates is None:
-            one, zero = ones.sum(1), zeros.sum(1)
-            noise = torch.stack([one[:, DISLIKED] / (one[:, 1:].sum(-1)), zero[:, LIKED] / (zero[:, 1:].sum(-1))], -1)
-    return on, noise
+    return on
 
 
 def _figures(counts: Tensor, point: Tensor, drawn: Tensor) -> StratumSelection:
