@@ -129,7 +129,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
         settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, seed)
         strata, self.strata_ = _strata(traits, observations)
-        cross = partial(cross_fit, make_scorer, inputs, settings=settings, seed=seed)
+        cross = partial(cross_fit, make_scorer, inputs, settings=settings)
         prob, doubts = _propensity(propensity, observations.o, cross, head.clip, seed)
         fits = fit_reward_models(
             make_scorer,

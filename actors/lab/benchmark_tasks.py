@@ -112,7 +112,7 @@ def run_cell(spec: CellSpec, data: Splits) -> list[MethodResult]:
     inputs, observations = FeatureRows(features), Observations(log.o, log.r)
     make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
     settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, spec.seed, head.bf16)
-    raw, _ = cross_fit(make_scorer, inputs, log.o, settings, seed=spec.seed)
+    raw, _ = cross_fit(make_scorer, inputs, log.o, settings)
     propensity = calibrate(raw, log.o, head.clip, seed=spec.seed).prob
     fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, seed=spec.seed)
     rates, fault = None, None

@@ -84,9 +84,7 @@ class PropensityActor:
         log = load_rows(snapshot, self._tokenizer, self._max_length)
         o = log.observations.o
         starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving else ()
-        raw, models = cross_fit(
-            self._fresh, TokenRows(log.token_rows, 0), o, self._settings, FOLDS, self._settings.seed, fold=log.fold, starts=starts
-        )
+        raw, models = cross_fit(self._fresh, TokenRows(log.token_rows, 0), o, self._settings, FOLDS, fold=log.fold, starts=starts)
         propensity = calibrate(raw, o, self._clip, seed=self._settings.seed)
         version = self.version + 1
         report = VersionedPropensity(**vars(propensity.report), version=version)

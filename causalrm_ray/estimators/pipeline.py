@@ -242,17 +242,8 @@ def heldout_objective(
 def _out_of_fold(task: FitTask) -> Tensor:
     """P(r = 1 | x) [N], of each row by modules that did not train on it; none trained on a held-out row."""
     seen = task.train[task.observations.o[task.train] == 1]
-    logit, _ = cross_fit_logits(
-        task.make_scorer,
-        task.inputs,
-        partial(REWEIGHTING["snips"].build, task.observations, task.nuisances, bce),
-        seen,
-        task.heldout,
-        task.settings,
-        PROXY_FOLDS,
-        task.settings.seed,
-        task.shard,
-    )
+    objective = partial(REWEIGHTING["snips"].build, task.observations, task.nuisances, bce)
+    logit, _ = cross_fit_logits(task, objective, seen, PROXY_FOLDS)
     return torch.sigmoid(logit)
 
 

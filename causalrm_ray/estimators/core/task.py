@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,14 @@ class Method(Protocol):
     def fit(self, task: FitTask, /) -> Fitted:
         """Fit a scorer of P(r* = 1 | x)."""
         ...
+
+
+class FunctionMethod(NamedTuple):
+    """A Method whose fit is a function."""
+
+    fit: Callable[[FitTask], Fitted]
+    paper: str
+    needs: frozenset[Need] = frozenset()
 
 
 def load_method(name: str) -> Method:

@@ -9,7 +9,8 @@ Both stop by the same risk on rows that they did not learn from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,28 +18,12 @@ from torch import Tensor
 
 from causalrm_ray.estimators.core.frozen import with_settings
 from causalrm_ray.estimators.core.members import Folds, Members, cross_fit_members
-from causalrm_ray.estimators.core.task import FitTask, Fitted, Need
+from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need
 from causalrm_ray.estimators.core.training import Risk
 from causalrm_ray.estimators.methods.mechanisms import spread, to_logits
-from causalrm_ray.estimators.methods.selection import Averaged, fit_mechanisms
+from causalrm_ray.estimators.methods.selection import fit_mechanisms
 from causalrm_ray.losses.selection import class_wise_dr_label
 from causalrm_ray.models.heads import Corrected, EnsembleScorer, to_logit
-
-
-@dataclass(frozen=True)
-class ClassWiseMethod:
-    """A stable variant of CausalRM; `doubly_robust` or by weights alone."""
-
-    doubly_robust: bool
-    paper: str = "arXiv 2603.18736, class-wise, ours"
-    needs: frozenset[Need] = frozenset({"states"})
-
-    def fit(self, task: FitTask) -> Fitted:
-        """A scorer at the early-stopped minimum of the risk."""
-        found = fit_mechanisms(replace(task, on_epoch=None))
-        if self.doubly_robust:
-            return _fit_residual(task, found)
-        return _fit_weighted(task, found)
 
 
 def weighted_risk(v1: Tensor, v0: Tensor) -> Risk:
@@ -53,40 +38,31 @@ def weighted_risk(v1: Tensor, v0: Tensor) -> Risk:
     return risk
 
 
-def _fit_weighted(task: FitTask, found: Averaged) -> Fitted:
-    scorer = cast(EnsembleScorer, task.scorer())
-    folds = Folds(task, len(scorer.bias))
+def _fit(task: FitTask, doubly_robust: bool) -> Fitted:
+    """An ensemble at the early-stopped minimum of the risk; the doubly robust one adds to the mechanisms' out-of-fold logits."""
+    found = fit_mechanisms(replace(task, on_epoch=None))
+    ensemble = cast(EnsembleScorer, task.scorer(int(doubly_robust)))
+    folds = Folds(task, len(ensemble.bias))
     task = with_settings(task, len(folds.learn))
-    everyone = torch.arange(len(task.inputs))
-    weights = found.class_weights(task.observations)
-    fitted = cross_fit_members(task, Members(scorer), weighted_risk(*weights), folds, everyone)
-    opinion = folds.out_of_fold(torch.sigmoid(fitted.output), fitted.rows)
-    return Fitted(scorer, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(task.inputs)), weights)
+    weights, start = found.class_weights(task.observations), torch.zeros(len(task.inputs))
+    risk = weighted_risk(*weights)
+    if doubly_robust:
+        m = spread(found.opinion, found.rows, len(task.inputs), 0.5)
+        label, start = class_wise_dr_label(m, *weights), to_logit(m)
 
+        def risk(output: Tensor, index: Tensor) -> Tensor:
+            return (torch.sigmoid(start[index].unsqueeze(1) + output) - label[index].unsqueeze(1)).square()
 
-def _fit_residual(task: FitTask, found: Averaged) -> Fitted:
-    """What an ensemble adds to the mechanisms' logits: learned on their out-of-fold ones."""
-    residual = cast(EnsembleScorer, task.scorer(1))
-    folds = Folds(task, len(residual.bias))
-    task = with_settings(task, len(folds.learn))
-    weights = found.class_weights(task.observations)
-    m = spread(found.opinion, found.rows, len(task.inputs), 0.5)
-    label, start = class_wise_dr_label(m, *weights), to_logit(m)
-
-    def risk(output: Tensor, index: Tensor) -> Tensor:
-        return (torch.sigmoid(start[index].unsqueeze(1) + output) - label[index].unsqueeze(1)).square()
-
-    fitted = cross_fit_members(task, Members(residual), risk, folds, torch.arange(len(start)))
+    fitted = cross_fit_members(task, Members(ensemble), risk, folds, torch.arange(len(start)))
     opinion = folds.out_of_fold(torch.sigmoid(start[fitted.rows].unsqueeze(1) + fitted.output), fitted.rows)
-    corrected = Corrected(found.scorer(), residual)
-    return Fitted(corrected, fitted.report, _rates(found), to_logits(opinion, fitted.rows, len(task.inputs)), weights)
+    scorer = Corrected(found.scorer(), ensemble) if doubly_robust else ensemble
+    rates = {"rho_01": found.rates.rho_01, "rho_10": found.rates.rho_10}
+    return Fitted(scorer, fitted.report, rates, to_logits(opinion, fitted.rows, len(task.inputs)), weights)
 
 
-def _rates(found: Averaged) -> dict[str, float]:
-    return {"rho_01": found.rates.rho_01, "rho_10": found.rates.rho_10}
-
-
-CLASS_WISE: dict[str, ClassWiseMethod] = {
-    "causalrm_ips_stable": ClassWiseMethod(doubly_robust=False),
-    "causalrm_dr_stable": ClassWiseMethod(doubly_robust=True),
+_PAPER = "arXiv 2603.18736, class-wise, ours"
+_STATES: frozenset[Need] = frozenset({"states"})
+CLASS_WISE = {
+    "causalrm_ips_stable": FunctionMethod(partial(_fit, doubly_robust=False), _PAPER, _STATES),
+    "causalrm_dr_stable": FunctionMethod(partial(_fit, doubly_robust=True), _PAPER, _STATES),
 }

@@ -7,13 +7,13 @@ States are mixed, not inputs (manifold mixup, Verma et al. 2019, arXiv 1806.0523
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from causalrm_ray.estimators.core.task import FitTask, Fitted, Need
+from causalrm_ray.estimators.core.task import FitTask, Fitted
 from causalrm_ray.estimators.core.training import Inputs, Objective, predict
 from causalrm_ray.estimators.methods.observed import cool, minimise, observed, plain_risk, ramp_epochs
 from causalrm_ray.estimators.methods.small_loss import Networks, twins
@@ -24,6 +24,9 @@ from causalrm_ray.losses.pointwise import bce, mse
 from causalrm_ray.models.heads import Scorer
 
 PARTNER = "partner_"
+WARM_UP, PATIENCE = 5, 30  # epochs of DivideMix
+THRESHOLD, SHARPNESS, CONCENTRATION, GUESSED = 0.5, 0.5, 4, 1.0  # of a clean label, a temperature, of Beta, a weight
+FOLDS = 3  # of SelectMix
 
 
 class MixedRows:
@@ -85,8 +88,8 @@ def beta_draws(count: int, concentration: int, generator: torch.Generator) -> Te
 class Division:
     """DivideMix's rows in an epoch: which labels each of two networks keeps, what it learns, and with whom it is mixed."""
 
-    def __init__(self, method: DivideMix, task: FitTask, networks: MixingNetworks, rows: Tensor, warm_up: int) -> None:
-        self._method, self._problem, self._networks, self._rows, self._warm_up = method, task, networks, rows, warm_up
+    def __init__(self, task: FitTask, networks: MixingNetworks, rows: Tensor, warm_up: int) -> None:
+        self._problem, self._networks, self._rows, self._warm_up = task, networks, rows, warm_up
         self.inputs = MixedRows(task.inputs)
         self._target = task.observations.r[:, None].repeat(1, 2)
         self._kept = torch.ones(len(task.inputs), 2, dtype=torch.bool)
@@ -103,17 +106,17 @@ class Division:
         self._warm = epoch <= self._warm_up
         if self._warm:
             return
-        rows, method, task = self._rows, self._method, self._problem
+        rows, task = self._rows, self._problem
         r = task.observations.r[rows]
         logits = [predict(scorer, task.inputs, rows, shard=task.shard).float() for scorer in self._networks.scorers]
         prob = [torch.sigmoid(logit) for logit in logits]
-        guess = sharpen((prob[0] + prob[1]) / 2, method.temperature)
+        guess = sharpen((prob[0] + prob[1]) / 2, SHARPNESS)
         for k in range(2):  # each network's rows are divided by the other one's losses
             clean = clean_posterior(bce(logits[1 - k], r))
-            kept = clean > method.threshold
+            kept = clean > THRESHOLD
             self._kept[rows, k] = kept
-            self._target[rows, k] = torch.where(kept, co_refined(r, prob[k], clean, method.temperature), guess)
-        share = beta_draws(len(rows), method.concentration, self._generator)
+            self._target[rows, k] = torch.where(kept, co_refined(r, prob[k], clean, SHARPNESS), guess)
+        share = beta_draws(len(rows), CONCENTRATION, self._generator)
         self.inputs.share[rows] = torch.maximum(share, 1 - share)
         self.inputs.partner[rows] = rows[torch.randperm(len(rows), generator=self._generator)]
 
@@ -131,100 +134,68 @@ class Division:
         if self._warm:
             return self._problem.loss(logit, self._problem.observations.r[index])
         target = self.inputs.mixed(self._target[:, k], index).to(logit.dtype)
-        guessed = self._method.guessed * mse(logit, target)
+        guessed = GUESSED * mse(logit, target)
         return torch.where(self._kept[index, k], bce(logit, target), guessed) + balance_penalty(torch.sigmoid(logit))
 
 
-@dataclass(frozen=True)
-class DivideMix:
-    """DivideMix for rows that cannot be augmented.
+def fit_dividemix(task: FitTask) -> Fitted:
+    """DivideMix for rows that cannot be augmented; the first of its two scorers.
 
     Kept: two networks; a mixture of two Gaussians on the losses of one divides the rows of the other; labels kept are refined,
     those given up are guessed by both networks, and sharpened; MixMatch with cross-entropy on the former, squared error on the
     latter, and the penalty that asks for both classes. Other: no augmented copies, so labels are refined and guessed once an
-    epoch rather than in every step; states are mixed; each row draws its share; guessed rows weigh `guessed`, with no ramp.
-    The plain warm-up takes `warm_up` epochs (fewer in a short fit), after which epochs compete: by the plain loss and that same
+    epoch rather than in every step; states are mixed; each row draws its share; guessed rows weigh GUESSED, with no ramp.
+    The plain warm-up takes WARM_UP epochs (fewer in a short fit), after which epochs compete: by the plain loss and that same
     penalty on held-out feedback, at the temperature that suits it, since sharpened labels make predictions too sure; the scorer
-    is given that temperature. As the division unsettles a fit at first, `patience` epochs must pass without a better one (half
+    is given that temperature. As the division unsettles a fit at first, PATIENCE epochs must pass without a better one (half
     of them all in a short fit). The first network serves, so that one scorer is served; as published the two are averaged.
     """
-
-    paper: str = "Li et al. 2020, arXiv 2002.07394"
-    warm_up: int = 5
-    threshold: float = 0.5
-    temperature: float = 0.5
-    concentration: int = 4
-    guessed: float = 1.0
-    patience: int = 30
-    needs: frozenset[Need] = frozenset()
-
-    def fit(self, task: FitTask) -> Fitted:
-        """The first of two scorers."""
-        rows, warm_up = observed(task, task.train), ramp_epochs(task.settings, self.warm_up)
-        first, second = twins(task)
-        networks = MixingNetworks(first, second)
-        division = Division(self, task, networks, rows, warm_up)
-        train = Objective(rows, division.risk, division.begin, since=warm_up + 1)
-        heldout = Objective(observed(task, task.heldout), division.heldout_risk, since=train.since)
-        patience = max(task.settings.patience, ramp_epochs(task.settings, self.patience))
-        patient = replace(task, settings=replace(task.settings, patience=patience))
-        report = minimise(patient, networks, train, heldout, division.inputs)
-        degrees = cool(task, first)
-        return Fitted(first, report, {"kept_share": division.kept_share, "temperature": degrees})
+    rows, warm_up = observed(task, task.train), ramp_epochs(task.settings, WARM_UP)
+    first, second = twins(task)
+    networks = MixingNetworks(first, second)
+    division = Division(task, networks, rows, warm_up)
+    train = Objective(rows, division.risk, division.begin, since=warm_up + 1)
+    heldout = Objective(observed(task, task.heldout), division.heldout_risk, since=train.since)
+    patience = max(task.settings.patience, ramp_epochs(task.settings, PATIENCE))
+    patient = replace(task, settings=replace(task.settings, patience=patience))
+    report = minimise(patient, networks, train, heldout, division.inputs)
+    return Fitted(first, report, {"kept_share": division.kept_share, "temperature": cool(task, first)})
 
 
-@dataclass(frozen=True)
-class SelectMix:
+def fit_selectmix(task: FitTask) -> Fitted:
     """SelectMix: rows whose label disagrees with an out-of-fold prediction are mixed with trusted rows of either class.
 
-    `folds` scorers, each trained without a fold, predict it. A row is doubted where the predicted class is not the given one; the
+    FOLDS scorers, each trained without a fold, predict it. A row is doubted where the predicted class is not the given one; the
     others are trusted, the surer half of each class as partners. In every epoch a doubted row is mixed with a partner drawn from
-    its given or its predicted class by even chance, by a share of Beta(`concentration`, `concentration`), and its label alike.
+    its given or its predicted class by even chance, by a share drawn evenly, and its label alike.
     Trusted rows are left as they are. Held-out rows decide by the labels that mixing would give them on average. The paper
     (cross-validation, confident peers of a row's potential classes, soft labels of all classes involved) was at hand in its
     abstract only: the numbers, the halves, the even chance and the stopping are ours.
     """
+    rows, heldout, r = observed(task, task.train), observed(task, task.heldout), task.observations.r
+    plain = plain_risk(task)
+    logit, _ = cross_fit_logits(replace(task, heldout=heldout), lambda part: Objective(part, plain), rows, FOLDS)
+    doubted = (logit > 0) != (r == 1)
+    pools = [_surest(rows[~doubted[rows] & (r[rows] == k)], logit) for k in range(2)]
+    inputs, generator = MixedRows(task.inputs), torch.Generator().manual_seed(task.settings.seed)
+    average = torch.where(doubted, 0.25 + 0.5 * r, r)  # the share is a half on average, and so is the partner's label
 
-    paper: str = "Liu et al. 2025, arXiv 2509.11265"
-    folds: int = 3
-    concentration: int = 1
-    needs: frozenset[Need] = frozenset()
+    def begin(epoch: int) -> None:
+        for pool, part in zip(pools, _in_two(rows[doubted[rows]], generator), strict=True):
+            if len(pool):
+                inputs.partner[part] = pool[torch.randint(len(pool), (len(part),), generator=generator)]
+                inputs.share[part] = beta_draws(len(part), 1, generator)
 
-    def fit(self, task: FitTask) -> Fitted:
-        """A scorer trained on the relabelled rows."""
-        rows, heldout, r = observed(task, task.train), observed(task, task.heldout), task.observations.r
-        logit, _ = cross_fit_logits(
-            task.scorer,
-            task.inputs,
-            lambda part: Objective(part, plain_risk(task)),
-            rows,
-            heldout,
-            task.settings,
-            self.folds,
-            task.settings.seed,
-            task.shard,
-        )
-        doubted = (logit > 0) != (r == 1)
-        pools = [_surest(rows[~doubted[rows] & (r[rows] == k)], logit) for k in range(2)]
-        inputs, generator = MixedRows(task.inputs), torch.Generator().manual_seed(task.settings.seed)
-        average = torch.where(doubted, 0.25 + 0.5 * r, r)  # the share is a half on average, and so is the partner's label
+    def risk(output: Tensor, index: Tensor) -> Tensor:
+        return task.loss(output[:, 0], inputs.mixed(r, index))
 
-        def begin(epoch: int) -> None:
-            for pool, part in zip(pools, _in_two(rows[doubted[rows]], generator), strict=True):
-                if len(pool):
-                    inputs.partner[part] = pool[torch.randint(len(pool), (len(part),), generator=generator)]
-                    inputs.share[part] = beta_draws(len(part), self.concentration, generator)
+    def heldout_risk(output: Tensor, index: Tensor) -> Tensor:
+        return task.loss(output[:, 0], average[index])
 
-        def risk(output: Tensor, index: Tensor) -> Tensor:
-            return task.loss(output[:, 0], inputs.mixed(r, index))
-
-        def heldout_risk(output: Tensor, index: Tensor) -> Tensor:
-            return task.loss(output[:, 0], average[index])
-
-        scorer = task.scorer()
-        train = Objective(rows, risk, begin)
-        report = minimise(task, MixingNetworks(scorer), train, Objective(heldout, heldout_risk), inputs=inputs)
-        return Fitted(scorer, report, {"doubted_share": float(doubted[rows].float().mean())})
+    scorer = task.scorer()
+    train = Objective(rows, risk, begin)
+    report = minimise(task, MixingNetworks(scorer), train, Objective(heldout, heldout_risk), inputs=inputs)
+    return Fitted(scorer, report, {"doubted_share": float(doubted[rows].float().mean())})
 
 
 def _surest(rows: Tensor, logit: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from causalrm_ray.estimators.core.task import FitTask, Fitted, Need, Observations
+from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need, Observations
 from causalrm_ray.estimators.core.training import Objective
 from causalrm_ray.estimators.methods.observed import minimise
 from causalrm_ray.losses import multitask, reweighted
@@ -66,37 +66,27 @@ class MultiTask:
         return Objective(rows, risk)
 
 
-@dataclass(frozen=True)
-class Cvib:
-    """Counterfactual variational information bottleneck; `alpha` weighs the contrast, `gamma` the confidence penalty."""
+def fit_cvib(task: FitTask) -> Fitted:
+    """A scorer at the minimum of the counterfactual variational information bottleneck."""
+    scorer = task.scorer()
+    return Fitted(scorer, minimise(task, scorer, cvib_objective(task.observations, task.loss, task.train)))
 
-    alpha: float = ALPHA
-    gamma: float = GAMMA
-    paper: str = "Wang et al. 2020, arXiv 2009.02623"
-    needs: frozenset[Need] = frozenset()
 
-    def fit(self, task: FitTask) -> Fitted:
-        """A scorer at the minimum of the risk."""
-        scorer = task.scorer()
-        train = self.objective(task.observations, task.loss, task.train)
-        return Fitted(scorer, minimise(task, scorer, train))
+def cvib_objective(observations: Observations, loss: Loss, rows: Tensor) -> Objective:
+    """The risk over `rows` of logits [B]. Raises ValueError where none of the rows has feedback."""
+    weight = torch.zeros(len(observations))
+    weight[rows] = reweighted.naive_weights(observations.o[rows])
 
-    def objective(self, observations: Observations, loss: Loss, rows: Tensor) -> Objective:
-        """The risk over `rows` of logits [B]. Raises ValueError where none of the rows has feedback."""
-        weight = torch.zeros(len(observations))
-        weight[rows] = reweighted.naive_weights(observations.o[rows])
+    def risk(logit: Tensor, index: Tensor) -> Tensor:
+        return multitask.cvib(loss, logit, observations.o[index], observations.r[index], weight[index], ALPHA, GAMMA)
 
-        def risk(logit: Tensor, index: Tensor) -> Tensor:
-            o, r = observations.o[index], observations.r[index]
-            return multitask.cvib(loss, logit, o, r, weight[index], self.alpha, self.gamma)
-
-        return Objective(rows, risk)
+    return Objective(rows, risk)
 
 
 _ZHANG = "Zhang et al. 2020, arXiv 1910.09337"
-MULTITASK: dict[str, MultiTask | Cvib] = {
+MULTITASK: dict[str, MultiTask | FunctionMethod] = {
     "mt_ips": MultiTask(partial(multitask.mt_ips, floor=FLOOR), 1, _ZHANG),
     "mt_dr": MultiTask(partial(multitask.mt_dr, floor=FLOOR), 2, _ZHANG, subtracts=True),
     "sdr": MultiTask(partial(multitask.sdr, floor=FLOOR, penalty=PENALTY), 2, "Li et al. 2022, arXiv 2205.04701"),
-    "cvib": Cvib(),
+    "cvib": FunctionMethod(fit_cvib, "Wang et al. 2020, arXiv 2009.02623"),
 }

@@ -18,6 +18,7 @@ from causalrm_ray.checks import check_binary, check_same_length
 from causalrm_ray.estimators.core.task import NOISE_FREE, FitTask, Fitted, Need, Nuisances, Observations
 from causalrm_ray.estimators.core.training import Objective
 from causalrm_ray.losses import reweighted
+from causalrm_ray.losses.label_noise import forward_logit
 from causalrm_ray.losses.pointwise import LINEAR, Loss, bce, bounded_bce
 from causalrm_ray.losses.sensitivity import corrected_label
 from causalrm_ray.losses.surrogate import surrogate
@@ -28,15 +29,16 @@ Build = Callable[[Observations, Nuisances, Loss, Tensor], Objective]
 
 @dataclass(frozen=True)
 class Reweighting:
-    """A method that is one risk over rows: `build` joins it."""
+    """A method that is one risk over rows: `build` joins it; `subtracts` where it subtracts losses."""
 
     build: Build
     paper: str
     needs: frozenset[Need] = frozenset()
+    subtracts: bool = False
 
     def pointwise(self, loss: Loss) -> Loss:
-        """`loss`, or `bounded_bce` for `bce` where this method subtracts losses, and its risk would otherwise have no floor."""
-        return bounded_bce if loss is bce and self.needs & {"rates", "imputation"} else loss
+        """`loss`, or `bounded_bce` for `bce` where losses are subtracted, and the risk would otherwise have no floor."""
+        return bounded_bce if self.subtracts and loss is bce else loss
 
     def fit(self, task: FitTask) -> Fitted:
         """A scorer at the minimum of the risk."""
@@ -83,6 +85,13 @@ def _doubly_robust(needs: frozenset[Need]) -> Build:
     return build
 
 
+def _forward_correction(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
+    """The loss of the prediction passed through the noise, a proper score of noisy labels, over the rows with feedback."""
+    _, rates, _ = _read(nuisances, frozenset({"rates"}), len(observations))
+    seen = rows[observations.o[rows] == 1]
+    return Objective(seen, lambda logit, index: loss(forward_logit(logit, rates), observations.r[index]))
+
+
 def _read(nuisances: Nuisances, needs: frozenset[Need], rows: int) -> tuple[Tensor, NoiseRates, Tensor]:
     """The needed nuisances, and neutral ones in place of what the method must not read."""
     for name in sorted(needs):
@@ -97,11 +106,11 @@ def _read(nuisances: Nuisances, needs: frozenset[Need], rows: int) -> tuple[Tens
 
 
 def _weighted_method(weights: Callable[[Tensor, Tensor], Tensor], paper: str, *needs: Need) -> Reweighting:
-    return Reweighting(_weighted(weights, frozenset(needs)), paper, frozenset(needs))
+    return Reweighting(_weighted(weights, frozenset(needs)), paper, frozenset(needs), subtracts="rates" in needs)
 
 
 def _doubly_robust_method(paper: str, *needs: Need) -> Reweighting:
-    return Reweighting(_doubly_robust(frozenset(needs)), paper, frozenset(needs))
+    return Reweighting(_doubly_robust(frozenset(needs)), paper, frozenset(needs), subtracts=True)
 
 
 _CAUSALRM = "Wang et al. 2026, arXiv 2603.18736"
@@ -116,6 +125,7 @@ REWEIGHTING: dict[str, Reweighting] = {
     "causalrm_ips_surrogate": _weighted_method(lambda o, _: reweighted.naive_weights(o), _CAUSALRM + ", no propensity", "rates"),
     "causalrm_dr_surrogate": _doubly_robust_method(_CAUSALRM + ", no propensity", "rates", "imputation"),
 }
+FORWARD_CORRECTION = Reweighting(_forward_correction, "Patrini et al. 2017, arXiv 1609.03683", frozenset({"rates"}))
 # full method -> (only its reweighting: the paper's dagger, only its surrogate: the paper's double dagger)
 ABLATIONS = {"causalrm_ips": ("ips", "causalrm_ips_surrogate"), "causalrm_dr": ("dr", "causalrm_dr_surrogate")}
 

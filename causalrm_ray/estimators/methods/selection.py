@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.core.task import FitTask, Fitted, Need, Observations
+from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need, Observations
 from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_features, fit_label, to_logits
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import Mixture
@@ -114,19 +114,6 @@ def fit_mechanisms(task: FitTask) -> Averaged:
     return Averaged(found, weights, signal)
 
 
-@dataclass(frozen=True)
-class SelectionMethod:
-    """A method of this file."""
-
-    estimate: Callable[[FitTask], Fitted]
-    paper: str
-    needs: frozenset[Need] = frozenset({"states"})
-
-    def fit(self, task: FitTask) -> Fitted:
-        """A scorer that the log's outcomes support."""
-        return self.estimate(task)
-
-
 def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted:
     found = mechanism(task)
     figures = {"rho_01": found.rho_01, "rho_10": found.rho_10, "heldout": float(found.heldout.mean())}
@@ -142,8 +129,9 @@ def fit_auto(task: FitTask) -> Fitted:
 
 
 _OURS = "ours"
-SELECTION: dict[str, SelectionMethod] = {
-    "latent": SelectionMethod(partial(_fit_one, fit_label), _OURS),
-    "two_stage": SelectionMethod(partial(_fit_one, lambda task: fit_features(task)[0]), _OURS),
-    "auto": SelectionMethod(fit_auto, _OURS),
+_STATES: frozenset[Need] = frozenset({"states"})
+SELECTION = {
+    "latent": FunctionMethod(partial(_fit_one, fit_label), _OURS, _STATES),
+    "two_stage": FunctionMethod(partial(_fit_one, lambda task: fit_features(task)[0]), _OURS, _STATES),
+    "auto": FunctionMethod(fit_auto, _OURS, _STATES),
 }

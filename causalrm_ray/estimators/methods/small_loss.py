@@ -5,16 +5,16 @@ batch -> loss of either network -> each picks its rows of lowest score -> the OT
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.core.task import FitTask, Fitted, Need
+from causalrm_ray.estimators.core.task import FitTask, Fitted
 from causalrm_ray.estimators.core.training import Objective, seeded
 from causalrm_ray.estimators.methods.observed import cool, given_rates, minimise, observed, ramp_epochs
 from causalrm_ray.losses.label_noise import forget_rate, jensen_shannon, noise_level, small_loss
 from causalrm_ray.losses.pointwise import Loss
+
+RAMP = 10  # epochs until all that is to be dropped is, as published
 
 
 class Networks(nn.Module):
@@ -67,27 +67,18 @@ class Exchange:
         return (for_first * first + for_second * second) * (len(index) / for_first.sum())
 
 
-@dataclass(frozen=True)
-class SmallLoss:
+def fit_small_loss(task: FitTask, discrepancy: float = 0.0) -> Fitted:
     """Co-teaching; with `discrepancy` > 0 CoDis, which prefers rows that the networks see differently.
 
-    The share of wrong labels comes from the rates and the share of likes. It is reached in epoch `ramp` (10 as published; sooner
-    in a short fit), from which on epochs compete to be the best one. CoDis chooses rows by the divergence but trains on the loss
+    The share of wrong labels comes from the rates and the share of likes. It is reached in epoch RAMP (sooner in a short
+    fit), from which on epochs compete to be the best one. CoDis chooses rows by the divergence but trains on the loss
     alone; its weight 0.1 is that of the released code. Over several processes each chooses within its slice of a batch. The first
     network serves, at the temperature that suits held-out feedback (ours): who learns from easy rows only is too sure of all.
     """
-
-    paper: str
-    discrepancy: float = 0.0
-    ramp: int = 10
-    needs: frozenset[Need] = frozenset({"rates"})
-
-    def fit(self, task: FitTask) -> Fitted:
-        """The first of two scorers that taught each other."""
-        rates, rows, r = given_rates(task), observed(task, task.train), task.observations.r
-        ramp = ramp_epochs(task.settings, self.ramp)
-        level = noise_level(float(r[rows].mean()) if len(rows) else 0.0, rates)
-        first, second = twins(task)
-        exchange = Exchange(task.loss, r, level, ramp, self.discrepancy)
-        report = minimise(task, Networks(first, second), Objective(rows, exchange.risk, exchange.begin, since=ramp))
-        return Fitted(first, report, {"forget_rate": level, "temperature": cool(task, first)})
+    rates, rows, r = given_rates(task), observed(task, task.train), task.observations.r
+    ramp = ramp_epochs(task.settings, RAMP)
+    level = noise_level(float(r[rows].mean()) if len(rows) else 0.0, rates)
+    first, second = twins(task)
+    exchange = Exchange(task.loss, r, level, ramp, discrepancy)
+    report = minimise(task, Networks(first, second), Objective(rows, exchange.risk, exchange.begin, since=ramp))
+    return Fitted(first, report, {"forget_rate": level, "temperature": cool(task, first)})

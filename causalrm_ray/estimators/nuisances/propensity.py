@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_finite, check_propensity, check_same_length, check_unit_interval
 from causalrm_ray.estimators.core.folds import fold_of
-from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, fit, predict, seeded
+from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
+from causalrm_ray.estimators.core.training import FitSettings, Inputs, Objective, fit, predict, seeded
 from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece
@@ -55,33 +56,29 @@ class Propensity:
 
 
 def cross_fit_logits(
-    make_module: Callable[[], nn.Module],
-    inputs: Inputs,
+    task: FitTask,
     objective: Callable[[Tensor], Objective],
     rows: Tensor,
-    held_out: Tensor,
-    settings: FitSettings,
-    folds: int = 2,
-    seed: int = 0,
-    shard: Shard = SINGLE,
+    folds: int,
     fold_of_rows: Tensor | None = None,
     starts: Sequence[Callable[[], nn.Module]] = (),
 ) -> tuple[Tensor, list[nn.Module]]:
-    """Logits [N], none by a module that trained on its row, and the `folds` modules.
+    """Logits [N] of the task's scorers, none by one that trained on its row, and the `folds` scorers.
 
     `objective(rows)` is the risk over some rows. Each of `rows` lies in one fold and gets the logit of the module that was
     trained on the other folds: `fold_of_rows` [M], or at random. Module k begins as `starts[k]()`, or fresh. All rows else are
-    seen by no module and get the modules' mean logit; of these, `held_out` decide when each module stops.
+    seen by no module and get the modules' mean logit; of these, the task's held-out ones decide when each module stops.
     """
+    inputs, seed, stop = task.inputs, task.settings.seed, objective(task.heldout)
     fold = torch.full((len(inputs),), -1)
     fold[rows] = fold_of(len(rows), folds, seed) if fold_of_rows is None else fold_of_rows
     logit = torch.zeros(len(inputs))
     modules = []
     for number in range(folds):
-        module = seeded(starts[number] if starts else make_module, seed)
-        fit(module, inputs, objective(rows[fold[rows] != number]), objective(held_out), settings, shard)
+        module = seeded(starts[number] if starts else task.make_scorer, seed)
+        fit(module, inputs, objective(rows[fold[rows] != number]), stop, task.settings, task.shard)
         unseen = ((fold == number) | (fold == -1)).nonzero()[:, 0]
-        logit[unseen] += predict(module, inputs, unseen, shard=shard).float()
+        logit[unseen] += predict(module, inputs, unseen, shard=task.shard).float()
         modules.append(module)
     logit[fold == -1] /= folds
     return logit, modules
@@ -93,8 +90,6 @@ def cross_fit(
     o: Tensor,
     settings: FitSettings,
     folds: int = 2,
-    seed: int = 0,
-    shard: Shard = SINGLE,
     fold: Tensor | None = None,
     starts: Sequence[Callable[[], nn.Module]] = (),
 ) -> tuple[Tensor, list[nn.Module]]:
@@ -108,22 +103,15 @@ def cross_fit(
     check_both_classes("o", o)
     target = o.to(torch.float32)
     if fold is None:
-        rows, held_out = split_rows(torch.arange(len(o)), 0.1, seed)
+        rows, held_out = split_rows(torch.arange(len(o)), 0.1, settings.seed)
     else:
         rows, held_out = (fold >= 0).nonzero()[:, 0], (fold < 0).nonzero()[:, 0]
-    logit, modules = cross_fit_logits(
-        make_module,
-        inputs,
-        lambda rows: Objective(rows, lambda logit, index: bce(logit, target[index])),
-        rows,
-        held_out,
-        settings,
-        folds,
-        seed,
-        shard,
-        None if fold is None else fold[rows],
-        starts,
-    )
+    task = FitTask(make_module, inputs, Observations(o, torch.zeros_like(o)), Nuisances(), rows, held_out, settings, bce)
+
+    def objective(rows: Tensor) -> Objective:
+        return Objective(rows, lambda logit, index: bce(logit, target[index]))
+
+    logit, modules = cross_fit_logits(task, objective, rows, folds, None if fold is None else fold[rows], starts)
     return torch.sigmoid(logit), modules
 
 

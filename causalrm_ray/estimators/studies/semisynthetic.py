@@ -17,10 +17,8 @@ from torch import Tensor
 
 from causalrm_ray.checks import check_finite, check_same_length
 from causalrm_ray.estimators.core.task import Nuisances, Observations
-from causalrm_ray.estimators.core.training import Objective
-from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, Reweighting
-from causalrm_ray.losses.label_noise import forward_logit
-from causalrm_ray.losses.pointwise import Loss, bce
+from causalrm_ray.estimators.methods.reweighting import FORWARD_CORRECTION, REWEIGHTING, Reweighting
+from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.types import NoiseRates
 
 TOP = 5  # scores run from 1 to 5
@@ -68,19 +66,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "ONE": partial(to_top, rank=0),
     "FOUR": partial(to_top, rank=-2),
 }
-
-
-def _forward_correction(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
-    """The loss of the forward-corrected prediction, its mean over the rows with feedback among `rows`."""
-    rates = nuisances.rates
-    if rates is None:
-        raise ValueError("f_correction needs rates, got None")
-    observed = rows[observations.o[rows] == 1]
-    return Objective(observed, lambda logit, index: loss(forward_logit(logit, rates), observations.r[index]))
-
-
-F_CORRECTION = Reweighting(_forward_correction, "Patrini et al. 2017 (arXiv 1609.03683)", frozenset({"rates"}))
-ESTIMATORS: dict[str, Reweighting] = {"f_correction": F_CORRECTION, **REWEIGHTING}
+ESTIMATORS: dict[str, Reweighting] = {"f_correction": FORWARD_CORRECTION, **REWEIGHTING}
 
 
 def logit_of_score(score: Tensor) -> Tensor:

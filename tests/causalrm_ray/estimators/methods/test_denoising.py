@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from causalrm_ray.data.collate import FeatureRows, TokenRows
 from causalrm_ray.estimators.core.task import FitTask, Fitted, Nuisances, Observations
 from causalrm_ray.estimators.core.training import Epoch, FitSettings, predict
-from causalrm_ray.estimators.methods.denoising import DENOISING, LabelDistribution
+from causalrm_ray.estimators.methods.denoising import DENOISING, ilde_risk
 from causalrm_ray.losses.label_noise import agreement_penalty, class_correlation, label_distribution
 from causalrm_ray.losses.pointwise import bce, mse
 from causalrm_ray.metrics import auroc
@@ -141,8 +141,8 @@ def test_a_method_works_on_token_ids_and_scorers_that_start_alike(name: str) -> 
 
 
 def test_ilde_risk_matches_a_loop_and_remembers() -> None:
-    method, logit, r = LabelDistribution(), torch.tensor([0.7, -0.4, -1.3]), torch.tensor([1.0, 0.0, 1.0])
-    risk, rows, memory = method.risk(r), torch.arange(3), torch.zeros(3, 2)
+    logit, r = torch.tensor([0.7, -0.4, -1.3]), torch.tensor([1.0, 0.0, 1.0])
+    risk, rows, memory = ilde_risk(r), torch.arange(3), torch.zeros(3, 2)
     for _ in range(3):
         prob = torch.sigmoid(logit)
         matrix = class_correlation(prob)

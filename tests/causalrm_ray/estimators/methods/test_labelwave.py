@@ -8,7 +8,7 @@ import torch
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings
-from causalrm_ray.estimators.methods.denoising import LabelWave, PredictionChanges
+from causalrm_ray.estimators.methods.denoising import PredictionChanges, fit_labelwave
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import FeatureScorer
 
@@ -27,7 +27,7 @@ def test_held_out_labels_decide_nothing() -> None:
     other = r.clone()
     other[heldout] = 1 - r[heldout]
     fits = [
-        LabelWave().fit(
+        fit_labelwave(
             FitTask(
                 lambda: FeatureScorer(2, (4,)),
                 FeatureRows(x),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from causalrm_ray.data.collate import FeatureRows, TokenRows
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings
-from causalrm_ray.estimators.methods.mixing import DivideMix, Division, MixedRows, MixingNetworks, SelectMix, beta_draws
+from causalrm_ray.estimators.methods.mixing import Division, MixedRows, MixingNetworks, beta_draws, fit_dividemix, fit_selectmix
 from causalrm_ray.losses.label_noise import balance_penalty, sharpen
 from causalrm_ray.losses.pointwise import bce, mse
 from causalrm_ray.models.heads import FeatureScorer
@@ -96,7 +96,7 @@ class Fixed(nn.Module):
 
 def test_division_keeps_by_the_other_networks_losses_and_mixes_after_warm_up() -> None:
     task, rows = labelled(), torch.arange(300)
-    division = Division(DivideMix(), task, MixingNetworks(Fixed(-20.0), Fixed(20.0)), rows, warm_up=1)
+    division = Division(task, MixingNetworks(Fixed(-20.0), Fixed(20.0)), rows, warm_up=1)
     logit = torch.full((300, 2), 0.3)
     division.begin(1)
     torch.testing.assert_close(division.risk(logit, rows), 2 * bce(logit[:, 0], task.observations.r[rows]))
@@ -116,7 +116,7 @@ def test_division_keeps_by_the_other_networks_losses_and_mixes_after_warm_up() -
 
 def test_methods_find_the_wrong_labels() -> None:
     task = labelled()
-    doubted = SelectMix().fit(task)
+    doubted = fit_selectmix(task)
     assert doubted.figures["doubted_share"] == pytest.approx(40 / 300, abs=0.06)
-    divided = DivideMix().fit(task)
+    divided = fit_dividemix(task)
     assert divided.figures["kept_share"] == pytest.approx(260 / 300, abs=0.1)

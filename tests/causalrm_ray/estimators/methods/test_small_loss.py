@@ -7,7 +7,7 @@ import torch
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
-from causalrm_ray.estimators.methods.small_loss import Exchange, SmallLoss
+from causalrm_ray.estimators.methods.small_loss import Exchange, fit_small_loss
 from causalrm_ray.losses.label_noise import jensen_shannon
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import FeatureScorer
@@ -73,7 +73,7 @@ def test_who_learned_from_easy_rows_only_is_cooled_until_held_out_feedback_is_li
         FitSettings(12, 0.02, 128, 12),
         bce,
     )
-    fitted = SmallLoss("-").fit(given)
+    fitted = fit_small_loss(given)
     assert fitted.figures["temperature"] > 1.5  # it drops a quarter of the rows, all that contradict it
     logit = predict(fitted.scorer, given.inputs, heldout)
     risks = [float(bce(logit * factor, r[heldout]).mean()) for factor in (0.8, 1.0, 1.25)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.folds import fold_of
+from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings, Objective, predict
 from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration
 from causalrm_ray.estimators.nuisances.propensity import (
@@ -38,7 +39,7 @@ def feedback(rows: int = 4000) -> tuple[FeatureRows, Tensor, Tensor]:
 
 def test_cross_fit_and_calibrate_recover_the_true_propensity() -> None:
     inputs, truth, o = feedback()
-    raw, modules = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, seed=1)
+    raw, modules = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, replace(SETTINGS, seed=1))
     propensity = calibrate(raw, o, clip=0.02)
     assert len(modules) == 2
     assert float((propensity.prob - truth).abs().mean()) < 0.03
@@ -53,8 +54,8 @@ def test_no_row_is_predicted_by_a_model_that_trained_on_it(number: int) -> None:
     rows, _ = split_rows(torch.arange(200), 0.1, 2)
     fold = torch.full((200,), -1)
     fold[rows] = fold_of(180, 2, 2)
-    raw, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, SETTINGS, seed=2)
-    flipped, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, torch.where(fold == number, 1 - o, o), SETTINGS, seed=2)
+    raw, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, o, replace(SETTINGS, seed=2))
+    flipped, _ = cross_fit(lambda: FeatureScorer(2, ()), inputs, torch.where(fold == number, 1 - o, o), replace(SETTINGS, seed=2))
     assert torch.equal(raw[fold == number], flipped[fold == number])
     assert not torch.equal(raw[fold == 1 - number], flipped[fold == 1 - number])
 
@@ -66,7 +67,8 @@ def test_rows_of_no_fold_get_the_mean_of_all_modules() -> None:
     def objective(index: Tensor) -> Objective:
         return Objective(index, lambda logit, number: bce(logit, o[number]))
 
-    logit, modules = cross_fit_logits(lambda: FeatureScorer(2, ()), inputs, objective, rows, held_out, SETTINGS, folds=3)
+    task = FitTask(lambda: FeatureScorer(2, ()), inputs, Observations(o, o), Nuisances(), rows, held_out, SETTINGS, bce)
+    logit, modules = cross_fit_logits(task, objective, rows, 3)
     assert len(modules) == 3
     torch.testing.assert_close(logit[rest], sum(predict(module, inputs, rest) for module in modules) / 3)
 
