@@ -9,6 +9,7 @@ and the KL penalty are the learner's, the same for all (see `experience.Objectiv
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,14 +42,7 @@ class Advantages(NamedTuple):
     returns_BR: torch.Tensor
 
 
-def ppo_loss(logprobs_BR: torch.Tensor, ratio_BR: torch.Tensor, advantages_BR: torch.Tensor, clip: Clip) -> torch.Tensor:
-    """The clipped surrogate, bounded by DUAL_CLIP for bad tokens that have become likely."""
-    return ppo_clip(ratio_BR, advantages_BR, clip, DUAL_CLIP)
-
-
-def gspo_loss(logprobs_BR: torch.Tensor, ratio_BR: torch.Tensor, advantages_BR: torch.Tensor, clip: Clip) -> torch.Tensor:
-    """The clipped surrogate as in the paper, without a second bound. Zheng et al. 2025 (arXiv 2507.18071), eq. 5."""
-    return ppo_clip(ratio_BR, advantages_BR, clip)
+ppo_loss = partial(ppo_clip, dual_clip=DUAL_CLIP)
 
 
 class Algorithm(NamedTuple):
@@ -113,8 +107,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rloo": Algorithm(per_answer(rloo), "k1", grouped=True),
     "reinforce_pp": Algorithm(reinforce_pp_advantages, "k1"),
     # The papers of the last three have no KL penalty: theirs is learner.kl.coefficient=0.
-    # Zheng et al. 2025 (arXiv 2507.18071): the ratio of whole answers, and the clip of their section 5.1.
-    "gspo": GRPO._replace(loss=gspo_loss, ratio=sequence_ratio, clip=Clip(3e-4, 4e-4)),
+    # Zheng et al. 2025 (arXiv 2507.18071): the ratio of whole answers, eq. 5 without a second bound, the clip of section 5.1.
+    "gspo": GRPO._replace(loss=ppo_clip, ratio=sequence_ratio, clip=Clip(3e-4, 4e-4)),
     # Yu et al. 2025 (arXiv 2503.14476): the loss only; dynamic sampling of prompts and overlong reward shaping are no part of it.
     "dapo": GRPO._replace(reduction="token_mean", clip=Clip(0.2, 0.28)),
     # Liu et al. 2025 (arXiv 2503.20783): GRPO without division by the group's deviation or the answer's length.

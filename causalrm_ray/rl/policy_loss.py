@@ -54,14 +54,17 @@ def sequence_ratio(logprobs_BT: torch.Tensor, old_logprobs_BT: torch.Tensor, mas
     return torch.exp(mean_B1).expand_as(logprobs_BT)
 
 
-def ppo_clip(ratio_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: Clip, dual_clip: float | None = None) -> torch.Tensor:
+def ppo_clip(
+    logprobs_BT: torch.Tensor, ratio_BT: torch.Tensor, advantages_BT: torch.Tensor, clip: Clip, dual_clip: float | None = None
+) -> torch.Tensor:
     """Clipped surrogate loss of each token.
 
         -min(r A, clamp(r, 1 - low, 1 + high) A)
 
     Its gradient is 0 where the ratio r has left the interval in the direction that A asks for. That leaves the loss unbounded
     where A < 0 and r is large (a bad token that has become likely): there `dual_clip` c > 1 bounds it by -c A, and the
-    gradient is 0 from r = c on. Inputs and result [B, T]; only `ratio_BT` carries a gradient.
+    gradient is 0 from r = c on. Inputs and result [B, T]; only `ratio_BT` carries a gradient;
+    `logprobs_BT` is not used.
     Schulman et al. 2017 (arXiv 1707.06347), eq. 7; high > low ("clip higher"): Yu et al. 2025 (arXiv 2503.14476), eq. 10;
     dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 5.
     """

@@ -52,6 +52,9 @@ def test_entropy_of_a_certain_token_is_zero_and_of_equal_ones_is_log_vocabulary(
     assert entropy(log_distribution(logits, 1.0)).tolist() == [[0.0, pytest.approx(math.log(4))]]
 
 
+NONE = torch.zeros(())  # a loss by the ratio reads no log-probabilities
+
+
 def test_temperature_must_be_positive() -> None:
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         log_distribution(torch.zeros(1, 1, 2), 0.0)
@@ -59,7 +62,7 @@ def test_temperature_must_be_positive() -> None:
 
 def test_ppo_loss_by_hand() -> None:
     ratio = tensor(2.0, 2.0, 2 / 3, 2 / 3)
-    losses = ppo_clip(ratio, tensor(1.0, -1.0, 1.0, -1.0), CLIP)
+    losses = ppo_clip(NONE, ratio, tensor(1.0, -1.0, 1.0, -1.0), CLIP)
     np.testing.assert_allclose(losses[0].numpy(), [-1.2, 2.0, -2 / 3, 0.8], rtol=1e-12)
 
 
@@ -72,23 +75,23 @@ def test_ratios_of_tokens_and_of_whole_answers_by_hand() -> None:
 
 def test_ppo_gradient_is_zero_where_clipped_and_is_the_policy_gradient_at_ratio_one() -> None:
     ratio = tensor(2.0, 2.0, 2 / 3, 2 / 3, 1.0).requires_grad_()
-    ppo_clip(ratio, tensor(1.0, -1.0, 1.0, -1.0, 3.0), CLIP).sum().backward()
+    ppo_clip(NONE, ratio, tensor(1.0, -1.0, 1.0, -1.0, 3.0), CLIP).sum().backward()
     np.testing.assert_allclose(ratio.grad[0].numpy(), [0.0, 1.0, -1.0, 0.0, -3.0], rtol=1e-12)
 
 
 def test_a_higher_clip_lets_good_tokens_grow_further_and_changes_nothing_below_one() -> None:
-    losses = ppo_clip(tensor(1.25, 2.0, 0.5, 0.5), tensor(1.0, 1.0, 1.0, -1.0), Clip(0.2, 0.28))
+    losses = ppo_clip(NONE, tensor(1.25, 2.0, 0.5, 0.5), tensor(1.0, 1.0, 1.0, -1.0), Clip(0.2, 0.28))
     np.testing.assert_allclose(losses[0].numpy(), [-1.25, -1.28, -0.5, 0.8], rtol=1e-12)
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
     ratio, advantages = tensor(8.0, 2.0, 0.5, 8.0).requires_grad_(), tensor(-1.0, -1.0, -2.0, 1.0)
-    losses = ppo_clip(ratio, advantages, CLIP, 3.0)
+    losses = ppo_clip(NONE, ratio, advantages, CLIP, 3.0)
     np.testing.assert_allclose(losses.detach()[0].numpy(), [3.0, 2.0, 1.6, -1.2], rtol=1e-12)
     losses.sum().backward()
     np.testing.assert_allclose(ratio.grad[0].numpy(), [0.0, 1.0, 0.0, 0.0], rtol=1e-12)
     with pytest.raises(ValueError, match=r"dual_clip must be above 1, got 1\.0"):
-        ppo_clip(ratio, advantages, CLIP, 1.0)
+        ppo_clip(NONE, ratio, advantages, CLIP, 1.0)
 
 
 def test_cispo_weighs_the_policy_gradient_by_a_clipped_ratio_and_drops_no_token() -> None:
