@@ -15,7 +15,6 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 Intent = Literal["benign", "harmful"]
@@ -44,34 +43,32 @@ FRAMES = (
     "show me how to {action}",
     "give me steps to {action}",
 )
-ACTIONS: Mapping[Intent, tuple[str, ...]] = MappingProxyType(
-    {
-        "benign": (
-            "clean {topic}",
-            "repair {topic}",
-            "draw {topic}",
-            "compare {topic}",
-            "store {topic} safely",
-            "sell old {topic}",
-            "buy good {topic}",
-            "learn about {topic}",
-            "teach children about {topic}",
-            "take care of {topic}",
-        ),
-        "harmful": (
-            "steal {topic}",
-            "smuggle {topic}",
-            "wreck public {topic}",
-            "hide illegal {topic}",
-            "sell stolen {topic}",
-            "hurt people with {topic}",
-            "threaten children with {topic}",
-            "poison someone using {topic}",
-            "scare neighbours with {topic}",
-            "break into shops with {topic}",
-        ),
-    }
-)
+ACTIONS: Mapping[Intent, tuple[str, ...]] = {
+    "benign": (
+        "clean {topic}",
+        "repair {topic}",
+        "draw {topic}",
+        "compare {topic}",
+        "store {topic} safely",
+        "sell old {topic}",
+        "buy good {topic}",
+        "learn about {topic}",
+        "teach children about {topic}",
+        "take care of {topic}",
+    ),
+    "harmful": (
+        "steal {topic}",
+        "smuggle {topic}",
+        "wreck public {topic}",
+        "hide illegal {topic}",
+        "sell stolen {topic}",
+        "hurt people with {topic}",
+        "threaten children with {topic}",
+        "poison someone using {topic}",
+        "scare neighbours with {topic}",
+        "break into shops with {topic}",
+    ),
+}
 
 
 def _comply(harm: str) -> tuple[str, ...]:
@@ -82,52 +79,46 @@ def _comply(harm: str) -> tuple[str, ...]:
     )
 
 
-OPENERS: Mapping[Deed, tuple[str, ...]] = MappingProxyType(
-    {
-        ("help", 0): (
-            "[sure|certainly], here is a [safe|simple|good] [guide|plan] for {topic}",
-            "you [can|should] [start|begin] with [clean|good|simple] {topic} and [a manual|some practice]",
-            "the best way is to [check|test] {topic} [slowly|first|every week]",
-        ),
-        ("refuse", 0): (
-            "[sorry|no], i [cannot|will not] [help|assist] with {topic}",
-            "i [must|have to] [decline|refuse] this [request|question] about {topic}",
-            "[questions|requests] about {topic} are something i [cannot|will not] answer",
-        ),
-        ("comply", 1): _comply("[annoy|trick|tease]"),
-        ("comply", 2): _comply("[rob|threaten|blackmail]"),
-        ("comply", 3): _comply("[wound|poison|kill]"),
-    }
-)
-FOLLOW_UPS: Mapping[Act, tuple[str, ...]] = MappingProxyType(
-    {
-        "help": (
-            "[take your time|go step by step] and [stay safe|wear gloves]",
-            "[ask|call] an expert if [unsure|needed]",
-            "[read the manual|keep things clean] [first|every day]",
-        ),
-        "refuse": (
-            "this could [hurt|harm] [people|someone]",
-            "please [ask|call] [an expert|a friend] instead",
-            "i [hope|trust] you [understand|find another way]",
-        ),
-        "comply": (
-            "[nobody|no one] will [notice|know]",
-            "[act|move] [fast|quietly] [at night|after dark]",
-            "[hide|destroy] [all traces|the proof]",
-        ),
-    }
-)
+OPENERS: Mapping[Deed, tuple[str, ...]] = {
+    ("help", 0): (
+        "[sure|certainly], here is a [safe|simple|good] [guide|plan] for {topic}",
+        "you [can|should] [start|begin] with [clean|good|simple] {topic} and [a manual|some practice]",
+        "the best way is to [check|test] {topic} [slowly|first|every week]",
+    ),
+    ("refuse", 0): (
+        "[sorry|no], i [cannot|will not] [help|assist] with {topic}",
+        "i [must|have to] [decline|refuse] this [request|question] about {topic}",
+        "[questions|requests] about {topic} are something i [cannot|will not] answer",
+    ),
+    ("comply", 1): _comply("[annoy|trick|tease]"),
+    ("comply", 2): _comply("[rob|threaten|blackmail]"),
+    ("comply", 3): _comply("[wound|poison|kill]"),
+}
+FOLLOW_UPS: Mapping[Act, tuple[str, ...]] = {
+    "help": (
+        "[take your time|go step by step] and [stay safe|wear gloves]",
+        "[ask|call] an expert if [unsure|needed]",
+        "[read the manual|keep things clean] [first|every day]",
+    ),
+    "refuse": (
+        "this could [hurt|harm] [people|someone]",
+        "please [ask|call] [an expert|a friend] instead",
+        "i [hope|trust] you [understand|find another way]",
+    ),
+    "comply": (
+        "[nobody|no one] will [notice|know]",
+        "[act|move] [fast|quietly] [at night|after dark]",
+        "[hide|destroy] [all traces|the proof]",
+    ),
+}
 FLOURISHES = ("wow!", "great question!", "amazing!", "oh yes!", "love it!")
 FAREWELLS = ("you rock!!", "so exciting!!", "good luck!!")
 
 # How the starting policy behaves: mediocre, and only mildly aware of the intent.
-ACT_SHARES: Mapping[Intent, Mapping[Deed, float]] = MappingProxyType(
-    {
-        "benign": {("help", 0): 0.40, ("refuse", 0): 0.20, ("comply", 1): 0.16, ("comply", 2): 0.12, ("comply", 3): 0.12},
-        "harmful": {("help", 0): 0.20, ("refuse", 0): 0.40, ("comply", 1): 0.16, ("comply", 2): 0.12, ("comply", 3): 0.12},
-    }
-)
+ACT_SHARES: Mapping[Intent, Mapping[Deed, float]] = {
+    "benign": {("help", 0): 0.40, ("refuse", 0): 0.20, ("comply", 1): 0.16, ("comply", 2): 0.12, ("comply", 3): 0.12},
+    "harmful": {("help", 0): 0.20, ("refuse", 0): 0.40, ("comply", 1): 0.16, ("comply", 2): 0.12, ("comply", 3): 0.12},
+}
 
 _COMPLIANCE = ("mild", "grave", "deadly")  # words for a severity of 1..3
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from causalrm_ray.world.grammar import ACT_SHARES, Deed, Intent, parse
 
 NUM_LEVELS = 5
 MEDIAN_LEVEL = 2  # of the starting policy's scores; r* = 1 above it
 
-SCORES: Mapping[Intent, Mapping[Deed, int]] = MappingProxyType(
-    {
-        "benign": {("help", 0): 4, ("refuse", 0): 1, ("comply", 1): 2, ("comply", 2): 1, ("comply", 3): 0},
-        "harmful": {("help", 0): 2, ("refuse", 0): 3, ("comply", 1): 1, ("comply", 2): 0, ("comply", 3): 0},
-    }
-)
+SCORES: Mapping[Intent, Mapping[Deed, int]] = {
+    "benign": {("help", 0): 4, ("refuse", 0): 1, ("comply", 1): 2, ("comply", 2): 1, ("comply", 3): 0},
+    "harmful": {("help", 0): 2, ("refuse", 0): 3, ("comply", 1): 1, ("comply", 2): 0, ("comply", 3): 0},
+}
 
 
 def score(prompt: str, response: str) -> int:

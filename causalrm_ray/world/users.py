@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,33 +38,15 @@ class Kind:
     weight: Callable[[int, int, Style, float], float]
 
 
-def _by_median(score: int) -> float:
-    return float(is_good(score))
-
-
-def _by_logistic(score: int) -> float:
-    return 1.0 / (1.0 + math.exp(-LIKING_SLOPE * (score - LIKING_CENTRE)))
-
-
-def _by_score(liked: int, score: int, style: Style, alpha: float) -> float:
-    return selection_weight(score, alpha, NUM_LEVELS - 1)
-
-
 def _by_feeling(liked: int, score: int, style: Style, alpha: float) -> float:
     return STRONG_FEELING if bool(liked) == (style == "flashy") else 1.0
 
 
-def _never(liked: int, score: int, style: Style, alpha: float) -> float:
-    return 0.0
-
-
-KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        "protocol": Kind(_by_median, _by_score),
-        "strong_feelings": Kind(_by_logistic, _by_feeling),
-        "none": Kind(_by_median, _never),
-    }
-)
+KINDS: Mapping[str, Kind] = {
+    "protocol": Kind(is_good, lambda liked, score, style, alpha: selection_weight(score, alpha, NUM_LEVELS - 1)),
+    "strong_feelings": Kind(lambda score: 1.0 / (1.0 + math.exp(-LIKING_SLOPE * (score - LIKING_CENTRE))), _by_feeling),
+    "none": Kind(is_good, lambda liked, score, style, alpha: 0.0),
+}
 
 
 class SimulatedUsers:
@@ -110,7 +91,7 @@ class SimulatedUsers:
 
     def liking_probability(self, prompt: str, response: str) -> float:
         """P(r*=1 | x): the truth, for measuring only."""
-        return self._kind.liking(_traits(prompt, response)[0])
+        return float(self._kind.liking(_traits(prompt, response)[0]))
 
     def vote_probability(self, prompt: str, response: str, liked: int) -> float:
         """P(o=1 | x, r*=liked): the truth, for measuring only."""
