@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.task import FitTask, Fitted
-from causalrm_ray.estimators.core.training import FitSettings, Inputs, Objective, Shard, predict
+from causalrm_ray.estimators.core.training import Calling, FitSettings, Inputs, Objective, Shard, predict
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import Cautious, EnsembleScorer, as_scorer
 
@@ -29,20 +29,10 @@ SETTINGS = {  # by the rows from which on they serve; chosen on simulated logs o
 FEW, MEMBERS, MANY_MEMBERS = 2_500, 5, 20  # fewer rows than FEW are shared by more members, each of which leaves out less
 
 
-class _States(nn.Module):
-    """A scorer's states [B, D] in place of its logits."""
-
-    def __init__(self, scorer: nn.Module) -> None:
-        super().__init__()
-        self.scorer = scorer
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        return as_scorer(self.scorer).states(**batch)
-
-
 def frozen_states(scorer: nn.Module, inputs: Inputs, shard: Shard) -> Tensor:
     """States [N, D] of all rows; each rank computes its slice and all get the whole."""
-    return predict(_States(scorer), inputs, shard=shard)
+    as_scorer(scorer)
+    return predict(Calling(scorer, "states"), inputs, shard=shard)
 
 
 def with_settings(task: FitTask, rows: int) -> FitTask:

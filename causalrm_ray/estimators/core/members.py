@@ -14,19 +14,6 @@ from torch import Tensor, nn
 from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.task import FitTask
 from causalrm_ray.estimators.core.training import FitReport, Objective, Risk, fit, predict
-from causalrm_ray.models.heads import EnsembleScorer
-
-
-class Members(nn.Module):
-    """An ensemble's members: logits [B, K]."""
-
-    def __init__(self, scorer: EnsembleScorer) -> None:
-        super().__init__()
-        self.scorer = scorer
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        """Logits [B, K] of a batch."""
-        return self.scorer.members(**batch)
 
 
 class Folds:

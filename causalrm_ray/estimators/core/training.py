@@ -17,6 +17,18 @@ from torch import Tensor, nn
 Risk = Callable[[Tensor, Tensor], Tensor]  # (logit [B], row numbers [B]) -> per-row risk [B]
 
 
+class Calling(nn.Module):
+    """A module whose forward is the `method` of another."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self._method = module, method
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """What the method gives for a batch."""
+        return getattr(self.module, self._method)(**batch)
+
+
 class Inputs(Protocol):
     """What a scorer reads: N rows, of which any B make a batch (see data.collate)."""
 

@@ -9,7 +9,7 @@ Both stop by the same risk on rows that they did not learn from.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import cast
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from causalrm_ray.estimators.core.frozen import with_settings
-from causalrm_ray.estimators.core.members import Folds, Members, cross_fit_members
+from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need
-from causalrm_ray.estimators.core.training import Risk
+from causalrm_ray.estimators.core.training import Calling, Risk
 from causalrm_ray.estimators.methods.mechanisms import spread, to_logits
 from causalrm_ray.estimators.methods.selection import fit_mechanisms
 from causalrm_ray.losses.selection import class_wise_dr_label
@@ -47,17 +47,16 @@ def _fit(task: FitTask, doubly_robust: bool) -> Fitted:
     weights, start = found.class_weights(task.observations), torch.zeros(len(task.inputs))
     risk = weighted_risk(*weights)
     if doubly_robust:
-        m = spread(found.opinion, found.rows, len(task.inputs), 0.5)
+        m = spread(found.opinion, found.best.rows, len(task.inputs), 0.5)
         label, start = class_wise_dr_label(m, *weights), to_logit(m)
 
         def risk(output: Tensor, index: Tensor) -> Tensor:
             return (torch.sigmoid(start[index].unsqueeze(1) + output) - label[index].unsqueeze(1)).square()
 
-    fitted = cross_fit_members(task, Members(ensemble), risk, folds, torch.arange(len(start)))
+    fitted = cross_fit_members(task, Calling(ensemble, "members"), risk, folds, torch.arange(len(start)))
     opinion = folds.out_of_fold(torch.sigmoid(start[fitted.rows].unsqueeze(1) + fitted.output), fitted.rows)
     scorer = Corrected(found.scorer(), ensemble) if doubly_robust else ensemble
-    rates = {"rho_01": found.rates.rho_01, "rho_10": found.rates.rho_10}
-    return Fitted(scorer, fitted.report, rates, to_logits(opinion, fitted.rows, len(task.inputs)), weights)
+    return Fitted(scorer, fitted.report, asdict(found.rates), to_logits(opinion, fitted.rows, len(task.inputs)), weights)
 
 
 _PAPER = "arXiv 2603.18736, class-wise, ours"

@@ -53,19 +53,17 @@ class LabelNoise(nn.Module):
         super().__init__()
         self.logits = ScalarParameters(torch.full((members, 2), _logit(2 * CENTRE)))
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, ...]:
         """The rates (rho_01 [K], rho_10 [K])."""
-        rho = torch.sigmoid(self.logits()) / 2
-        return rho[:, 0], rho[:, 1]
+        return (torch.sigmoid(self.logits()) / 2).unbind(1)
 
     def penalty(self) -> Tensor:
         """Minus the log-prior, up to a constant, in nats; the mean over members."""
         return STRENGTH * (self.logits() - _logit(2 * CENTRE)).square().sum(1).mean()
 
-    def means(self) -> tuple[float, float]:
-        """(rho_01, rho_10), means over members."""
-        rho_01, rho_10 = self()
-        return float(rho_01.detach().mean()), float(rho_10.detach().mean())
+    def means(self) -> NoiseRates:
+        """The rates, means over members."""
+        return NoiseRates(*(float(rate.detach().mean()) for rate in self()))
 
 
 class LabelSelection(nn.Module):
@@ -149,8 +147,7 @@ class Mechanism:
     """
 
     scorer: nn.Module
-    rho_01: float
-    rho_10: float
+    rates: NoiseRates
     rows: Tensor
     heldout: Tensor
     opinion: Tensor
@@ -162,8 +159,7 @@ class Mechanism:
         m = spread(self.opinion, self.rows, len(observations), 0.5)
         shares = torch.stack([m, 1 - m], dim=1)
         p1, p0 = (spread(self.joint, self.rows, len(observations), 0.0) / shares.clamp_min(1e-6)).clamp(CLIP, 1).T
-        rates = NoiseRates(self.rho_01, self.rho_10)
-        return class_weights(observations.o, observations.r, p1, p0, rates)
+        return class_weights(observations.o, observations.r, p1, p0, self.rates)
 
 
 def spread(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor:
@@ -193,12 +189,10 @@ def fit_label(task: FitTask) -> Mechanism:
     def nll(output: Tensor, index: Tensor) -> Tensor:
         return -output.gather(2, outcome[index][:, None, None].expand(-1, output.shape[1], 1)).squeeze(2)
 
-    def prior() -> Tensor:
-        return module.penalty().cpu() / len(folds.learn)
-
-    fitted = cross_fit_members(task, module, nll, folds, torch.arange(len(outcome)), prior)
+    everyone = torch.arange(len(outcome))
+    fitted = cross_fit_members(task, module, nll, folds, everyone, lambda: module.penalty().cpu() / len(folds.learn))
     found = folds.out_of_fold(fitted.output, fitted.rows)
-    return Mechanism(scorer, *module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
+    return Mechanism(scorer, module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
 
 
 def _start_odds(labels: float, members: int) -> Tensor:
@@ -254,17 +248,14 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
         return o[index].unsqueeze(1) * nn.functional.binary_cross_entropy(output[:, :, 0], label, reduction="none")
 
     labelled = int(o[folds.learn].sum())
-
-    def prior() -> Tensor:
-        return module.noise.penalty().cpu() / labelled
-
-    labels = cross_fit_members(with_settings(task, labelled), module, label_risk, folds, seen, prior)
+    on_labels = with_settings(task, labelled)
+    labels = cross_fit_members(on_labels, module, label_risk, folds, seen, lambda: module.noise.penalty().cpu() / labelled)
     nll = feedback.risk.clone()
     nll[torch.isin(feedback.rows, labels.rows)] += labels.risk
     opinion = folds.out_of_fold(predict(module, task.inputs, feedback.rows, shard=task.shard), feedback.rows)[:, 1]
     share = folds.out_of_fold(torch.sigmoid(feedback.output), feedback.rows)
     joint = share.unsqueeze(1) * torch.stack([opinion, 1 - opinion], dim=1)
-    return Mechanism(scorer, *module.noise.means(), feedback.rows, nll, opinion, joint, labels.report), feedback.risk
+    return Mechanism(scorer, module.noise.means(), feedback.rows, nll, opinion, joint, labels.report), feedback.risk
 
 
 def _strata(task: FitTask) -> Tensor:

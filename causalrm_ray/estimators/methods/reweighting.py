@@ -24,14 +24,15 @@ from causalrm_ray.losses.sensitivity import corrected_label
 from causalrm_ray.losses.surrogate import surrogate
 from causalrm_ray.types import NoiseRates
 
-Build = Callable[[Observations, Nuisances, Loss, Tensor], Objective]
+# (observations, propensity [N], rates, imputation [N], loss, rows [M]) -> the risk over these rows
+Join = Callable[[Observations, Tensor, NoiseRates, Tensor, Loss, Tensor], Objective]
 
 
 @dataclass(frozen=True)
 class Reweighting:
-    """A method that is one risk over rows: `build` joins it; `subtracts` where it subtracts losses."""
+    """A method that is one risk over rows: `join` joins it; `subtracts` where it subtracts losses."""
 
-    build: Build
+    join: Join
     paper: str
     needs: frozenset[Need] = frozenset()
     subtracts: bool = False
@@ -40,6 +41,17 @@ class Reweighting:
         """`loss`, or `bounded_bce` for `bce` where losses are subtracted, and the risk would otherwise have no floor."""
         return bounded_bce if self.subtracts and loss is bce else loss
 
+    def build(self, observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
+        """The risk over `rows` from the needed nuisances, and neutral ones in place of what the method must not read."""
+        given = {name: getattr(nuisances, name) for name in sorted(self.needs)}
+        for name, value in given.items():
+            if value is None:
+                raise ValueError(f"this method needs {list(given)}, got no {name}")
+        propensity = given.get("propensity", observations.o[rows].mean().expand(len(observations)))  # equally likely everywhere
+        imputation = given.get("imputation", torch.ones(len(observations)))
+        check_same_length(o=observations.o, propensity=propensity, imputation=imputation)
+        return self.join(observations, propensity, given.get("rates", NOISE_FREE), imputation, loss, rows)
+
     def fit(self, task: FitTask) -> Fitted:
         """A scorer at the minimum of the risk."""
         scorer = task.scorer()
@@ -47,11 +59,12 @@ class Reweighting:
         return Fitted(scorer, task.minimise(scorer, objective))
 
 
-def _weighted(weights: Callable[[Tensor, Tensor], Tensor], needs: frozenset[Need]) -> Build:
+def _weighted(weights: Callable[[Tensor, Tensor], Tensor], paper: str, *needs: Need) -> Reweighting:
     """Risk w_i l_i. Rows without feedback weigh nothing and are left out, the mean being kept."""
 
-    def build(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
-        propensity, rates, _ = _read(nuisances, needs, len(observations))
+    def join(
+        observations: Observations, propensity: Tensor, rates: NoiseRates, imputation: Tensor, loss: Loss, rows: Tensor
+    ) -> Objective:
         weight = torch.zeros(len(observations), dtype=propensity.dtype)
         weight[rows] = weights(observations.o[rows], propensity[rows])
         seen = rows[observations.o[rows] == 1]
@@ -62,67 +75,47 @@ def _weighted(weights: Callable[[Tensor, Tensor], Tensor], needs: frozenset[Need
 
         return Objective(seen, risk)
 
-    return build
+    return Reweighting(join, paper, frozenset(needs), subtracts="rates" in needs)
 
 
-def _doubly_robust(needs: frozenset[Need]) -> Build:
-    def build(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
-        propensity, rates, imputation = _read(nuisances, needs, len(observations))
-        if "propensity" not in needs:  # all rows are equally likely to have feedback
-            propensity = observations.o[rows].mean().expand(len(observations))
-        if loss in LINEAR:  # sums of losses are then the loss of the same sum of labels: one loss a step instead of three
-            corrected = corrected_label(observations.r[rows], rates)
-            label = imputation.to(torch.float64, copy=True)
-            label[rows] = reweighted.dr(corrected, observations.o[rows].double(), propensity[rows].double(), label[rows])
-            return Objective(rows, lambda logit, index: LINEAR[loss](logit, label[index]))
+def _doubly_robust(
+    observations: Observations, propensity: Tensor, rates: NoiseRates, imputation: Tensor, loss: Loss, rows: Tensor
+) -> Objective:
+    if loss in LINEAR:  # sums of losses are then the loss of the same sum of labels: one loss a step instead of three
+        corrected = corrected_label(observations.r[rows], rates)
+        label = imputation.to(torch.float64, copy=True)
+        label[rows] = reweighted.dr(corrected, observations.o[rows].double(), propensity[rows].double(), label[rows])
+        return Objective(rows, lambda logit, index: LINEAR[loss](logit, label[index]))
 
-        def risk(logit: Tensor, index: Tensor) -> Tensor:
-            observed = surrogate(loss, logit, observations.r[index], rates)
-            return reweighted.dr(observed, observations.o[index], propensity[index], loss(logit, imputation[index]))
+    def risk(logit: Tensor, index: Tensor) -> Tensor:
+        observed = surrogate(loss, logit, observations.r[index], rates)
+        return reweighted.dr(observed, observations.o[index], propensity[index], loss(logit, imputation[index]))
 
-        return Objective(rows, risk)
-
-    return build
+    return Objective(rows, risk)
 
 
-def _forward_correction(observations: Observations, nuisances: Nuisances, loss: Loss, rows: Tensor) -> Objective:
+def _forward_correction(
+    observations: Observations, propensity: Tensor, rates: NoiseRates, imputation: Tensor, loss: Loss, rows: Tensor
+) -> Objective:
     """The loss of the prediction passed through the noise, a proper score of noisy labels, over the rows with feedback."""
-    _, rates, _ = _read(nuisances, frozenset({"rates"}), len(observations))
     seen = rows[observations.o[rows] == 1]
     return Objective(seen, lambda logit, index: loss(forward_logit(logit, rates), observations.r[index]))
 
 
-def _read(nuisances: Nuisances, needs: frozenset[Need], rows: int) -> tuple[Tensor, NoiseRates, Tensor]:
-    """The needed nuisances, and neutral ones in place of what the method must not read."""
-    for name in sorted(needs):
-        if getattr(nuisances, name) is None:
-            raise ValueError(f"this method needs {sorted(needs)}, got no {name}")
-    ones = torch.ones(rows)
-    propensity = nuisances.propensity if "propensity" in needs and nuisances.propensity is not None else ones
-    imputation = nuisances.imputation if "imputation" in needs and nuisances.imputation is not None else ones
-    rates = nuisances.rates if "rates" in needs and nuisances.rates is not None else NOISE_FREE
-    check_same_length(o=ones, propensity=propensity, imputation=imputation)
-    return propensity, rates, imputation
-
-
-def _weighted_method(weights: Callable[[Tensor, Tensor], Tensor], paper: str, *needs: Need) -> Reweighting:
-    return Reweighting(_weighted(weights, frozenset(needs)), paper, frozenset(needs), subtracts="rates" in needs)
-
-
 def _doubly_robust_method(paper: str, *needs: Need) -> Reweighting:
-    return Reweighting(_doubly_robust(frozenset(needs)), paper, frozenset(needs), subtracts=True)
+    return Reweighting(_doubly_robust, paper, frozenset(needs), subtracts=True)
 
 
 _CAUSALRM = "Wang et al. 2026, arXiv 2603.18736"
 REWEIGHTING: dict[str, Reweighting] = {
-    "naive": _weighted_method(lambda o, _: reweighted.naive_weights(o), "-"),
-    "ips": _weighted_method(reweighted.ips_weights, "Schnabel et al. 2016, arXiv 1602.05352", "propensity"),
-    "snips": _weighted_method(reweighted.snips_weights, "Swaminathan and Joachims 2015", "propensity"),
+    "naive": _weighted(lambda o, _: reweighted.naive_weights(o), "-"),
+    "ips": _weighted(reweighted.ips_weights, "Schnabel et al. 2016, arXiv 1602.05352", "propensity"),
+    "snips": _weighted(reweighted.snips_weights, "Swaminathan and Joachims 2015", "propensity"),
     "dr": _doubly_robust_method("Wang et al. 2019, ICML", "propensity", "imputation"),
-    "causalrm_ips": _weighted_method(reweighted.ips_weights, _CAUSALRM, "propensity", "rates"),
-    "causalrm_snips": _weighted_method(reweighted.snips_weights, _CAUSALRM + ", self-normalised", "propensity", "rates"),
+    "causalrm_ips": _weighted(reweighted.ips_weights, _CAUSALRM, "propensity", "rates"),
+    "causalrm_snips": _weighted(reweighted.snips_weights, _CAUSALRM + ", self-normalised", "propensity", "rates"),
     "causalrm_dr": _doubly_robust_method(_CAUSALRM, "propensity", "rates", "imputation"),
-    "causalrm_ips_surrogate": _weighted_method(lambda o, _: reweighted.naive_weights(o), _CAUSALRM + ", no propensity", "rates"),
+    "causalrm_ips_surrogate": _weighted(lambda o, _: reweighted.naive_weights(o), _CAUSALRM + ", no propensity", "rates"),
     "causalrm_dr_surrogate": _doubly_robust_method(_CAUSALRM + ", no propensity", "rates", "imputation"),
 }
 FORWARD_CORRECTION = Reweighting(_forward_correction, "Patrini et al. 2017, arXiv 1609.03683", frozenset({"rates"}))

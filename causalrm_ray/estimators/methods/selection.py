@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 
 import torch
@@ -56,7 +56,7 @@ def _in_standard_errors(value: Tensor) -> Tensor:
 class Averaged:
     """Mechanisms and their average, weighted by held-out outcomes.
 
-    `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `rows` [M].
+    `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `best.rows` [M].
     """
 
     mechanisms: Mapping[str, Mechanism]
@@ -69,11 +69,6 @@ class Averaged:
         return list(self.mechanisms.values())[int(self.weights.argmax())]
 
     @property
-    def rows(self) -> Tensor:
-        """The rows [M] that measured."""
-        return self.best.rows
-
-    @property
     def opinion(self) -> Tensor:
         """P(r* = 1 | x) [M]."""
         return torch.stack([one.opinion for one in self.mechanisms.values()], dim=1) @ self.weights
@@ -81,9 +76,7 @@ class Averaged:
     @property
     def rates(self) -> NoiseRates:
         """Their rates, averaged."""
-        both = torch.tensor([[one.rho_01, one.rho_10] for one in self.mechanisms.values()])
-        rho_01, rho_10 = (self.weights @ both).tolist()
-        return NoiseRates(rho_01, rho_10)
+        return NoiseRates(*(self.weights @ torch.tensor([astuple(one.rates) for one in self.mechanisms.values()])).tolist())
 
     def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
         """(v_1, v_0) [N] of losses.selection.class_weights under each mechanism, averaged; all nuisances are out of fold."""
@@ -101,7 +94,7 @@ class Averaged:
         found |= {f"heldout_{name}": float(one.heldout.mean()) for name, one in self.mechanisms.items()}
         gap = torch.stack([one.heldout for one in self.mechanisms.values()]).diff(dim=0)
         found["gap_stderr"] = float(gap.std() / math.sqrt(gap.shape[1]))
-        return found | {"signal": self.signal, "rho_01": self.rates.rho_01, "rho_10": self.rates.rho_10}
+        return found | {"signal": self.signal} | asdict(self.rates)
 
 
 def fit_mechanisms(task: FitTask) -> Averaged:
@@ -116,7 +109,7 @@ def fit_mechanisms(task: FitTask) -> Averaged:
 
 def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted:
     found = mechanism(task)
-    figures = {"rho_01": found.rho_01, "rho_10": found.rho_10, "heldout": float(found.heldout.mean())}
+    figures = asdict(found.rates) | {"heldout": float(found.heldout.mean())}
     opinion = to_logits(found.opinion, found.rows, len(task.inputs))
     return Fitted(found.scorer, found.report, figures, opinion, found.class_weights(task.observations))
 
@@ -124,7 +117,7 @@ def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted
 def fit_auto(task: FitTask) -> Fitted:
     """Both mechanisms averaged."""
     found = fit_mechanisms(task)
-    opinion = to_logits(found.opinion, found.rows, len(task.inputs))
+    opinion = to_logits(found.opinion, found.best.rows, len(task.inputs))
     return Fitted(found.scorer(), found.best.report, found.figures(), opinion, found.class_weights(task.observations))
 
 

@@ -34,11 +34,11 @@ class StudyResult:
     `warned` is the share of simulations with a warning, `failed` the number that raised an InputError, which nothing else counts.
     """
 
-    bias: tuple[float, float]
-    mean_error: tuple[float, float]
-    max_error: tuple[float, float]
-    coverage: tuple[float, float]
-    width: tuple[float, float]
+    bias: tuple[float, ...]
+    mean_error: tuple[float, ...]
+    max_error: tuple[float, ...]
+    coverage: tuple[float, ...]
+    width: tuple[float, ...]
     warned: float
     failed: int
 
@@ -60,11 +60,11 @@ def study(world: World, rows: int, rates: NoiseRates, simulations: int, draws: i
     error = torch.tensor([[one.rates.rho_01, one.rates.rho_10] for one in found]) - truth
     low, high = torch.tensor([[one.rho_01_interval, one.rho_10_interval] for one in found]).unbind(-1)
     return StudyResult(
-        bias=_pair(error.mean(0)),
-        mean_error=_pair(error.abs().mean(0)),
-        max_error=_pair(error.abs().amax(0)),
-        coverage=_pair(((low <= truth) & (truth <= high)).float().mean(0)),
-        width=_pair((high - low).mean(0)),
+        bias=tuple(error.mean(0).tolist()),
+        mean_error=tuple(error.abs().mean(0).tolist()),
+        max_error=tuple(error.abs().amax(0).tolist()),
+        coverage=tuple(((low <= truth) & (truth <= high)).float().mean(0).tolist()),
+        width=tuple((high - low).mean(0).tolist()),
         warned=sum(bool(one.warnings) for one in found) / len(found),
         failed=failed,
     )
@@ -109,8 +109,3 @@ def _proxy(x: Tensor, log: Observations, seed: int) -> Tensor:
     proxy = probs.mean(0)
     proxy[seen] = probs[fold, seen]
     return proxy.float()
-
-
-def _pair(value: Tensor) -> tuple[float, float]:
-    first, second = value.tolist()
-    return first, second

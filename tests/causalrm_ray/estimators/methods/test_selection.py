@@ -75,17 +75,17 @@ def test_rates_are_recovered_where_the_mechanism_is_right() -> None:
     for name in ("label", "features"):
         one = found(name).mechanisms[name]
         # 600 disliked answers and a prior at 0.15: 0.08 is four standard errors and the prior's pull
-        assert abs(one.rho_01 - RATES.rho_01) < 0.08, name
-        assert abs(one.rho_10 - RATES.rho_10) < 0.08, name
+        assert abs(one.rates.rho_01 - RATES.rho_01) < 0.08, name
+        assert abs(one.rates.rho_10 - RATES.rho_10) < 0.08, name
 
 
 def test_what_is_said_out_of_fold_is_of_every_row_and_right() -> None:
     _, observations, liking, _ = world("label")
     auto = found("label")
-    assert auto.rows.tolist() == [*TRAIN.tolist(), *HELD_OUT.tolist()]
-    assert r2(auto.opinion, liking[auto.rows]) > 0.8
+    assert auto.best.rows.tolist() == [*TRAIN.tolist(), *HELD_OUT.tolist()]
+    assert r2(auto.opinion, liking[auto.best.rows]) > 0.8
     label = auto.mechanisms["label"]
-    assert float(label.joint.sum(1).mean()) == pytest.approx(float(observations.o[auto.rows].mean()), abs=0.02)
+    assert float(label.joint.sum(1).mean()) == pytest.approx(float(observations.o[auto.best.rows].mean()), abs=0.02)
     speaking = label.joint.sum(0) / torch.stack([label.opinion, 1 - label.opinion], dim=1).sum(0)
     # The level of P(r* = 1) is the least known: a fit stops short on its way from equal odds to the true log-odds of 2.4.
     torch.testing.assert_close(speaking, torch.tensor([0.65, 0.15]), atol=0.12, rtol=0)
