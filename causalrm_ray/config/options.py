@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -87,11 +88,6 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def load_config(file: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Config:
-    """The configuration of a run: see `load_tree`."""
-    return load_tree(Config, file, overrides, defaults)
-
-
 def load_tree(kind: type[Tree], file: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Tree:
     """Merge `key=value` defaults, a YAML file and overrides, later ones winning, and validate the result as a `kind`.
 
@@ -153,17 +149,15 @@ def _expand(override: str, kind: type[Section]) -> str:
     return f"{owners[0]}={value}" if owners else override
 
 
-def validate(tree: Any) -> Config:
-    """A Config from plain data: see `validate_tree`."""
-    return validate_tree(Config, tree)
-
-
 def validate_tree(kind: type[Tree], tree: Any) -> Tree:
     """A `kind` from plain data, or a ConfigError that lists every fault."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(fault, kind) for fault in error.errors())) from error
+
+
+load_config, validate = partial(load_tree, Config), partial(validate_tree, Config)  # of a run
 
 
 def _explain(fault: Any, kind: type[Section]) -> str:
