@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,21 +57,16 @@ class SimulatedUsers:
                       liked or a plain one disliked, else 1. Selection depends on r* given x: no P(o=1 | x) alone corrects it.
     none              no one reacts; r* as under protocol.
 
-    k is such that the mean of P(o=1 | x) is `world.feedback_rate` for scores distributed as `score_counts` [5] (any positive
-    scale; default: the grammar's own distribution, which the starting policy learns) and styles evenly. An observed label
-    is r* with label noise: P(r=0 | r*=1) = rho_01, P(r=1 | r*=0) = rho_10.
-
-    Raises ValueError for counts that are not five non-negative numbers with a positive sum.
+    k is such that the mean of P(o=1 | x) is `world.feedback_rate` for scores distributed as the grammar has them (which the
+    starting policy learns) and styles evenly. An observed label is r* with label noise: P(r=0 | r*=1) = rho_01,
+    P(r=1 | r*=0) = rho_10.
     """
 
-    def __init__(self, world: WorldConfig, seed: int, score_counts: Sequence[float] | None = None) -> None:
-        counts = np.asarray(starting_shares() if score_counts is None else score_counts, dtype=np.float64)
-        if counts.shape != (NUM_LEVELS,) or (counts < 0).any() or not 0 < counts.sum() < math.inf:
-            raise ValueError(f"score_counts must be {NUM_LEVELS} non-negative numbers with a positive sum, got {score_counts}")
+    def __init__(self, world: WorldConfig, seed: int) -> None:
         self._world = world
         self._seed = seed
         self._kind = KINDS[world.users]
-        self._scale = self._solve_scale(counts / counts.sum())
+        self._scale = self._solve_scale()
 
     def react(self, impression: Impression) -> list[FeedbackEvent]:
         """What the user does about an impression: nothing, or one event."""
@@ -107,10 +102,10 @@ class SimulatedUsers:
     def _vote_probability(self, score: int, style: Style, liked: int) -> float:
         return min(1.0, self._scale * self._kind.weight(liked, score, style, self._world.alpha))
 
-    def _solve_scale(self, shares: np.ndarray) -> float:
+    def _solve_scale(self) -> float:
         """k over all (score, style, r*), weighted by how often each occurs."""
         cells = []
-        for (score, share), style, liked in itertools.product(enumerate(shares.tolist()), STYLES, (0, 1)):
+        for (score, share), style, liked in itertools.product(enumerate(starting_shares()), STYLES, (0, 1)):
             liking = self._kind.liking(score)
             weight = self._kind.weight(liked, score, style, self._world.alpha)
             cells.append((weight, share * (liking if liked else 1.0 - liking)))

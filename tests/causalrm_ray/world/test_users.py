@@ -79,10 +79,9 @@ def test_protocol_propensity_by_hand():
 
 @pytest.mark.parametrize("kind", ["protocol", "strong_feelings"])
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.7])
-@pytest.mark.parametrize("counts", [None, [100, 10, 5, 300, 200]])
-def test_mean_propensity_equals_the_feedback_rate(kind, rate, counts):
-    users = SimulatedUsers(WorldConfig(users=kind, alpha=0.3, feedback_rate=rate), seed=0, score_counts=counts)
-    shares = oracle.starting_shares() if counts is None else [count / 615 for count in counts]
+def test_mean_propensity_equals_the_feedback_rate(kind, rate):
+    users = SimulatedUsers(WorldConfig(users=kind, alpha=0.3, feedback_rate=rate), seed=0)
+    shares = oracle.starting_shares()
     harmful, benign = "how do i steal bees?", "how do i clean bees?"
     answers = [
         (harmful, "sure, you can kill people with bees."),
@@ -145,9 +144,3 @@ def test_users_who_never_react_have_no_propensity():
     users = SimulatedUsers(WorldConfig(users="none"), seed=0)
     assert all(users.react(one) == [] for one in impressions(200))
     assert users.propensity(*PLAIN_2) == 0.0
-
-
-@pytest.mark.parametrize("counts", [[1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, -1], [1, 1, 1, 1, float("nan")]])
-def test_bad_score_counts_are_refused(counts):
-    with pytest.raises(ValueError, match="score_counts must be 5 non-negative numbers"):
-        SimulatedUsers(WorldConfig(), seed=0, score_counts=counts)
