@@ -39,14 +39,8 @@ def graded_outcomes(f: Tensor, a: Tensor, c: Tensor, d: Tensor, rho_01: Tensor, 
     strong, liked, mild = s(f - GRADE), s(f), s(f + GRADE)
     on1 = strong * s(a + c + d / 2) + (liked - strong) * s(a + c - d / 2)
     on0 = (mild - liked) * s(a + d / 2) + (1 - mild) * s(a - d / 2)
-    return observed_outcomes(on1, on0, rho_01, rho_10), on1, on0
-
-
-def observed_outcomes(on1: Tensor, on0: Tensor, rho_01: Tensor, rho_10: Tensor) -> Tensor:
-    """Log-probabilities [..., 3] of MISSING, DISLIKED, LIKED from on_k = P(o=1, r*=k | x) [...] and the noise rates."""
-    disliked = on1 * rho_01 + on0 * (1 - rho_10)
-    liked = on1 * (1 - rho_01) + on0 * rho_10
-    return torch.stack([1 - on1 - on0, disliked, liked], dim=-1).clamp_min(FLOOR).log()
+    disliked, liked = on1 * rho_01 + on0 * (1 - rho_10), on1 * (1 - rho_01) + on0 * rho_10
+    return torch.stack([1 - on1 - on0, disliked, liked], dim=-1).clamp_min(FLOOR).log(), on1, on0
 
 
 def class_weights(o: Tensor, r: Tensor, p1: Tensor, p0: Tensor, rates: NoiseRates) -> tuple[Tensor, Tensor]:

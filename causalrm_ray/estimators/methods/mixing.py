@@ -181,7 +181,9 @@ def fit_selectmix(task: FitTask) -> Fitted:
     average = torch.where(doubted, 0.25 + 0.5 * r, r)  # the share is a half on average, and so is the partner's label
 
     def begin(epoch: int) -> None:
-        for pool, part in zip(pools, _in_two(rows[doubted[rows]], generator), strict=True):
+        doubtful = rows[doubted[rows]]
+        second = torch.rand(len(doubtful), generator=generator) < 0.5
+        for pool, part in zip(pools, (doubtful[~second], doubtful[second]), strict=True):
             if len(pool):
                 inputs.partner[part] = pool[torch.randint(len(pool), (len(part),), generator=generator)]
                 inputs.share[part] = beta_draws(len(part), 1, generator)
@@ -201,9 +203,3 @@ def fit_selectmix(task: FitTask) -> Fitted:
 def _surest(rows: Tensor, logit: Tensor) -> Tensor:
     """The half of `rows` [M] of largest |logit|, rounded up."""
     return rows[logit[rows].abs().argsort(descending=True, stable=True)[: (len(rows) + 1) // 2]]
-
-
-def _in_two(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`rows` [M] in two random parts of even chance."""
-    second = torch.rand(len(rows), generator=generator) < 0.5
-    return rows[~second], rows[second]
