@@ -29,6 +29,8 @@ from causalrm_ray.estimators.nuisances.noise_curve import (
 )
 from causalrm_ray.types import NoiseRates
 
+QUANTILE = 0.03  # of the paper's anchors
+OUTER = 0.1  # share of the rows at either end that must hold labels
 MIN_ANCHORS = 10  # the fewest labels that a rate is estimated from
 MIN_GROUP = 50  # rows with feedback, below which a group has no curve of its own
 WIDEST = 0.3  # share of the rows at either end beyond which they are no anchors any more
@@ -69,39 +71,36 @@ class Curves:
         return torch.stack([logit, self.draws[:, places].std(0).maximum(least)])
 
 
-def anchors(prob: Tensor, quantile: float = 0.03) -> NoiseRates:
+def anchors(prob: Tensor) -> NoiseRates:
     """Rates as published: the extremes of a proxy of P(r = 1 | x) over all impressions.
 
         rho_01 = 1 - Q_{1 - q}(prob),   rho_10 = Q_q(prob)
 
     Right if some rows are surely liked and some surely disliked (weak separability) AND the proxy is calibrated there; a proxy
-    drawn to the middle makes both too big. `prob` [N] in [0, 1]; q = `quantile` in (0, 0.5). arXiv 2603.18736, section on
+    drawn to the middle makes both too big. `prob` [N] in [0, 1]; q = QUANTILE. arXiv 2603.18736, section on
     noise rates. Raises InputError if the rates would sum to 1 or more.
     """
-    _check_quantile(quantile)
     check_unit_interval("prob", prob)
-    low, high = torch.quantile(prob.double(), torch.tensor([quantile, 1 - quantile], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(prob.double(), torch.tensor([QUANTILE, 1 - QUANTILE], dtype=torch.float64)).tolist()
     return _rates(1 - high, low)
 
 
-def estimate_by_anchors(prob: Tensor, observations: Observations, quantile: float = 0.03) -> NoiseEstimate:
+def estimate_by_anchors(prob: Tensor, observations: Observations) -> NoiseEstimate:
     """`anchors`, with what a NoiseEstimate holds besides: the feedback beyond either quantile, and intervals of the quantiles.
 
     `prob` [N] must be out of fold and calibrated. The intervals are distribution-free, from order statistics; the proxy's own
     error, which is the larger part, is not in them. Raises InputError if the rates would sum to 1 or more.
     """
     check_same_length(prob=prob, o=observations.o)
-    rates = anchors(prob, quantile)
-    spread = NORMAL * math.sqrt(quantile * (1 - quantile) / len(prob))
-    ends = torch.tensor([quantile - spread, quantile + spread], dtype=torch.float64).clamp(0, 1)
+    rates = anchors(prob)
+    spread = NORMAL * math.sqrt(QUANTILE * (1 - QUANTILE) / len(prob))
+    ends = torch.tensor([QUANTILE - spread, QUANTILE + spread], dtype=torch.float64).clamp(0, 1)
     low, high = torch.quantile(prob.double(), ends), 1 - torch.quantile(prob.double(), 1 - ends)
     top, bottom = (int(observations.o[beyond].sum()) for beyond in (prob >= 1 - rates.rho_01, prob <= rates.rho_10))
     return NoiseEstimate(rates, (float(high[0]), float(high[1])), (float(low[0]), float(low[1])), top, bottom)
 
 
-def estimate_noise_rates(
-    prob: Tensor, observations: Observations, quantile: float = 0.1, draws: int = 1000, seed: int = 0
-) -> NoiseEstimate:
+def estimate_noise_rates(prob: Tensor, observations: Observations, draws: int = 1000, seed: int = 0) -> NoiseEstimate:
     """Rates from all feedback in the order of a proxy, with bootstrap intervals.
 
     A curve of P(r = 1 | rank, o = 1) with flat ends of unknown lengths is fitted to the labels (noise_curve); its ends are
@@ -112,14 +111,13 @@ def estimate_noise_rates(
     rank rows by their own labels. Intervals: the curve, lengths of the ends included, is refitted to `draws` bootstrap samples;
     Gaussian on the logit. `warnings` say where the ends are not flat, or rows are too few.
     One log cannot distinguish rows that are sure from rows that are all equally unsure.
-    Raises InputError if the outer `quantile` of the impressions, or up to WIDEST of them, hold fewer than MIN_ANCHORS with
+    Raises InputError if the outer OUTER of the impressions, or up to WIDEST of them, hold fewer than MIN_ANCHORS with
     feedback, or if the rates sum to 1 or more.
     """
-    _check_quantile(quantile)
     check_unit_interval("prob", prob)
     check_same_length(prob=prob, o=observations.o)
-    top = observations.r[_anchor_rows("top", -prob, observations.o, quantile)].double().mean()
-    bottom = observations.r[_anchor_rows("bottom", prob, observations.o, quantile)].double().mean()
+    top = observations.r[_anchor_rows("top", -prob, observations.o)].double().mean()
+    bottom = observations.r[_anchor_rows("bottom", prob, observations.o)].double().mean()
     _rates(1 - float(top), float(bottom))  # the plain shares: a proxy that does not separate these has no curve
     curves = fit_label_curves(prob, observations, draws, seed)
     return _from_curve(curves, *curves.logits())
@@ -241,11 +239,11 @@ def _doubts(estimate: NoiseEstimate, top: float, bottom: float) -> tuple[str, ..
     return tuple(sentences)
 
 
-def _anchor_rows(end: str, prob: Tensor, o: Tensor, quantile: float) -> Tensor:
+def _anchor_rows(end: str, prob: Tensor, o: Tensor) -> Tensor:
     """Mask [N] of the rows with feedback among the lowest `prob`, ties included."""
     ascending, order = prob.double().sort()
     seen = o[order].cumsum(0)
-    reach = max(math.ceil(quantile * len(prob)), int((seen < MIN_ANCHORS).sum()) + 1)
+    reach = max(math.ceil(OUTER * len(prob)), int((seen < MIN_ANCHORS).sum()) + 1)
     if reach > WIDEST * len(prob):
         found = int(seen[math.floor(WIDEST * len(prob)) - 1])
         raise InputError(f"anchors: the {end} {WIDEST:.0%} must hold {MIN_ANCHORS} rows with feedback, got {found}")
@@ -258,8 +256,3 @@ def _rates(rho_01: float, rho_10: float) -> NoiseRates:
             f"estimated rho_01 + rho_10 must be below 1, got {rho_01:.4f} + {rho_10:.4f}: the proxy separates nothing"
         )
     return NoiseRates(rho_01, rho_10)
-
-
-def _check_quantile(quantile: float) -> None:
-    if not 0 < quantile < 0.5:
-        raise ValueError(f"quantile must be in (0, 0.5), got {quantile}")

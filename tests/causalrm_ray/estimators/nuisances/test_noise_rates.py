@@ -27,9 +27,9 @@ def world(seed: int, rows: int = 6000) -> tuple[Tensor, Observations]:
 
 
 def test_published_anchors_are_quantiles() -> None:
-    rates = anchors(torch.linspace(0.1, 0.8, 101), quantile=0.05)
-    assert rates.rho_01 == pytest.approx(1 - (0.8 - 0.05 * 0.7))
-    assert rates.rho_10 == pytest.approx(0.1 + 0.05 * 0.7)
+    rates = anchors(torch.linspace(0.1, 0.8, 101))
+    assert rates.rho_01 == pytest.approx(1 - (0.8 - 0.03 * 0.7))
+    assert rates.rho_10 == pytest.approx(0.1 + 0.03 * 0.7)
 
 
 def test_both_recover_the_rates_where_anchors_exist() -> None:
@@ -164,8 +164,6 @@ def test_what_cannot_be_estimated_is_named() -> None:
     few = Observations((torch.arange(len(prob)) < 20).float(), observations.r)
     with pytest.raises(ValueError, match=r"anchors: the (top|bottom) 30% must hold 10 rows with feedback, got"):
         estimate_noise_rates(prob, few)
-    with pytest.raises(ValueError, match=r"quantile must be in \(0, 0.5\), got 0.5"):
-        anchors(prob, quantile=0.5)
     with pytest.raises(ValueError, match="draws must be at least 2, got 1"):
         estimate_noise_rates(prob, observations, draws=1)
     with pytest.raises(ValueError, match=r"groups must be in 0..0, got 0..1"):
