@@ -142,11 +142,10 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
             noise_rates=self.noise_rates,
             heldout=_held_out(observations, seed),
             strata=strata,
-            seed=seed,
         )
         fitted = fits.fits[self.method]
-        self.scorer_, self.noise_rates_, self.propensity_ = fitted.module.eval(), fits.rates, prob.numpy()
-        logit = predict(fitted.module, inputs, fits.heldout) if fitted.opinion is None else fitted.opinion[fits.heldout]
+        self.scorer_, self.noise_rates_, self.propensity_ = fitted.scorer.eval(), fits.rates, prob.numpy()
+        logit = predict(fitted.scorer, inputs, fits.heldout) if fitted.opinion is None else fitted.opinion[fits.heldout]
         found = diagnose_fit(fits, self.method, observations, prob, logit, seed=seed)
         self.diagnostics_ = _with_warnings(found, fits, doubts)
         return self

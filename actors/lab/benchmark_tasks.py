@@ -114,7 +114,7 @@ def run_cell(spec: CellSpec, data: Splits) -> list[MethodResult]:
     settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, spec.seed, head.bf16)
     raw, _ = cross_fit(make_scorer, inputs, log.o, settings)
     propensity = calibrate(raw, log.o, head.clip, seed=spec.seed).prob
-    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, seed=spec.seed)
+    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings)
     rates, fault = None, None
     try:
         rates = fit(methods=()).rates
@@ -171,7 +171,7 @@ def _fit_method(
     used = {} if rates is NOISE_FREE else asdict(rates)
     used |= {name: value for name, value in fitted.figures.items() if name in ("rho_01", "rho_10")}
     known = MethodResult(method, rho_01_hat=used.get("rho_01"), rho_10_hat=used.get("rho_10"), fit_s=seconds)
-    prob = torch.sigmoid(predict(fitted.module, test))
+    prob = torch.sigmoid(predict(fitted.scorer, test))
     try:
         return replace(known, **{name: getattr(metrics, name)(prob, truth) for name in METRICS})
     except ValueError as error:  # constant predictions have no correlation

@@ -58,7 +58,7 @@ def fit_into(folder: Path, spec: FitSpec, shard: Shard, device: torch.device) ->
     fits = _fit(spec, inputs, log, propensity, shard, device)
     if shard.rank == 0:
         for method, fitted in fits.fits.items():
-            cast(SequenceScorer, fitted.module).save_pretrained(folder / method, tokenizer)
+            cast(SequenceScorer, fitted.scorer).save_pretrained(folder / method, tokenizer)
         report(fits, spec, inputs, log, propensity).write(folder)
     return time.perf_counter() - started
 
@@ -66,7 +66,7 @@ def fit_into(folder: Path, spec: FitSpec, shard: Shard, device: torch.device) ->
 def report(fits: RewardFits, spec: FitSpec, inputs: Inputs, log: SnapshotRows, propensity: Tensor) -> RewardReport:
     """The report of a fit, with the diagnostics of the model that may serve; the same fit gives the same figures."""
     method, observations = spec.config.method, log.observations
-    logit = predict(fits.fits[method].module, inputs, fits.heldout)
+    logit = predict(fits.fits[method].scorer, inputs, fits.heldout)
     found = diagnose_fit(fits, method, observations, propensity, logit, LOSS, spec.seed)
     groups = {
         name: diagnose_groups(fits.ranking, fits.fits[method].opinion, observations, fits.rates, groups, spec.seed)
@@ -75,7 +75,7 @@ def report(fits: RewardFits, spec: FitSpec, inputs: Inputs, log: SnapshotRows, p
     signals = diagnose_signals(fits.ranking, log.signals, spec.seed)
     return RewardReport(
         methods={
-            name: MethodReport(fitted.heldout_risk, fitted.report.best.number, dict(fitted.figures), tuple(fitted.report.epochs))
+            name: MethodReport(fits.risks[name], fitted.report.best.number, dict(fitted.figures), tuple(fitted.report.epochs))
             for name, fitted in fits.fits.items()
         },
         diagnostics=LogDiagnostics(**vars(found), groups=groups, signals=signals),
@@ -98,7 +98,7 @@ def _fit(spec: FitSpec, inputs: Inputs, log: SnapshotRows, propensity: Tensor, s
         log.observations,
         propensity,
         spec.methods,
-        FitSettings(config.epochs, config.lr, BATCH_SIZE),
+        FitSettings(config.epochs, config.lr, BATCH_SIZE, seed=spec.seed),
         loss=LOSS,
         rates=None if config.rho is None else NoiseRates(*config.rho),
         noise_rates=config.noise_rates,
@@ -109,7 +109,6 @@ def _fit(spec: FitSpec, inputs: Inputs, log: SnapshotRows, propensity: Tensor, s
         strata=log.traits.number,
         caution=config.caution,
         shard=shard,
-        seed=spec.seed,
     )
 
 

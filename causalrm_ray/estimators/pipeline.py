@@ -6,7 +6,7 @@ split rows -> proxy of P(r = 1 | x) on O, out of fold -> rho_01, rho_10 -> imput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -19,7 +19,7 @@ from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
 from causalrm_ray.estimators.core.task import FitTask, Fitted, Method, Nuisances, Observations, load_method
-from causalrm_ray.estimators.core.training import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, mean_risk
+from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, mean_risk
 from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, fit_oracle
 from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_by_anchors, estimate_noise_rates
@@ -34,27 +34,17 @@ HELD_OUT = 0.2  # share of rows that decide when to stop and whether to promote
 
 
 @dataclass(frozen=True, eq=False)
-class RewardFit:
-    """A trained scorer, how its training went, its held-out observed risk, and what else its method found (see Fitted)."""
-
-    module: nn.Module
-    report: FitReport
-    heldout_risk: float
-    figures: Mapping[str, float]
-    opinion: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class RewardFits:
     """All that one fit makes.
 
-    `fits` by method; `rates` used, and how they were estimated (`noise`; None where they were given, or where the log does not
-    identify them and the first method found its own); `ranking` [N], the out-of-fold P(r = 1 | x), `proxy` [N], the same
-    calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (None where nothing needs them);
-    `heldout` row numbers and the risk of the serving model on them (None where none serves).
+    `fits` by method, and each one's held-out observed risk (`risks`); `rates` used, and how they were estimated (`noise`; None
+    where they were given, or where the log does not identify them and the first method found its own); `ranking` [N], the
+    out-of-fold P(r = 1 | x), `proxy` [N], the same calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (None
+    where nothing needs them); `heldout` row numbers and the risk of the serving model on them (None where none serves).
     """
 
-    fits: dict[str, RewardFit]
+    fits: dict[str, Fitted]
+    risks: dict[str, float]
     rates: NoiseRates
     noise: NoiseEstimate | None
     ranking: Tensor | None
@@ -81,8 +71,6 @@ def fit_reward_models(
     strata: Tensor | None = None,
     caution: float = 0.0,
     shard: Shard = SINGLE,
-    seed: int = 0,
-    on_epoch: Callable[[str, Epoch], None] | None = None,
 ) -> RewardFits:
     """Fit one module per name in `methods` on the observed feedback.
 
@@ -92,19 +80,26 @@ def fit_reward_models(
     a proxy's ranks, or by the paper's "anchors". "oracle" among the methods is fitted on `clean_labels` [N], which nothing else
     reads. The rows numbered in `heldout` (by default a fifth of all at random) decide when to stop and whether to promote; no
     module of tokens trains on them; each member of an ensemble on features leaves out a part, by which these rows are judged.
-    `on_epoch(method, epoch)` follows the progress.
     `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
     distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
     from 0 the observed traits that selection may depend on. `caution` is how many of the members' standard deviations a module
-    that is distilled from an ensemble stays below their mean. The same seed and shard give the same modules.
+    that is distilled from an ensemble stays below their mean. The same settings and shard give the same modules.
     All held-out risks are weighted by the first method's selection model.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
     loaded = {name: load_method(name) for name in methods if name != ORACLE}
-    _check(inputs, observations, propensity, methods, loss, noise_rates, clean_labels)
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
+    if noise_rates not in get_args(NoiseEstimator):
+        raise ValueError(f"noise_rates must be one of {', '.join(get_args(NoiseEstimator))}, got {noise_rates!r}")
+    if (ORACLE in methods) != (clean_labels is not None):
+        raise ValueError(f"clean_labels go with the method {ORACLE!r} and with no other, got methods {list(methods)}")
+    labels = torch.zeros(len(inputs)) if clean_labels is None else clean_labels
+    check_same_length(inputs=torch.empty(len(inputs)), o=observations.o, propensity=propensity, clean_labels=labels)
+    check_propensity("propensity", propensity)
     rows = torch.arange(len(inputs))
     if heldout is None:
-        _, heldout = split_rows(rows, HELD_OUT, seed)
+        _, heldout = split_rows(rows, HELD_OUT, settings.seed)
     train = rows[~torch.isin(rows, heldout)]
     check_both_classes("r of the training rows with feedback", observations.r[train][observations.o[train] == 1])
     check_both_classes("r of the held-out rows with feedback", observations.r[heldout][observations.o[heldout] == 1])
@@ -115,7 +110,7 @@ def fit_reward_models(
         Nuisances(propensity, rates),
         train,
         heldout,
-        replace(settings, seed=seed),
+        settings,
         LOSSES[loss],
         shard,
         strata,
@@ -124,10 +119,9 @@ def fit_reward_models(
     first_finds_rates = bool(methods) and methods[0] != ORACLE and "states" in loaded[methods[0]].needs
     required = "rates" in needs or not first_finds_rates
     found = _find_nuisances(task, propensity, "imputation" in needs, required, noise_rates, states)
-    fitted = {}
+    fitted: dict[str, Fitted] = {}
     for name in methods:
-        follow = None if on_epoch is None else partial(on_epoch, name)
-        given = replace(task, nuisances=found.nuisances, on_epoch=follow)
+        given = replace(task, nuisances=found.nuisances)
         if name in loaded:
             fitted[name] = _fit_method(name, loaded[name], given, states, found.proxy, serving, caution)
         elif clean_labels is not None:
@@ -135,7 +129,7 @@ def fit_reward_models(
     return _judge(task, found, fitted, serving)
 
 
-def _judge(task: FitTask, found: _Found, fitted: Mapping[str, Fitted], serving: nn.Module | None) -> RewardFits:
+def _judge(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.Module | None) -> RewardFits:
     """Held-out risks of all that was fitted, and of the serving model."""
     weights = next((one.weights for one in fitted.values()), None)
     rates = found.nuisances.rates
@@ -143,12 +137,9 @@ def _judge(task: FitTask, found: _Found, fitted: Mapping[str, Fitted], serving: 
         rates = NoiseRates(*(next(iter(fitted.values())).figures[name] for name in ("rho_01", "rho_10")))
     nuisances = replace(found.nuisances, rates=rates)
     risk = heldout_objective(task.observations, nuisances, task.loss, task.heldout, weights)
-    fits = {
-        name: RewardFit(one.scorer, one.report, _gate_risk(one, task, risk), one.figures, one.opinion)
-        for name, one in fitted.items()
-    }
-    serving_risk = None if serving is None else mean_risk(serving, task.inputs, risk, shard=task.shard)
-    return RewardFits(fits, rates, found.noise, found.ranking, found.proxy, nuisances.imputation, task.heldout, serving_risk)
+    risks = {name: _gate_risk(one, task, risk) for name, one in fitted.items()}
+    served = None if serving is None else mean_risk(serving, task.inputs, risk, shard=task.shard)
+    return RewardFits(fitted, risks, rates, found.noise, found.ranking, found.proxy, nuisances.imputation, task.heldout, served)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,23 +236,3 @@ def _out_of_fold(task: FitTask) -> Tensor:
     objective = partial(REWEIGHTING["snips"].build, task.observations, task.nuisances, bce)
     logit, _ = cross_fit_logits(task, objective, seen, PROXY_FOLDS)
     return torch.sigmoid(logit)
-
-
-def _check(
-    inputs: Inputs,
-    observations: Observations,
-    propensity: Tensor,
-    methods: Sequence[str],
-    loss: str,
-    noise_rates: str,
-    clean_labels: Tensor | None,
-) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
-    if noise_rates not in get_args(NoiseEstimator):
-        raise ValueError(f"noise_rates must be one of {', '.join(get_args(NoiseEstimator))}, got {noise_rates!r}")
-    if (ORACLE in methods) != (clean_labels is not None):
-        raise ValueError(f"clean_labels go with the method {ORACLE!r} and with no other, got methods {list(methods)}")
-    labels = torch.zeros(len(inputs)) if clean_labels is None else clean_labels
-    check_same_length(inputs=torch.empty(len(inputs)), o=observations.o, propensity=propensity, clean_labels=labels)
-    check_propensity("propensity", propensity)

@@ -113,7 +113,7 @@ def cross_fit_members(
     train = Objective(taught, lambda out, index: mean_where(risk(out, index), folds.taught(index)) + prior())
     best = BestMembers(module, risk, folds, task)
     best(predict(module, task.inputs, measured, shard=task.shard), measured)  # the start may be the best there is
-    report = fit(module, task.inputs, train, Objective(measured, best), task.settings, task.shard, task.on_epoch)
+    report = fit(module, task.inputs, train, Objective(measured, best), task.settings, task.shard)
     best.restore()
     output = predict(module, task.inputs, measured, shard=task.shard)
     return CrossFit(report, measured, output, folds.out_of_fold(risk(output, measured), measured))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.checks import check_binary, check_propensity, check_same_length, check_unit_interval
-from causalrm_ray.estimators.core.training import SINGLE, Epoch, FitReport, FitSettings, Inputs, Objective, Shard, fit, seeded
+from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings, Inputs, Objective, Shard, fit, seeded
 from causalrm_ray.losses.pointwise import Loss
 from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.types import NoiseRates
@@ -83,7 +83,6 @@ class FitTask:
     shard: Shard = SINGLE
     strata: Tensor | None = None
     spare_heldout: bool = False
-    on_epoch: Callable[[Epoch], None] | None = None
 
     def scorer(self, seed_offset: int = 0) -> nn.Module:
         """A scorer at its start; the same offset gives the same one."""
@@ -91,7 +90,7 @@ class FitTask:
 
     def minimise(self, module: nn.Module, objective: Callable[[Tensor], Objective]) -> FitReport:
         """Train `module` in place on `objective(train)`, early-stopped by `objective(heldout)`."""
-        return fit(module, self.inputs, objective(self.train), objective(self.heldout), self.settings, self.shard, self.on_epoch)
+        return fit(module, self.inputs, objective(self.train), objective(self.heldout), self.settings, self.shard)
 
 
 @dataclass(frozen=True, eq=False)

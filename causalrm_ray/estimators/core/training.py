@@ -131,7 +131,6 @@ def fit(
     validation: Objective,
     settings: FitSettings,
     shard: Shard = SINGLE,
-    on_epoch: Callable[[Epoch], None] | None = None,
 ) -> FitReport:
     """Train `module` in place on `train`, and leave it with the weights of the epoch of lowest `validation` risk.
 
@@ -161,8 +160,6 @@ def fit(
             if not torch.isfinite(torch.tensor([epoch.train_risk, epoch.validation_risk])).all():
                 raise FloatingPointError(f"risk must be finite, got {epoch}")
             epochs.append(epoch)
-            if on_epoch is not None:
-                on_epoch(epoch)
             if number < first:
                 continue
             best = min(epochs[first - 1 :], key=lambda past: past.validation_risk)

@@ -238,9 +238,11 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
 
     everyone = torch.arange(len(o))
     strata = _strata(task)
-    quiet = replace(with_settings(task, len(folds.learn)), inputs=WithStrata(task.inputs, strata), on_epoch=None)
+    with_strata = replace(with_settings(task, len(folds.learn)), inputs=WithStrata(task.inputs, strata))
     levels = FeedbackByFeatures(propensity, int(strata.max()) + 1)
-    feedback = cross_fit_members(quiet, levels, feedback_risk, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn))
+    feedback = cross_fit_members(
+        with_strata, levels, feedback_risk, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn)
+    )
     module, seen = NoisyLabel(scorer), everyone[o == 1]
 
     def label_risk(output: Tensor, index: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def minimise(
     if heldout is None:
         heldout = Objective(observed(task, task.heldout), plain_risk(task), since=train.since)
     inputs = task.inputs if inputs is None else inputs
-    return fit(module, inputs, train, heldout, task.settings, task.shard, task.on_epoch)
+    return fit(module, inputs, train, heldout, task.settings, task.shard)
 
 
 def cool(task: FitTask, scorer: nn.Module) -> float:

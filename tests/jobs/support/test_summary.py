@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from actors.reward.promotion import Promotion
 from actors.reward.report import LogDiagnostics, MethodReport, Refit, RewardReport, VersionedPropensity
 from causalrm_ray.config.options import load_config
-from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.estimators.core.task import Fitted, Observations
 from causalrm_ray.estimators.core.training import Epoch, FitReport
 from causalrm_ray.estimators.diagnostics.diagnose import diagnose_fit
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals, diagnose_groups, diagnose_signals
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.nuisances.propensity import diagnose
-from causalrm_ray.estimators.pipeline import RewardFit, RewardFits
+from causalrm_ray.estimators.pipeline import RewardFits
 from causalrm_ray.report.fit_panels import fit_panels
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import NoiseRates
@@ -44,8 +44,8 @@ def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> Refit:
     wrong = torch.where(clean == 1, RATES.rho_01, RATES.rho_10)
     observations = Observations(o, torch.where(torch.rand(2000, generator=generator) < wrong, 1 - clean, clean))
     heldout, best = torch.arange(1500, 2000), Epoch(1, 0.6, 0.6)
-    one = RewardFit(torch.nn.Identity(), FitReport((best,), best), 0.6, figures)
-    fits = RewardFits({"auto": one}, RATES, noise, None, None, None, heldout, None)
+    one = Fitted(torch.nn.Identity(), FitReport((best,), best), figures)
+    fits = RewardFits({"auto": one}, {"auto": 0.6}, RATES, noise, None, None, None, heldout, None)
     found = diagnose_fit(fits, "auto", observations, propensity.clamp(min=0.1), 2 * x[heldout])
     ranking = torch.sigmoid(2 * x)
     groups = Groups((torch.arange(2000) % 2), ("style=flashy", "style=plain"))

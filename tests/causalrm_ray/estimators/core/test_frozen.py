@@ -104,7 +104,7 @@ def test_a_method_on_states_is_distilled_and_says_so_if_there_are_none() -> None
     propensity = torch.full((ROWS,), 0.5)
     given = {"settings": FitSettings(20, 0.02, 64), "heldout": HELD_OUT}
     fits = fit_reward_models(Reader, Text(x), observations, propensity, ("two_stage",), states=x, **given)
-    module = fits.fits["two_stage"].module
+    module = fits.fits["two_stage"].scorer
     assert isinstance(module, Reader)
     assert r2(torch.sigmoid(predict(module, Text(x), HELD_OUT)), liking[HELD_OUT]) > 0.7
     with pytest.raises(ValueError, match="two_stage is fitted on states"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from causalrm_ray.data.collate import FeatureRows, TokenRows
-from causalrm_ray.estimators.core.training import Epoch, FitReport, FitSettings, Objective, Shard, fit, mean_risk, predict
+from causalrm_ray.estimators.core.training import FitReport, FitSettings, Objective, Shard, fit, mean_risk, predict
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import FeatureScorer
 
@@ -91,31 +91,30 @@ class Scripted(nn.Module):
         return self.steps + 0 * features[:, 0]
 
 
-def scripted_fit(script: list[float], patience: int, since: int = 1) -> tuple[Scripted, FitReport, list[Epoch]]:
+def scripted_fit(script: list[float], patience: int, since: int = 1) -> tuple[Scripted, FitReport]:
     """One row and so one step an epoch; AdamW's steps on a constant gradient of -1 are of length lr = 1."""
-    module, seen = Scripted(), []
+    module = Scripted()
     train = Objective(torch.zeros(1, dtype=torch.long), lambda logit, index: -logit)
     validation = Objective(train.rows, lambda logit, index: torch.tensor([script[round(float(logit)) - 1]]), since=since)
     settings = FitSettings(epochs=len(script), lr=1.0, batch_size=1, patience=patience, weight_decay=0.0)
-    report = fit(module, FeatureRows(torch.zeros(1, 1)), train, validation, settings, on_epoch=seen.append)
-    return module, report, seen
+    report = fit(module, FeatureRows(torch.zeros(1, 1)), train, validation, settings)
+    return module, report
 
 
 def test_early_stopping_restores_the_best_epoch() -> None:
-    module, report, seen = scripted_fit([3.0, 1.0, 2.0, 1.5, 0.5], patience=2)
-    assert [epoch.validation_risk for epoch in seen] == [3.0, 1.0, 2.0, 1.5]  # the fifth, though best, is never reached
+    module, report = scripted_fit([3.0, 1.0, 2.0, 1.5, 0.5], patience=2)
+    assert [epoch.validation_risk for epoch in report.epochs] == [3.0, 1.0, 2.0, 1.5]  # the fifth, though best, is never reached
     assert report.best.number == 2
-    assert report.epochs == tuple(seen)
     assert round(float(module.steps.detach())) == 2
 
 
 def test_patience_counts_from_the_best_epoch() -> None:
-    _, report, _ = scripted_fit([3.0, 1.0, 2.0, 0.5, 0.7], patience=2)
+    _, report = scripted_fit([3.0, 1.0, 2.0, 0.5, 0.7], patience=2)
     assert (len(report.epochs), report.best.number) == (5, 4)
 
 
 def test_epochs_before_the_first_that_counts_are_neither_best_nor_waited_for() -> None:
-    module, report, _ = scripted_fit([0.1, 2.0, 3.0, 2.5, 2.7], patience=1, since=3)
+    module, report = scripted_fit([0.1, 2.0, 3.0, 2.5, 2.7], patience=1, since=3)
     assert (len(report.epochs), report.best.number, round(float(module.steps.detach()))) == (5, 4, 4)
     assert scripted_fit([3.0, 1.0, 2.0], patience=1, since=9)[1].best.number == 3  # fewer epochs than that: the last one
 
@@ -123,10 +122,14 @@ def test_epochs_before_the_first_that_counts_are_neither_best_nor_waited_for() -
 def test_an_objective_gets_the_number_of_each_epoch_before_it() -> None:
     inputs, label = problem()
     train, validation = objectives(label)
-    calls: list[tuple[str, int]] = []
-    scheduled = replace(train, begin=lambda number: calls.append(("begin", number)))
-    fit(head(), inputs, scheduled, validation, SETTINGS, on_epoch=lambda epoch: calls.append(("end", epoch.number)))
-    assert calls == [(what, number) for number in (1, 2, 3) for what in ("begin", "end")]
+    calls: list[str | int] = []
+
+    def judged(logit: Tensor, index: Tensor) -> Tensor:
+        calls.append("end")
+        return validation.risk(logit, index)
+
+    fit(head(), inputs, replace(train, begin=calls.append), replace(validation, risk=judged), SETTINGS)
+    assert calls == [1, "end", 2, "end", 3, "end"]
 
 
 def test_a_risk_that_is_not_finite_stops_the_fit() -> None:

@@ -57,7 +57,7 @@ def fits() -> RewardFits:
 
 def diagnosed(fits: RewardFits) -> FitDiagnostics:
     x, observations, propensity, _ = log()
-    logit = predict(fits.fits[METHOD].module, FeatureRows(x), fits.heldout)
+    logit = predict(fits.fits[METHOD].scorer, FeatureRows(x), fits.heldout)
     return diagnose_fit(fits, METHOD, observations, propensity, logit)
 
 
@@ -114,7 +114,7 @@ def test_calibration_of_true_probabilities_lies_on_the_diagonal() -> None:
 
 
 def test_risk_at_the_rates_used_is_that_of_the_gate(fits: RewardFits) -> None:
-    assert diagnosed(fits).rho.estimate.risk == pytest.approx(fits.fits[METHOD].heldout_risk, rel=1e-6)
+    assert diagnosed(fits).rho.estimate.risk == pytest.approx(fits.risks[METHOD], rel=1e-6)
 
 
 def test_preference_under_the_true_rates_is_the_true_one(fits: RewardFits) -> None:

@@ -196,7 +196,7 @@ def test_class_weights_rest_on_the_mechanisms_ratios() -> None:
     v1, v0 = label.class_weights(observations)
     p1 = (label.joint[:, 0] / label.opinion).clamp(0.05, 1)
     o, r = observations.o[label.rows], observations.r[label.rows]
-    rates = label
+    rates = label.rates
     spread = 1 - rates.rho_01 - rates.rho_10
     torch.testing.assert_close(v1[label.rows], o * ((1 - rates.rho_10) * r - rates.rho_10 * (1 - r)) / spread / p1)
     assert set(v0[FRESH][observations.o[FRESH] == 0].tolist()) == {0.0}
