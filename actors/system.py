@@ -70,10 +70,6 @@ class Roles:
     engines: Mapping[str, Any]  # what generators, learner and reward fits run on
     timeout_s: float
 
-    def sample(self, requests: Sequence[Any]) -> list[Completion]:
-        """Answers to `requests`, in their order, sampled as evaluations are."""
-        return self.stream.sample(requests)
-
     def score(self, completions: Sequence[Completion], model: str | Path | None = None) -> np.ndarray:
         """Logits [N] of the serving reward model, or of `model`: a folder or hub id."""
         rows = [done.prompt.token_ids + done.token_ids for done in completions]

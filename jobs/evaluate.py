@@ -32,7 +32,7 @@ def run(config: Config) -> int:
         progress.phase("starting roles")
         roles = start_roles(config, models.policy, models.reward, parts=("generators", "reward") if judged else ("generators",))
         progress.phase("answering held-out prompts")
-        answers = roles.sample(task.evaluation_requests())
+        answers = roles.stream.sample(task.evaluation_requests())
         scores = truth.scores(answers)
         summary: dict[str, Any] = {
             "oracle_reward": {"mean": float(scores.mean()), "stderr": float(scores.std(ddof=1) / np.sqrt(len(scores)))},

@@ -67,14 +67,14 @@ class PlainLearner:
     only step. The loss's terms are the learner's own functions.
     """
 
-    def __init__(self, model: str, config: LearnerConfig, temperature: float, rows: int) -> None:
-        """`rows` go through the model together."""
+    def __init__(self, model: str, config: LearnerConfig, temperature: float, max_new_tokens: int, rows: int) -> None:
+        """`rows` go through the model together; an answer has at most `max_new_tokens`."""
         load = AutoModelForCausalLM.from_pretrained
         self._policy, self._reference = (load(model, dtype=torch.float32).eval() for _ in range(2))
         self._reference.requires_grad_(False)
         self._optimizer = torch.optim.AdamW(self._policy.parameters(), lr=config.lr, weight_decay=0.0)
         self._config, self._temperature, self._rows = config, temperature, rows
-        self._objective = make_objective(config, max_new_tokens=0)
+        self._objective = make_objective(config, max_new_tokens)
 
     def step(self, scored: Sequence[Scored]) -> float:
         """Train on a step's answers and return the seconds that it took."""

@@ -44,16 +44,19 @@ class LearnerGroup:
             self._wait(self.prepare(completions[first : first + micro_batch]), "prepare answers")
 
     def update(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """One update on a whole step; metrics over all ranks, and the version of the reward that they rest on."""
-        answers = answer_metrics(scored, self._sharder.version)
-        updates = [rank.update.remote(share) for rank, share in zip(self.ranks, self._sharder.step(scored), strict=True)]
+        """One update on a whole step; metrics over all ranks, and the version of the reward that they rest on.
+
+        Raises ValueError, naming the id where there is one, for answers that must not be trained on (see Sharder.step).
+        """
+        version, shares = self._sharder.version, self._sharder.step(scored)
+        updates = [rank.update.remote(share) for rank, share in zip(self.ranks, shares, strict=True)]
         preparing, self._preparing = self._preparing, []
         self._wait(preparing, "prepare answers")  # first: after an error in it, or a death, the update fails of that
         record("queue_rows", DRIVER, 0)
         began = time.perf_counter()
         metrics = self._wait(updates, "update policy")[0]
         record("update_seconds", "learner", time.perf_counter() - began)
-        return {**metrics, **answers, "reward_version": float(scored[0].reward_version)}
+        return {**metrics, **answer_metrics(scored, version), "reward_version": float(scored[0].reward_version)}
 
     def save(self, folder: Path) -> None:
         """Write the exact state to `folder`/learner and the policy, as a Hugging Face folder, to `folder`/policy."""

@@ -102,9 +102,15 @@ class LearnerRank(PolicyExport):
                 self._prepared[share.ids[row]] = Prepared(answers[row], *(field[place, :length] for field in fields))
 
     def update(self, step: StepShare) -> dict[str, float]:
-        """Train on a step whose answers were all prepared, and return metrics over ranks. ValueError for another version's."""
+        """Train on a step whose answers were all prepared, and return metrics over ranks.
+
+        Raises ValueError for the step of another version, and for an answer that was not prepared.
+        """
         if step.version != self.version:
             raise ValueError(f"the step must be of the learner's version {self.version}, got {step.version}")
+        missing = [name for name in step.ids if name not in self._prepared]
+        if missing:
+            raise ValueError(f"answer {missing[0]!r} was not prepared on rank {self._rank}, which owns it in this step")
         prepared = [self._prepared[name] for name in step.ids]
         rewards_N, seen = self._rewards(torch.tensor(step.rewards))
         answers, experience = self._experience(step, prepared, rewards_N)

@@ -90,7 +90,7 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
         start = run.path / "start"
         with atomic_folder(start) as folder:
             serving = roles.save(folder)
-        fresh = [done for done in roles.sample(task.evaluation_requests()) if done.response]
+        fresh = [done for done in roles.stream.sample(task.evaluation_requests()) if done.response]
         for method in METHODS:
             serving["reward"]["folder"] = fit.folders[method]
             verify_folder(start)
@@ -98,7 +98,7 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
             judged = truth.judge(roles.score(fresh), task.impressions(fresh, task.clock(0)))
             for step in progress.steps(0, config.loop.steps):
                 progress.step(step, policy_step(task, truth, roles, step, shown=False))
-            answers = roles.sample(task.evaluation_requests())
+            answers = roles.stream.sample(task.evaluation_requests())
             yield {
                 "method": method,
                 "oracle_reward": float(truth.scores(answers).mean()),

@@ -52,7 +52,7 @@ def measure_rollout(bench: Bench) -> Figure:
 
     def ours() -> float:
         began = time.perf_counter()
-        done = roles.sample(requests)
+        done = roles.stream.sample(requests)
         seconds = time.perf_counter() - began
         tokens["ours"] = [completion.token_ids for completion in done]
         return seconds
@@ -82,7 +82,8 @@ def measure_learner(bench: Bench) -> Figure:
     """One rank under DeepSpeed, called by the driver, against a plain torch loop, both on one thread and the same answers."""
     config = bench.with_options("learner", ranks=1)
     roles = start_roles(config, bench.model, bench.model, parts=("learner",))
-    arguments = (bench.model, config.learner, config.rollout.temperature, max(1, TOKEN_BUDGET // config.model.max_length))
+    rollout, rows = config.rollout, max(1, TOKEN_BUDGET // config.model.max_length)
+    arguments = (bench.model, config.learner, rollout.temperature, rollout.max_new_tokens, rows)
     plain = place(PlainLearner, Placement(env=THREADS), *arguments)
     scored = bench.random_answers()
     steps = iter(range(10**6))

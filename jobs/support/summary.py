@@ -88,7 +88,7 @@ def promotion_metrics(refit: Refit) -> dict[str, float]:
 
 def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Oracle, fit: Refit, shown: int) -> Start:
     """Measure the starting policy on held-out prompts, and R2 and AUROC of each method's model on its fresh answers."""
-    answers = roles.sample(prompts.evaluation_requests())
+    answers = roles.stream.sample(prompts.evaluation_requests())
     summary = fit_summary(fit, config.world if oracle.known else None)
     if not oracle.known:
         return Start(shown, summary, roles.score(answers).tolist(), None)
@@ -105,7 +105,7 @@ def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Ora
 def summarise(config: Config, run: Run, roles: Roles, prompts: PromptSource, oracle: Oracle, start: Start) -> dict[str, Any]:
     """summary.json after the last step: the start against the tuned policy."""
     rows = run.read_metrics(run.path)
-    after = roles.sample(prompts.evaluation_requests())
+    after = roles.stream.sample(prompts.evaluation_requests())
     tokens = sum(row["tokens"] for row in rows)
     last = rows[-1]
     summary = {

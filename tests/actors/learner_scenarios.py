@@ -345,9 +345,11 @@ def refusals(place: Rank) -> None:
     """Errors of a rank, by name of the fault."""
     learner = place.learner(**BASE)
     learner.rank.save(place.folder / "state-refused")
-    late = replace(learner.sharder.step(prepared(learner, make_step(0)))[0], version=1)
+    step = learner.sharder.step(prepared(learner, make_step(0)))[0]
+    late, strange = replace(step, version=1), replace(step, ids=("stranger", *step.ids[1:]))
     calls: dict[str, Callable[[], object]] = {
         "late": lambda: learner.rank.update(late),
+        "strange": lambda: learner.rank.update(strange),
         "adapter": learner.rank.adapter,
         "lora": lambda: place.learner(**ADAPTED).load(place.folder / "state-refused"),
     }

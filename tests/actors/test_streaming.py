@@ -111,6 +111,12 @@ def test_a_rollout_is_scored_prepared_and_shown_in_micro_batches_and_comes_in_re
     assert learns.updated == [request.prompt.id for request in REQUESTS]
 
 
+def test_an_update_on_no_answers_is_refused(config: Config) -> None:
+    learner = LearnerGroup([Handle(Learns())], sharder(config), TIMEOUT_S)
+    with pytest.raises(ValueError, match="update needs an answer per minibatch, got 0 answers"):
+        learner.update([])
+
+
 def test_a_rollout_that_was_begun_must_be_the_next(config: Config, generators: Generators) -> None:
     stream = RolloutStream(
         config.rollout, generators, LearnerGroup([], sharder(config), TIMEOUT_S), reward=Handle(Scores()), timeout_s=TIMEOUT_S

@@ -322,6 +322,7 @@ def test_half_precision_moves_as_far_as_full(folder: Path, stage: int) -> None:
 def test_errors_of_a_rank_name_the_rule_and_the_value(folder: Path) -> None:
     assert json.loads((folder / "refusals.json").read_text()) == {
         "late": "the step must be of the learner's version 0, got 1",
+        "strange": "answer 'stranger' was not prepared on rank 0, which owns it in this step",
         "adapter": "learner.lora must be at least 1 for an adapter, got 0",
         "lora": "/state-refused was saved with learner.lora=0, the learner has 2",
     }

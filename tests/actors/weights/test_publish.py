@@ -74,11 +74,11 @@ def texts(answers: list[Completion]) -> list[tuple[int, ...]]:
 
 
 def test_answers_after_a_broadcast_are_those_after_an_object(roles: Roles, model: str) -> None:
-    answers = roles.sample(REQUESTS)
+    answers = roles.stream.sample(REQUESTS)
     for version in (1, 2):  # the group is joined once
         learn(roles, answers)
         figures = roles.publish()
-        previous, answers = answers, roles.sample(REQUESTS)
+        previous, answers = answers, roles.stream.sample(REQUESTS)
         assert texts(answers) != texts(previous)
         assert {done.policy_version for done in answers} == {version}
         assert (roles.plan.transport, figures["sync_checksum_ok"]) == ("broadcast", 1.0)
@@ -90,17 +90,17 @@ def test_answers_after_a_broadcast_are_those_after_an_object(roles: Roles, model
 
     reports = ByObject(roles.learner.ranks, adapter=False, timeout_s=TIMEOUT_S).publish(roles.generators.handles)
     assert [report.transport for report in reports.values()] == ["object", "object"]
-    assert roles.sample(REQUESTS) == answers
+    assert roles.stream.sample(REQUESTS) == answers
 
 
 def test_requests_in_flight_go_on_with_broadcast_weights(roles: Roles) -> None:
-    before = roles.sample(REQUESTS)
+    before = roles.stream.sample(REQUESTS)
     learn(roles, before)
     streams = [role.generate.options(num_returns="streaming").remote(REQUESTS) for role in roles.generators.handles.values()]
     roles.publish()
     for stream in streams:
         assert {ray.get(answer).prompt.id for answer in stream} == {request.prompt.id for request in REQUESTS}
-    assert {done.policy_version for done in roles.sample(REQUESTS)} == {before[0].policy_version + 1}
+    assert {done.policy_version for done in roles.stream.sample(REQUESTS)} == {before[0].policy_version + 1}
 
 
 def test_what_cannot_receive_a_broadcast_is_refused_before_anything_starts(config: Config, model: str) -> None:
@@ -136,9 +136,9 @@ def test_a_generator_that_dies_on_the_way_is_replaced_with_what_failed_beside_it
     assert sorted(answered) == [request.prompt.id for request in REQUESTS]
     assert len(reported) == 1  # what was begun knows of the replacement
 
-    answers = roles.sample(REQUESTS)
+    answers = roles.stream.sample(REQUESTS)
     ByObject(roles.learner.ranks, adapter=False, timeout_s=TIMEOUT_S).publish(roles.generators.handles)
-    assert roles.sample(REQUESTS) == answers
+    assert roles.stream.sample(REQUESTS) == answers
 
 
 def test_a_generator_that_is_dead_before_a_group_meets_is_replaced_and_not_waited_for(roles: Roles, reported: list[str]) -> None:
@@ -147,11 +147,11 @@ def test_a_generator_that_is_dead_before_a_group_meets_is_replaced_and_not_waite
         os.kill(ray.get(role.__ray_call__.remote(lambda generator: os.getpid())), signal.SIGKILL)
 
     kill("generator-0")
-    before = roles.sample(REQUESTS)  # by another generator, which is in no group yet
+    before = roles.stream.sample(REQUESTS)  # by another generator, which is in no group yet
     kill("generator-1")
     assert roles.publish()["sync_checksum_ok"] == 1.0
     assert [text.split(" died")[0] for text in reported[1:]] == ["generator-0", "generator-1"]
-    assert roles.sample(REQUESTS) == before
+    assert roles.stream.sample(REQUESTS) == before
 
 
 def test_a_bucket_damaged_on_its_way_is_refused_by_name_and_version(roles: Roles) -> None:
