@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from causalrm_ray.config.base import (
     IN_PROCESS,
@@ -42,7 +42,14 @@ class Thresholds(Section):
         return self
 
 
-SIGNALS: dict[str, Literal[0, 1] | Thresholds] = {"upvote": 1, "click": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0}
+SIGNALS: dict[str, Literal[0, 1] | Thresholds | None] = {
+    "upvote": 1,
+    "click": 1,
+    "copy": 1,
+    "downvote": 0,
+    "regenerate": 0,
+    "edit": 0,
+}
 
 SIMULATED_SIGNALS = (("downvote", "regenerate"), ("upvote", "copy"))  # what simulated users send of a bad and of a good label
 
@@ -89,10 +96,10 @@ class FeedbackConfig(Section):
     prompts: str | None = Field(
         None, description="JSONL or Parquet file with a `prompt` column to tune on; null: the embedded prompts"
     )
-    signals: dict[str, Literal[0, 1] | Thresholds] = Field(
+    signals: dict[str, Literal[0, 1] | Thresholds | None] = Field(
         SIGNALS,
         description="label of each signal, 1 liked or 0 disliked, or thresholds on its value, {low: 2, high: 4}, between which "
-        "it is no feedback; yours are added to these, and null takes one away",
+        "it is no feedback; yours are added to these, and null leaves one out",
     )
     order: tuple[tuple[str, ...], ...] = Field(
         (),
@@ -103,18 +110,12 @@ class FeedbackConfig(Section):
     @field_validator("signals", mode="before")
     @classmethod
     def _add_to_defaults(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {signal: label for signal, label in {**SIGNALS, **given}.items() if label is not None}
+        return {**SIGNALS, **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _order_is_of_known_signals(self) -> FeedbackConfig:
-        check_order(self.order, self.signals)
+        check_order(self.order, [signal for signal, meaning in self.signals.items() if meaning is not None])
         return self
-
-    @field_serializer("signals")
-    def _keep_what_was_taken_away(self, signals: dict[str, Any]) -> dict[str, Any]:
-        return {**dict.fromkeys(SIGNALS), **signals}
 
 
 class RewardConfig(Section):
@@ -313,7 +314,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         sent = {*SIMULATED_SIGNALS[0], *SIMULATED_SIGNALS[1]} if self.world.users != "none" else set()
-        missing = sorted(sent - set(self.feedback.signals))
+        missing = sorted(signal for signal in sent if self.feedback.signals.get(signal) is None)
         if missing:
             raise ValueError(f"feedback.signals must label what simulated users send, got none for {', '.join(missing)}")
         samples, algorithm = self.rollout.samples_per_prompt, self.learner.algorithm

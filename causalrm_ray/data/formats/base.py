@@ -7,7 +7,7 @@ source --read_rows--> RawRow.fields --Format.read--> LoggedImpression, LoggedEve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ class LoggedEvent:
 
     impression_id   None: the LoggedImpression that holds the event; must be given for an event of its own row
     signal, label   a signal of the log, or a bare label in {0, 1}, or both, which must agree
+    score           or the name of a score in the system that the log comes from: the signal of that name in feedback.signals says
+                    what it means; where there is none, `label` does; without it, the import refuses the whole source
     value           the signal's strength: stars, seconds, a score; None: 1.0, of a signal that is only there or not
     id              None: a hash of impression, signal and time
     time            seconds since the epoch; None: the impression's, or the import's default for an event of its own row
@@ -37,6 +39,7 @@ class LoggedEvent:
     time: float | None = None
     retracts: str | None = None
     impression_id: str | None = None
+    score: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,12 @@ class Format(Protocol):
     `columns` are those that it reads: the import reports the others as ignored. One instance reads all files of an import that
     are of its format, so it may join answers in one file with feedback in another.
 
-    Two more methods are optional:
+    More is optional:
+
+    ignored: Mapping[str, int]
+        what else rows held that it did not keep, inside of its columns, by name: how often. The import reports it.
+    warnings() -> Iterable[str]
+        what its user should know about the source, asked for after `finish`; the import reports it.
 
     finish() -> Iterable[LoggedImpression | LoggedEvent | RowError]
         what it assembled over rows, once, after the last row of all files; a RowError that it yields refuses one such thing and
@@ -80,7 +88,7 @@ class Format(Protocol):
         the format of the highest value above 0, refuses a tie, and never takes a format without `matches`.
     """
 
-    columns: frozenset[str]
+    columns: Container[str]
 
     def read(self, fields: Mapping[str, Any]) -> Iterable[LoggedImpression | LoggedEvent]:
         """What one row holds, at least one answer or event unless it has `finish`. `fields` are its `columns` that are not null.

@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class ImportReport:
 
     `impressions` and `events` are new in the log, the duplicates were there already (or twice in the source).
     `without_feedback` are answers whose own row brought none.
-    `ignored_columns` were in the source and mean nothing to the format.
+    `ignored_columns` were in the source and mean nothing to the format, `ignored` are parts of the others, and feedback of
+    signals that are left out, by name: how often. `warnings` are the format's about the whole source.
     """
 
     rows: int
@@ -50,6 +51,8 @@ class ImportReport:
     without_feedback: int
     quarantined: int
     ignored_columns: tuple[str, ...]
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ class _Import:
         self._occurrences: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._columns: set[str] = set()
+        self._ignored: Counter[str] = Counter()
 
     def take(self, row: RawRow) -> None:
         self._counts["rows"] += 1
@@ -152,9 +156,13 @@ class _Import:
                     self._refuse(row, error)
 
     def report(self) -> ImportReport:
-        ignored = tuple(sorted(self._columns - self._format.columns))
-        counts = {name: self._counts[name] for name in _COUNTED}
-        return ImportReport(ignored_columns=ignored, quarantined=self._quarantine.count, **counts)
+        return ImportReport(
+            **{name: self._counts[name] for name in _COUNTED},
+            quarantined=self._quarantine.count,
+            ignored_columns=tuple(sorted(column for column in self._columns if column not in self._format.columns)),
+            ignored=dict(sorted((self._ignored + Counter(getattr(self._format, "ignored", {}))).items())),
+            warnings=tuple(getattr(self._format, "warnings", tuple)()),
+        )
 
     def _append(self, rows: Sequence[Records]) -> None:
         shown = [impression for impressions, _ in rows for impression in impressions]
@@ -188,11 +196,11 @@ class _Import:
             if isinstance(logged, LoggedImpression):
                 impression = self._impression(logged, fields)
                 shown.append(impression)
-                done += [self._event(event, impression.id, impression.time) for event in logged.events]
+                done += self._events(logged.events, impression.id, impression.time)
             elif logged.impression_id is None:
                 raise RowError("an event of its own row must name its impression, got none")
             else:
-                done.append(self._event(logged, logged.impression_id, self._default_time))
+                done += self._events([logged], logged.impression_id, self._default_time)
         return shown, done
 
     def _impression(self, logged: LoggedImpression, fields: Mapping[str, Any]) -> Impression:
@@ -207,16 +215,33 @@ class _Import:
             raise RowError(f"prompt and response must have a length of at most {self._limit.longest}, got {length}")
         return impression
 
-    def _event(self, logged: LoggedEvent, impression_id: str, default_time: float) -> FeedbackEvent:
-        time = default_time if logged.time is None else logged.time
-        signal = _signal(logged.signal, logged.label, self._log.signals) if logged.retracts is None else RETRACT
-        name = _digest([impression_id, signal, time, logged.retracts]) if logged.id is None else logged.id
-        if logged.value is None and not isinstance(self._log.signals.get(signal, 1), int):
-            raise RowError(f"value must be given with the signal {signal!r}, whose value says what it means, got none")
-        value = 1.0 if logged.value is None else logged.value
-        event = FeedbackEvent(name, impression_id, signal, value, time, logged.retracts)
-        event_row(event, self._log.signals)
-        return event
+    def _events(self, found: Iterable[LoggedEvent], impression_id: str, default_time: float) -> Iterator[FeedbackEvent]:
+        """The events about one impression, without those of signals that are left out."""
+        for logged in found:
+            signal = self._signal(logged) if logged.retracts is None else RETRACT
+            if signal is None:
+                continue
+            time = default_time if logged.time is None else logged.time
+            name = _digest([impression_id, signal, time, logged.retracts]) if logged.id is None else logged.id
+            if logged.value is None and not isinstance(self._log.signals.get(signal, 1), int):
+                raise RowError(f"value must be given with the signal {signal!r}, whose value says what it means, got none")
+            value = 1.0 if logged.value is None else logged.value
+            event = FeedbackEvent(name, impression_id, signal, value, time, logged.retracts)
+            event_row(event, self._log.signals)
+            yield event
+
+    def _signal(self, logged: LoggedEvent) -> str | None:
+        """The signal that feedback is logged as; None for feedback that is left out. Raises RowError, SourceError."""
+        name = str(logged.signal if logged.score is None else logged.score)
+        if name in self._log.left_out or name.partition(":")[0] in self._log.left_out:
+            signal = None
+        elif logged.score is None:
+            return _signal(logged.signal, logged.label, self._log.signals)
+        else:
+            signal = _score(logged, self._log.signals)
+        if signal is None:
+            self._ignored[f"signal {name}"] += 1
+        return signal
 
     def _row_id(self, fields: Mapping[str, Any]) -> str:
         content = _digest(fields)
@@ -246,3 +271,24 @@ def _signal(signal: Any, label: Any, signals: Mapping[str, Meaning]) -> str:
     if signals[signal] != label:
         raise RowError(f"label must be that of the signal {signal!r}, {signals[signal]}, got {label!r}")
     return signal
+
+
+def _score(logged: LoggedEvent, signals: Mapping[str, Meaning]) -> str | None:
+    """The signal that a score is logged as: its own, or that of a bare label; None for a score that says that a signal is not
+    there: a copy that is false. Raises SourceError where nothing says what it means."""
+    score = str(logged.score)
+    meaning = signals.get(score)
+    if isinstance(meaning, int):
+        return None if logged.label == 0 else score
+    if meaning is not None:
+        return score
+    if logged.label is not None:
+        return _signal(None, logged.label, signals)
+    option = f"feedback.signals.{score}"
+    if ":" in score:
+        rule = f"{option}=1 reads it as liked, =0 as disliked"
+    else:
+        rule = f"{option}='{{low: LOW, high: HIGH}}' reads values up to LOW as disliked and from HIGH on as liked"
+    raise SourceError(
+        f"the score {score!r}, with values such as {logged.value!r:.80}, must be given a meaning: {rule}, =null leaves it out"
+    )

@@ -85,13 +85,14 @@ class LogCounts:
 class FeedbackLog:
     """An append-only log behind an SQLAlchemy URL, e.g. "sqlite:////data/feedback.db"; several processes may write at once.
 
-    `signals` maps each signal to its label (1 liked, 0 disliked) or to thresholds on its value, `order` ranks them (see
-    `snapshot`). The log stores signals and values: labels are made when a snapshot is taken, so that the same log may be read
-    under other rules.
+    `signals` maps each signal to its label (1 liked, 0 disliked), to thresholds on its value, or to None: `left_out`, no
+    feedback. `order` ranks them (see `snapshot`). The log stores signals and values: labels are made when a snapshot is taken,
+    so that the same log may be read under other rules.
     """
 
-    def __init__(self, url: str, signals: Mapping[str, Meaning], order: Sequence[Sequence[str]] = ()) -> None:
-        self.signals = check_signals(signals)
+    def __init__(self, url: str, signals: Mapping[str, Meaning | None], order: Sequence[Sequence[str]] = ()) -> None:
+        self.signals = check_signals({signal: meaning for signal, meaning in signals.items() if meaning is not None})
+        self.left_out = signals.keys() - self.signals.keys()
         self._order = order
         self._engine = open_database(url)
         self._shown = self._engine.url.render_as_string(hide_password=True)

@@ -106,9 +106,9 @@ def test_a_key_may_leave_out_its_section_where_it_is_the_only_one_of_its_name() 
     assert (config.run.resume, config.loop.steps, config.run.name) == (True, 7, "x")
 
 
-def test_signals_are_added_to_the_known_ones_and_null_takes_one_away() -> None:
+def test_signals_are_added_to_the_known_ones_and_null_leaves_one_out() -> None:
     signals = load_config(None, ["feedback.signals.share=1", "feedback.signals.click=null"]).feedback.signals
-    assert signals == {"upvote": 1, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0, "share": 1}
+    assert signals == {"upvote": 1, "click": None, "copy": 1, "downvote": 0, "regenerate": 0, "edit": 0, "share": 1}
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -173,12 +173,12 @@ def test_a_choice_shows_the_names_of_its_registry_and_defaults_are_written_as_a_
     assert known["learner.kl.estimator"].kind == "k1 | k2 | k3 | null"
 
 
-def test_a_signal_that_was_taken_away_stays_away_when_the_configuration_is_read_again(tmp_path: Path) -> None:
+def test_a_signal_that_was_left_out_stays_out_when_the_configuration_is_read_again(tmp_path: Path) -> None:
     config = load_config(None, ["feedback.signals.click=null", "feedback.signals.share=1"])
     dump_config(config, tmp_path / "config.yaml")
     again = load_config(tmp_path / "config.yaml")
     assert again == config
-    assert "click" not in again.feedback.signals
+    assert again.feedback.signals["click"] is None
     assert again.feedback.signals["share"] == 1
 
 

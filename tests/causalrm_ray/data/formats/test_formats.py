@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from causalrm_ray.config.train import Config
+from causalrm_ray.config.train import Config, Thresholds
 from causalrm_ray.data.log.import_log import ImportReport, import_log
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.sources import SourceError
 from causalrm_ray.errors import InputError
 from causalrm_ray.world.grammar import train_prompts
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
@@ -53,6 +55,24 @@ class Joined:
             yield LoggedImpression(fields["turns"][0], fields["turns"][1], events=votes)
         for name in self.votes.keys() - self.turns.keys():
             yield RowError(f"trace must be one of an answer, got {name!r}")
+
+class Scored:
+    '''Scores by name: true, false, or a number that only feedback.signals can give a meaning.'''
+
+    columns = frozenset({"answer", "scores"})
+
+    def __init__(self):
+        self.ignored = {"comment": 2}
+
+    def read(self, fields):
+        scores = [
+            LoggedEvent(score=name, label=float(value) if isinstance(value, bool) else None, value=float(value))
+            for name, value in fields.get("scores", {}).items()
+        ]
+        yield LoggedImpression("hi", fields["answer"], id=fields["answer"], events=scores)
+
+    def warnings(self):
+        yield "half of the log is missing"
 
 class NoFormat:
     pass
@@ -113,6 +133,47 @@ def test_a_format_may_assemble_answers_over_rows(source: str, log: FeedbackLog, 
         (0, "trace must be one of an answer, got 'z'"),
     ]
     assert import_log(source, log, tmp_path / "bad.jsonl", format="their_package:Joined").duplicate_impressions == 2
+
+
+def scored(source: str, folder: Path, signals: dict[str, Any], **scores: Any) -> tuple[ImportReport, dict[str, int | None]]:
+    """The report and labels of an answer with each of `scores`."""
+    rows = [{"answer": name, "scores": {name.replace("__", ":"): value}} for name, value in scores.items()]
+    Path(source).write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"answer": "silent"}]))
+    with closing(FeedbackLog(f"sqlite:///{folder}/scored.db", signals)) as log:
+        return import_log(source, log, folder / "bad.jsonl", format="their_package:Scored"), labels(log)
+
+
+def test_a_score_means_what_its_signal_says_else_what_its_label_says(source: str, tmp_path: Path) -> None:
+    signals = {"stars": Thresholds(low=2, high=4), "copy": 1, "report": 0, "judge": None, "tone:rude": 0}
+    scores = {"thumb": True, "down": False, "stars": 5, "copy": True, "report": True, "judge": 0.3, "tone__rude": 1}
+    report, found = scored(source, tmp_path, signals, **scores)
+    likes = {"thumb": 1, "down": 0, "stars": 1, "copy": 1, "report": 0, "judge": None, "tone__rude": 0, "silent": None}
+    assert found == likes
+    assert (report.events, report.without_feedback, report.ignored) == (6, 2, {"comment": 2, "signal judge": 1})
+    assert report.warnings == ("half of the log is missing",)
+
+
+def test_a_copy_that_is_false_is_no_feedback_and_a_score_that_is_left_out_leaves_its_categories_out(
+    source: str, tmp_path: Path
+) -> None:
+    report, found = scored(source, tmp_path, {"copy": 1, "tone": None}, copy=False, tone__rude=1)
+    assert found == {"copy": None, "tone__rude": None, "silent": None}
+    assert report.ignored == {"comment": 2, "signal copy": 1, "signal tone:rude": 1}
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (
+            {"quality": 0.7},
+            r"the score 'quality', .* 0\.7, .* feedback\.signals\.quality='{low: LOW, high: HIGH}' .*=null leaves",
+        ),
+        ({"tone__rude": 1}, r"the score 'tone:rude', .* feedback\.signals\.tone:rude=1 reads it as liked, =0 as disliked, =null"),
+    ],
+)
+def test_a_score_without_a_meaning_refuses_the_source(source: str, tmp_path: Path, scores: dict[str, Any], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        scored(source, tmp_path, {}, **scores)
 
 
 def test_a_job_imports_in_the_format_of_its_configuration(source: str, tmp_path: Path) -> None:
