@@ -22,8 +22,9 @@ from torch import Tensor
 
 from actors.cluster.place import restarted
 from actors.reward.report import VersionedPropensity
-from actors.reward.snapshot_rows import FOLDS, load_rows
+from actors.reward.snapshot_rows import load_rows
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
+from causalrm_ray.data.clusters import FOLDS
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.estimators.nuisances.calibration import Calibration
@@ -78,16 +79,18 @@ class PropensityActor:
     def fit(self, snapshot: Path, folder: Path) -> VersionedPropensity:
         """Cross-fit on all impressions of `snapshot`, write everything to `folder`, serve it, and return its diagnostics.
 
-        A refit starts from the models that serve: a row stays in its fold in every snapshot, so none of them has seen the rows
-        whose propensity it predicts. Raises InputError for a log that cannot be fitted (see `load_rows`).
+        A refit starts from the models that serve, if folds are split by the same column: a row then stays in its fold in every
+        snapshot, so none of them has seen the rows whose propensity it predicts. Raises InputError for a log that cannot be
+        fitted (see `load_rows`).
         """
         log = load_rows(snapshot, self._tokenizer, self._max_length)
         o = log.observations.o
-        starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving else ()
+        warm = self._serving is not None and self._serving.report.split_by == log.split_by
+        starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving and warm else ()
         raw, models = cross_fit(self._fresh, TokenRows(log.token_rows, 0), o, self._settings, FOLDS, fold=log.fold, starts=starts)
-        propensity = calibrate(raw, o, self._clip, seed=self._settings.seed)
+        propensity = calibrate(raw, o, self._clip, seed=self._settings.seed, cluster=log.observations.cluster)
         version = self.version + 1
-        report = VersionedPropensity(**vars(propensity.report), version=version)
+        report = VersionedPropensity(**vars(propensity.report), version=version, split_by=log.split_by, log_warnings=log.warnings)
         self._save(folder, models, propensity, report)
         self.load(folder)
         return self.diagnostics()

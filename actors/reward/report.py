@@ -88,9 +88,15 @@ class CandidateFit:
 
 @dataclass(frozen=True)
 class VersionedPropensity(PropensityReport, Report):
-    """The report of a propensity model, and its version: fits are counted from 1."""
+    """The report of a propensity model, and its version: fits are counted from 1.
+
+    `split_by` is the column by which its folds are split ("": in a version that did not record it);
+    `log_warnings` are sentences about the log (see data.clusters).
+    """
 
     version: int
+    split_by: str = ""
+    log_warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.clusters import LEVELS, digest, split
 from causalrm_ray.data.log.snapshot import check_log, read_snapshot
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import Observations
@@ -25,25 +25,25 @@ from causalrm_ray.files import write_whole
 from causalrm_ray.models.text import encode_pair
 
 MOST_VALUES = 8  # of a trait; more, and it is an id
-# Digits of a hash of the row's id, from the lowest: of 5, whether reward fits hold it out; of 10, whether it decides when a
-# propensity model stops; of 2, its fold otherwise.
-HELD_OUT_ONE_IN, STOPS_ONE_IN, FOLDS = 5, 10, 2
 
 
 @dataclass(frozen=True, eq=False)
 class SnapshotRows:
     """N impressions: `token_rows`, prompt, response and end of each; `observations` o [N] and r [N].
 
-    `heldout` are the row numbers that reward fits never train on: about a fifth, by a hash of the impression's id, so that an
-    impression stays on its side in every later snapshot, and a gate compares models on rows that neither has seen. `fold` [N]
-    is likewise the propensity model that never trains on a row, 0 or 1, or that none does, -1. `traits` groups the rows by what
-    their contexts hold of few values, `lengths` by the answers' characters; `signals` names the signal that each got.
+    `heldout` are the row numbers that reward fits never train on: about a fifth, by a hash of the user, else the conversation,
+    else the prompt, so that these stay on their side in every later snapshot, and a gate compares models on rows of which
+    neither has seen any. `fold` [N] is likewise the propensity model that never trains on a row, 0 or 1, or that none does, -1.
+    `split_by` is the column of that hash, and `warnings` are sentences (see data.clusters). `traits` groups the rows by
+    what their contexts hold of few values, `lengths` by the answers' characters; `signals` names the signal that each got.
     """
 
     token_rows: Sequence[tuple[int, ...]]
     observations: Observations
     heldout: torch.Tensor
     fold: torch.Tensor
+    split_by: str
+    warnings: tuple[str, ...]
     traits: Groups
     lengths: Groups
     signals: Signals
@@ -62,19 +62,19 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
         if len(row) > max_length:
             name = log[number]["impression_id"]
             raise InputError(f"impression {name!r} must have at most {max_length} tokens (model.max_length), got {len(row)}")
-    label = [0 if label is None else label for label in log["label"]]
-    observations = Observations(torch.tensor(log["observed"][:]), torch.tensor(label))
-    places = np.array([zlib.crc32(name.encode()) for name in log["impression_id"]])
-    heldout, rest = places % HELD_OUT_ONE_IN == 0, places // HELD_OUT_ONE_IN
-    fold = np.where(rest % STOPS_ONE_IN == 0, -1, rest // STOPS_ONE_IN % FOLDS)
-    if heldout.all() or not heldout.any() or set(fold.tolist()) != {-1, 0, 1}:
-        raise InputError(f"the log must hold enough impressions to split them into training and test rows, got {len(log)}")
+    label = np.array([0 if label is None else label for label in log["label"]])
+    observed = np.array(log["observed"][:])
+    sides = split({column: digest(column, log[column]) for column in LEVELS}, observed, label)
+    cluster = None if sides.cluster is None else torch.from_numpy(sides.cluster)
+    observations = Observations(torch.from_numpy(observed), torch.from_numpy(label), cluster)
     lengths = length_buckets(torch.tensor([len(response) for response in log["response"]]))
     return SnapshotRows(
         token_rows,
         observations,
-        torch.from_numpy(np.flatnonzero(heldout)),
-        torch.from_numpy(fold),
+        torch.from_numpy(np.flatnonzero(sides.heldout)),
+        torch.from_numpy(sides.fold),
+        sides.by,
+        sides.warnings,
         Groups(*stratify(_traits(log["context"]), observations)),
         Groups(*stratify([{"length": bucket} for bucket in lengths], observations)),
         _signals(log["signal"], log["label"]),

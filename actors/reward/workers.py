@@ -72,7 +72,7 @@ def report(fits: RewardFits, spec: FitSpec, inputs: Inputs, log: SnapshotRows, p
         name: diagnose_groups(fits.ranking, fits.fits[method].opinion, observations, fits.rates, groups, spec.seed)
         for name, groups in (("traits", log.traits), ("lengths", log.lengths))
     }
-    signals = diagnose_signals(fits.ranking, log.signals, spec.seed)
+    signals = diagnose_signals(fits.ranking, log.signals, spec.seed, observations.cluster)
     return RewardReport(
         methods={
             name: MethodReport(fits.risks[name], fitted.report.best.number, dict(fitted.figures), tuple(fitted.report.epochs))

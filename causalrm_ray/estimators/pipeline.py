@@ -78,8 +78,9 @@ def fit_reward_models(
     `make_module` returns a fresh scorer; `propensity` [N] in (0, 1] is calibrated and clipped; `loss` is a key of LOSSES (methods
     that subtract losses use a bounded "bce"); `rates` are known, or estimated as `noise_rates` says: by the labels' "curve" along
     a proxy's ranks, or by the paper's "anchors". "oracle" among the methods is fitted on `clean_labels` [N], which nothing else
-    reads. The rows numbered in `heldout` (by default a fifth of all at random) decide when to stop and whether to promote; no
-    module of tokens trains on them; each member of an ensemble on features leaves out a part, by which these rows are judged.
+    reads. The rows numbered in `heldout` (by default a fifth of all at random, or of the clusters) decide when to stop and
+    whether to promote; no module of tokens trains on them; each member of an ensemble on features leaves out a part, by which
+    these rows are judged.
     `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
     distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
     from 0 the observed traits that selection may depend on. `caution` is how many of the members' standard deviations a module
@@ -99,7 +100,7 @@ def fit_reward_models(
     check_propensity("propensity", propensity)
     rows = torch.arange(len(inputs))
     if heldout is None:
-        _, heldout = split_rows(rows, HELD_OUT, settings.seed)
+        _, heldout = split_rows(rows, HELD_OUT, settings.seed, observations.cluster)
     train = rows[~torch.isin(rows, heldout)]
     check_both_classes("r of the training rows with feedback", observations.r[train][observations.o[train] == 1])
     check_both_classes("r of the held-out rows with feedback", observations.r[heldout][observations.o[heldout] == 1])
@@ -159,7 +160,8 @@ def _find_nuisances(
         return _Found(given)
     labels = int(observations.o[task.train].sum())
     ranking = _out_of_fold(task if states is None else with_settings(on_states(task, states), labels))
-    proxy = cross_calibrate(ranking, observations.r, observations.o == 1, folds=5, seed=seed, weight=1 / propensity)
+    seen = observations.o == 1
+    proxy = cross_calibrate(ranking, observations.r, seen, 5, seed, 1 / propensity, observations.cluster)
     noise, rates = None, given.rates
     if rates is None:
         try:

@@ -31,9 +31,13 @@ class Folds:
         self.measure = everyone
         fold = torch.full((len(task.inputs),), -1)
         labelled = task.observations.o[self.learn] == 1
-        for rows in (self.learn[labelled], self.learn[~labelled]):  # folds are balanced by feedback, however little there is
-            few = len(rows) < members
-            fold[rows] = torch.arange(len(rows)) if few else fold_of(len(rows), members, task.settings.seed)
+        cluster, seed = task.observations.clusters(self.learn), task.settings.seed
+        if cluster is None:
+            for rows in (self.learn[labelled], self.learn[~labelled]):  # folds are balanced by feedback, however little there is
+                few = len(rows) < members
+                fold[rows] = torch.arange(len(rows)) if few else fold_of(len(rows), members, seed)
+        else:
+            fold[self.learn] = fold_of(len(self.learn), members, seed, cluster, labelled)
         self._left_out = fold.unsqueeze(1) == torch.arange(members)  # [N, K]
         self._measured = self._left_out | (fold == -1).unsqueeze(1)
 

@@ -27,14 +27,16 @@ class Observations:
     """What a log holds of N impressions: `o` [N], was feedback given; `r` [N], the noisy feedback, read only where o = 1.
 
     Both in {0, 1}; `r` is stored as 0 where o = 0, so nothing hidden there (a NaN, a true label) can reach a fit.
-    Raises ValueError for other values or lengths.
+    Rows of one `cluster` [N], whole numbers, depend on one another, as those of one user do: folds, held-out rows and resamples
+    keep them together (None: every row is one of its own). Raises ValueError for other values or lengths.
     """
 
     o: Tensor
     r: Tensor
+    cluster: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_same_length(o=self.o, r=self.r)
+        check_same_length(o=self.o, r=self.r, cluster=self.o if self.cluster is None else self.cluster)
         check_binary("o", self.o)
         check_binary("r where o = 1", self.r[self.o == 1])
         object.__setattr__(self, "r", torch.where(self.o == 1, self.r, torch.zeros_like(self.r)).to(torch.float32))
@@ -42,6 +44,10 @@ class Observations:
 
     def __len__(self) -> int:
         return len(self.o)
+
+    def clusters(self, rows: Tensor) -> Tensor | None:
+        """Clusters of `rows`, their numbers [M] or a mask [N]; None where every row is one of its own."""
+        return None if self.cluster is None else self.cluster[rows]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,12 @@ DRIVES = {
 def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Warnings about a fit, most basic first; empty for a sound one.
 
-    `diagnostics` is FitDiagnostics as JSON, `propensity` PropensityReport as JSON, whose own warnings come first; `rates` maps
+    `diagnostics` is FitDiagnostics as JSON, `propensity` PropensityReport as JSON, whose own warnings come first, after those
+    about the log that it was fitted on (`log_warnings`, if it knows one); `rates` maps
     rho_01 and rho_10 to "estimate", "low" and "high" (None where the rates were given).
     """
     parts = (_weights(diagnostics), _rates(diagnostics, rates), _model(diagnostics), _selection(diagnostics))
-    return [*propensity["warnings"], *(sentence for part in parts for sentence in part)]
+    return [*propensity.get("log_warnings", ()), *propensity["warnings"], *(sentence for part in parts for sentence in part)]
 
 
 def verdict(diagnostics: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from causalrm_ray.checks import check_same_length
+from causalrm_ray.estimators.core.clusters import numbered, summed
 from causalrm_ray.estimators.core.task import Nuisances, Observations
 from causalrm_ray.estimators.nuisances.propensity import QUANTILES, effective_sample_size
 from causalrm_ray.estimators.pipeline import RewardFits, heldout_objective
@@ -160,10 +161,10 @@ def diagnose_fit(
         method=method,
         overlap=overlap(propensity, observations.o),
         weights=weight_spread(propensity[observations.o == 1]),
-        calibration=reward_calibration(score[held], label, propensity[rows]),
+        calibration=reward_calibration(score[held], label, propensity[rows], observations.clusters(rows)),
         rho=rho_sensitivity(fits, observations, propensity, logit, loss),
         gamma=gamma_sensitivity(observations, propensity, fits.rates, seed),
-        ranking=ranking(label, propensity[rows], (score > score.median())[held]),
+        ranking=ranking(label, propensity[rows], (score > score.median())[held], observations.clusters(rows)),
         mechanisms=mechanisms(fits.fits[method].figures),
     )
 
@@ -191,18 +192,21 @@ def weight_spread(propensity: Tensor) -> WeightSpread:
     )
 
 
-def reward_calibration(predicted: Tensor, label: Tensor, propensity: Tensor) -> tuple[LabelBin, ...]:
+def reward_calibration(
+    predicted: Tensor, label: Tensor, propensity: Tensor, cluster: Tensor | None = None
+) -> tuple[LabelBin, ...]:
     """Predictions [M] of P(r* = 1 | x) against corrected labels [M], in at most five bins of equally many rows.
 
     Both means weigh rows by 1 / p, so that a bin speaks of all impressions in it. Standard error of a ratio: sqrt(sum w^2
-    (y - mean)^2 + s) / sum w, where s is what half a row of each label would add, so that rows that agree are no certainty.
+    (y - mean)^2 + s) / sum w, where s is what half a row of each label would add, so that rows that agree are no certainty;
+    residuals of one `cluster` [M] are added up before they are squared.
     """
     check_same_length(predicted=predicted, label=label, propensity=propensity)
     bins = min(5, max(1, len(label) // BIN_ROWS))
     half = 0.5 * float((label.max() - label.min()).square())
     curve = []
     for part in predicted.argsort(stable=True).tensor_split(bins):
-        actual, stderr = _mean(label[part], propensity[part])
+        actual, stderr = _mean(label[part], propensity[part], None if cluster is None else cluster[part])
         stderr = (stderr**2 + half / len(part) ** 2) ** 0.5
         curve.append(LabelBin(_mean(predicted[part], propensity[part])[0], actual, stderr, len(part)))
     return tuple(curve)
@@ -236,12 +240,13 @@ def gamma_sensitivity(
     """E[r*] over all impressions under hidden selection of each strength in GAMMAS.
 
     The interval is from the 2.5 % quantile of the lower bound to the 97.5 % one of the upper, over bootstrap samples of the rows
-    with feedback (Zhao et al. 2019, section 4.3); propensity and rates stay as they are.
+    with feedback (Zhao et al. 2019, section 4.3), clusters of them together; propensity and rates stay as they are.
     """
     seen = observations.o == 1
     label, place = corrected_label(observations.r[seen], rates).unique(return_inverse=True)
     least, most = hidden_selection_weights(propensity[seen], torch.tensor(GAMMAS))
-    rows, kind = len(place), one_hot(place).double()
+    rows, kind, cluster = len(place), one_hot(place).double(), observations.clusters(seen)
+    unit, units = (torch.arange(rows), rows) if cluster is None else numbered(cluster)  # what is drawn
 
     def bounds(count: Tensor) -> Tensor:  # times that each row is taken -> low and high [2, G]
         taken = count.double().unsqueeze(1) * kind  # two labels: their sums of weights suffice
@@ -249,21 +254,23 @@ def gamma_sensitivity(
 
     low, high = bounds(torch.ones(rows))
     generator = torch.Generator().manual_seed(seed)
-    samples = (torch.randint(rows, (rows,), generator=generator) for _ in range(draws))
-    ends = torch.stack([bounds(torch.bincount(sample, minlength=rows)) for sample in samples])  # [draws, 2, G]
+    samples = (torch.randint(units, (units,), generator=generator) for _ in range(draws))
+    ends = torch.stack([bounds(torch.bincount(sample, minlength=units)[unit]) for sample in samples])  # [draws, 2, G]
     low_95, high_95 = ends[:, 0].quantile(0.025, 0), ends[:, 1].quantile(0.975, 0)
     figures = zip(GAMMAS, low.tolist(), high.tolist(), low_95.tolist(), high_95.tolist(), strict=True)
     return tuple(GammaBounds(*row) for row in figures)
 
 
-def ranking(label: Tensor, propensity: Tensor, top: Tensor) -> Ranking | None:
+def ranking(label: Tensor, propensity: Tensor, top: Tensor, cluster: Tensor | None = None) -> Ranking | None:
     """How much better the rows `top` (a mask) are than the others; None if either group has no feedback.
 
-    `label` [M] corrected and `propensity` [M], of rows with feedback.
+    `label` [M] corrected, `propensity` [M] and `cluster` [M], of rows with feedback.
     """
     if not bool(top.any()) or bool(top.all()):
         return None
-    (upper, upper_se), (lower, lower_se) = (_mean(label[group], propensity[group]) for group in (top, ~top))
+    (upper, upper_se), (lower, lower_se) = (
+        _mean(label[group], propensity[group], None if cluster is None else cluster[group]) for group in (top, ~top)
+    )
     stderr = (upper_se**2 + lower_se**2) ** 0.5
     return Ranking(upper - lower, stderr, sign_change(label, propensity, top), len(label))
 
@@ -279,8 +286,8 @@ def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
     return Mechanisms(weights, heldout, gap, figures.get("gap_stderr"), figures.get("signal"))
 
 
-def _mean(value: Tensor, propensity: Tensor) -> tuple[float, float]:
-    """Self-normalised mean of `value` [M] and its standard error."""
+def _mean(value: Tensor, propensity: Tensor, cluster: Tensor | None = None) -> tuple[float, float]:
+    """Self-normalised mean of `value` [M] and its standard error, that of sums over clusters where these are given."""
     weight = snips_weights(torch.ones(len(value), dtype=torch.float64), propensity.double())
     mean = (weight * value.double()).mean()
-    return float(mean), float((weight * (value.double() - mean)).square().sum().sqrt() / len(value))
+    return float(mean), float(summed(weight * (value.double() - mean), cluster).square().sum().sqrt() / len(value))

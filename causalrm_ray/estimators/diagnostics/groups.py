@@ -58,8 +58,10 @@ def diagnose_groups(
     return GroupReport(found, selection, fault)
 
 
-def diagnose_signals(ranking: Tensor | None, signals: Signals, seed: int = 0) -> dict[str, SignalRate] | None:
-    """P(signal | r*, o = 1) of each signal; None without a ranking [N]."""
+def diagnose_signals(
+    ranking: Tensor | None, signals: Signals, seed: int = 0, cluster: Tensor | None = None
+) -> dict[str, SignalRate] | None:
+    """P(signal | r*, o = 1) of each signal; None without a ranking [N]. `cluster` [N] as that of Observations."""
     if ranking is None:
         return None
-    return signal_rates(ranking, signals.place, signals.names, signals.labels, seed=seed)
+    return signal_rates(ranking, signals.place, signals.names, signals.labels, seed=seed, cluster=cluster)

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from causalrm_ray.estimators.core.clusters import summed
 from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need, Observations
 from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_features, fit_label, to_logits
 from causalrm_ray.losses.pointwise import bce
@@ -27,7 +28,7 @@ REJECTED = 2.576  # standard errors: a two-sided test at 1 %
 MIN_SIGNAL = 2.0  # standard errors by which P(o | x) must beat a constant, for a likelihood of o to distinguish mechanisms
 
 
-def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
+def mechanism_weights(features: Tensor, label: Tensor, cluster: Tensor | None = None) -> Tensor:
     """Weights [2] of `features` and `label` from their negative log-likelihoods [M] of the same held-out rows.
 
         w_features = Phi(z - 2.576),   z = mean(label - features) over its standard error
@@ -37,31 +38,41 @@ def mechanism_weights(features: Tensor, label: Tensor) -> Tensor:
     The restricted model therefore stands until a test at 1 % rejects it (z = 0: 0.5 % for the features, 1: 6 %, 4: 92 %). That it
     stands is no proof of it.
     """
-    free = torch.special.ndtr(_in_standard_errors(label - features) - REJECTED)
+    free = torch.special.ndtr(_in_standard_errors(label - features, cluster) - REJECTED)
     return torch.stack([free, 1 - free])
 
 
-def propensity_signal(nll: Tensor, o: Tensor) -> float:
+def propensity_signal(nll: Tensor, o: Tensor, cluster: Tensor | None = None) -> float:
     """Standard errors by which P(o | x), of held-out negative log-likelihood `nll` [M], beats the mean of `o` [M]."""
     share = o.mean()
-    return float(_in_standard_errors(bce(torch.logit(share).expand_as(o), o) - nll))
+    return float(_in_standard_errors(bce(torch.logit(share).expand_as(o), o) - nll, cluster))
 
 
-def _in_standard_errors(value: Tensor) -> Tensor:
+def _in_standard_errors(value: Tensor, cluster: Tensor | None) -> Tensor:
     """The mean of `value` [M] over its standard error."""
-    return value.mean() / (value.std() / math.sqrt(len(value))).clamp_min(1e-12)
+    return value.mean() / _stderr(value, cluster).clamp_min(1e-12)
+
+
+def _stderr(value: Tensor, cluster: Tensor | None) -> Tensor:
+    """The standard error of the mean of `value` [M]; the rows of one `cluster` [M] depend on one another."""
+    if cluster is None:
+        return value.std() / math.sqrt(len(value))
+    total = summed(value - value.mean(), cluster)
+    return total.square().sum().sqrt() / len(value) * math.sqrt(len(total) / max(len(total) - 1, 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Averaged:
     """Mechanisms and their average, weighted by held-out outcomes.
 
-    `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `best.rows` [M].
+    `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `best.rows` [M]; `gap_stderr` is the standard error of
+    the difference of their mean likelihoods.
     """
 
     mechanisms: Mapping[str, Mechanism]
     weights: Tensor
     signal: float
+    gap_stderr: float
 
     @property
     def best(self) -> Mechanism:
@@ -92,19 +103,17 @@ class Averaged:
         """Weights, held-out likelihoods and the standard error of their difference, the signal, and the rates."""
         found = {f"weight_{name}": float(weight) for name, weight in zip(self.mechanisms, self.weights, strict=True)}
         found |= {f"heldout_{name}": float(one.heldout.mean()) for name, one in self.mechanisms.items()}
-        gap = torch.stack([one.heldout for one in self.mechanisms.values()]).diff(dim=0)
-        found["gap_stderr"] = float(gap.std() / math.sqrt(gap.shape[1]))
-        return found | {"signal": self.signal} | asdict(self.rates)
+        return found | {"gap_stderr": self.gap_stderr, "signal": self.signal} | asdict(self.rates)
 
 
 def fit_mechanisms(task: FitTask) -> Averaged:
     """Both mechanisms, weighed by held-out likelihood; with equal weights where the log does not distinguish them."""
     features, feedback_nll = fit_features(task)
     found = {"features": features, "label": fit_label(task)}
-    signal = propensity_signal(feedback_nll, task.observations.o[features.rows])
-    distinct = signal >= MIN_SIGNAL
-    weights = mechanism_weights(features.heldout, found["label"].heldout) if distinct else torch.full((2,), 0.5)
-    return Averaged(found, weights, signal)
+    cluster, nll = task.observations.clusters(features.rows), [one.heldout for one in found.values()]
+    signal = propensity_signal(feedback_nll, task.observations.o[features.rows], cluster)
+    weights = mechanism_weights(nll[0], nll[1], cluster) if signal >= MIN_SIGNAL else torch.full((2,), 0.5)
+    return Averaged(found, weights, signal, float(_stderr(nll[1] - nll[0], cluster)))
 
 
 def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted:

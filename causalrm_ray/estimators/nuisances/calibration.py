@@ -49,12 +49,21 @@ def temperature(logit: Tensor, label: Tensor) -> float:
     return math.exp(minimize_scalar(risk, bounds=(-4.0, 4.0), method="bounded").x)
 
 
-def cross_calibrate(prob: Tensor, label: Tensor, seen: Tensor, folds: int, seed: int, weight: Tensor | None = None) -> Tensor:
-    """Calibrated probabilities [N], each by a map that did not see its row, so that their calibration error is honest.
+def cross_calibrate(
+    prob: Tensor,
+    label: Tensor,
+    seen: Tensor,
+    folds: int,
+    seed: int,
+    weight: Tensor | None = None,
+    cluster: Tensor | None = None,
+) -> Tensor:
+    """Calibrated probabilities [N], each by a map that did not see its row, nor another of its `cluster` [N], so that their
+    calibration error is honest.
 
     Maps are fitted on the rows where `seen` [N] is true; `label` [N] is read only there. `prob` should be out-of-fold itself.
     """
-    fold = fold_of(len(prob), folds, seed)
+    fold = fold_of(len(prob), folds, seed, cluster, seen)
     calibrated = torch.empty_like(prob)
     for number in range(folds):
         others = seen & (fold != number)

@@ -20,6 +20,7 @@ from torch import Tensor
 from causalrm_ray.estimators.core.task import Observations
 
 BINS = 60
+BUNCHES = 2000  # of clusters, at most, in a bootstrap
 # Of theta = (logit rho_10, logit rho_01, m, log b left, log b right, log g): a Gaussian prior, worth a row or two for the rates.
 CENTRE = torch.tensor([-1.5, -1.5, 0.0, math.log(5.0), math.log(5.0), math.log(1.2)], dtype=torch.float64)
 PRECISION = torch.tensor([0.05, 0.05, 0.1, 0.8**-2, 0.8**-2, 0.35**-2], dtype=torch.float64)
@@ -42,6 +43,11 @@ class Ranks:
         """Rows [B, K] per bin and `kind` [M] in 0..K-1."""
         flat = torch.bincount(self.bins * kinds + kind, minlength=len(self.score) * kinds)
         return flat.reshape(len(self.score), kinds).double()
+
+    def resample(self, kind: Tensor, kinds: int, draws: int, seed: int, cluster: Tensor | None) -> Tensor:
+        """Bootstrap [D, B, K] of `counts`; `cluster` [N] of all rows of the log."""
+        among = None if cluster is None else cluster[self.rows]
+        return resample(self.counts(kind, kinds), draws, seed, self.bins * kinds + kind, among)
 
 
 def rank_feedback(prob: Tensor, observations: Observations, among: Tensor | None = None) -> Ranks:
@@ -113,10 +119,22 @@ def evidence_of_flat_ends(point: Tensor, score: Tensor, counts: Tensor) -> tuple
     return top, bottom
 
 
-def resample(counts: Tensor, draws: int, seed: int) -> Tensor:
-    """Bootstrap [D, ...] of `counts` [...]: a row is drawn Poisson(1) times, so a count of n rows is Poisson(n)."""
+def resample(counts: Tensor, draws: int, seed: int, cell: Tensor | None = None, cluster: Tensor | None = None) -> Tensor:
+    """Bootstrap [D, ...] of `counts` [...]: a row is drawn Poisson(1) times, so a count of n rows is Poisson(n).
+
+    With `cluster` [M] of the rows, and the flat `cell` [M] of `counts` that each row is in, whole clusters are drawn Poisson(1)
+    times: rows of one user say less than as many rows of as many users. Beyond BUNCHES clusters, bunches of them are drawn,
+    and totals vary more than their shares tell.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.poisson(counts.expand(draws, *counts.shape).contiguous(), generator=generator)
+    if cell is None or cluster is None:
+        return torch.poisson(counts.expand(draws, *counts.shape).contiguous(), generator=generator)
+    found, place = torch.unique(cluster, return_inverse=True)
+    bunch = torch.randperm(len(found), generator=generator)[place] % BUNCHES
+    bunches = min(len(found), BUNCHES)
+    table = torch.bincount(bunch * counts.numel() + cell, minlength=bunches * counts.numel()).reshape(bunches, -1)
+    times = torch.poisson(torch.ones(draws, bunches, dtype=torch.float64), generator=generator)
+    return (times @ table.double()).reshape(draws, *counts.shape)
 
 
 def _eta(theta: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from causalrm_ray.estimators.nuisances.noise_curve import (
     evidence_of_flat_ends,
     fit_curves,
     rank_feedback,
-    resample,
     sureness,
 )
 from causalrm_ray.types import NoiseRates
@@ -130,9 +129,10 @@ def fit_label_curves(
     if draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
     ranks = rank_feedback(prob, observations, among)
-    counts = ranks.counts(observations.r[ranks.rows].long(), 2)
+    label = observations.r[ranks.rows].long()
+    counts, drawn = ranks.counts(label, 2), ranks.resample(label, 2, draws, seed, observations.cluster)
     point = fit_curves(ranks.score, counts[None])
-    return Curves(ranks, counts, point, fit_curves(ranks.score, resample(counts, draws, seed), point))
+    return Curves(ranks, counts, point, fit_curves(ranks.score, drawn, point))
 
 
 def noise_rates_by(

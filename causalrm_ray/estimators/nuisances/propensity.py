@@ -71,7 +71,8 @@ def cross_fit_logits(
     """
     inputs, seed, stop = task.inputs, task.settings.seed, objective(task.heldout)
     fold = torch.full((len(inputs),), -1)
-    fold[rows] = fold_of(len(rows), folds, seed) if fold_of_rows is None else fold_of_rows
+    cluster = task.observations.clusters(rows)
+    fold[rows] = fold_of(len(rows), folds, seed, cluster) if fold_of_rows is None else fold_of_rows
     logit = torch.zeros(len(inputs))
     modules = []
     for number in range(folds):
@@ -115,17 +116,17 @@ def cross_fit(
     return torch.sigmoid(logit), modules
 
 
-def calibrate(raw: Tensor, o: Tensor, clip: float, folds: int = 5, seed: int = 0) -> Propensity:
+def calibrate(raw: Tensor, o: Tensor, clip: float, folds: int = 5, seed: int = 0, cluster: Tensor | None = None) -> Propensity:
     """Honest propensities from raw out-of-fold ones: isotonic, cross-fitted over `folds`, clipped below at `clip` in (0, 1).
 
-    `raw` [N] in [0, 1], `o` [N] in {0, 1} with both classes; else ValueError.
+    `raw` [N] in [0, 1], `o` [N] in {0, 1} with both classes; else ValueError. Rows of one `cluster` [N] share a fold.
     """
     if not 0 < clip < 1:
         raise ValueError(f"clip must be in (0, 1), got {clip}")
     check_same_length(raw=raw, o=o)
     check_unit_interval("raw", raw)
     check_both_classes("o", o)
-    calibrated = cross_calibrate(raw, o, torch.ones(len(o), dtype=torch.bool), folds, seed)
+    calibrated = cross_calibrate(raw, o, torch.ones(len(o), dtype=torch.bool), folds, seed, cluster=cluster)
     return Propensity(calibrated.clamp(min=clip), fit_calibration(raw, o), clip, diagnose(calibrated, o, clip))
 
 
@@ -165,8 +166,14 @@ def effective_sample_size(weight: Tensor) -> float:
     return float(total.square() / squares)
 
 
-def split_rows(rows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(train, held-out) parts of `rows` [M] at random, `held_out` in (0, 1) being the second's share; both in ascending order."""
+def split_rows(rows: Tensor, held_out: float, seed: int, cluster: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(train, held-out) parts of `rows` [M] at random, `held_out` in (0, 1) being the second's share; both in ascending order.
+
+    Rows of one `cluster` [M] go to one part: the share is then about that of the clusters too.
+    """
+    if cluster is not None:
+        out = fold_of(len(rows), round(1 / held_out), seed, cluster) == 0
+        return rows[~out].sort().values, rows[out].sort().values
     order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     cut = round(len(rows) * (1 - held_out))
     return order[:cut].sort().values, order[cut:].sort().values

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from causalrm_ray.checks import check_both_classes, check_same_length, check_unit_interval
 from causalrm_ray.estimators.core.task import Observations
-from causalrm_ray.estimators.nuisances.noise_curve import RHO_01, RHO_10, fit_curves, rank_feedback, resample, sureness
+from causalrm_ray.estimators.nuisances.noise_curve import RHO_01, RHO_10, fit_curves, rank_feedback, sureness
 
 STEPS = 200  # of expectation-maximisation
 
@@ -34,14 +34,21 @@ class SignalRate:
 
 
 def signal_rates(
-    prob: Tensor, signal: Tensor, names: Sequence[str], labels: Sequence[int], draws: int = 500, seed: int = 0
+    prob: Tensor,
+    signal: Tensor,
+    names: Sequence[str],
+    labels: Sequence[int],
+    draws: int = 500,
+    seed: int = 0,
+    cluster: Tensor | None = None,
 ) -> dict[str, SignalRate]:
     """P(signal | r* = 1, o = 1) and P(signal | r* = 0, o = 1) of every signal in `names`.
 
     `signal` [N] is a place in `names`, or -1 without feedback; `labels` in {0, 1} is the r that each signal stands for; `prob`
     [N] ranks the rows, out of fold. The curve of `estimate_noise_rates` gives, per rank, who gave a label; within a label, the
     signals of the two kinds of users are a mixture with these known weights, fitted by expectation-maximisation. Curve and
-    mixture are refitted to `draws` resamples. Right where signals depend on the opinion only, and where that estimate is.
+    mixture are refitted to `draws` resamples, of rows or of whole clusters (`cluster` [N]). Right where signals depend on the
+    opinion only, and where that estimate is.
     Raises ValueError for a signal without a name or a label not in {0, 1}, InputError where all feedback has one label.
     """
     check_same_length(prob=prob, signal=signal)
@@ -55,7 +62,7 @@ def signal_rates(
     check_both_classes("labels of the rows with feedback", observations.r[observations.o == 1])
     ranks = rank_feedback(prob, observations)
     counts = ranks.counts(signal[ranks.rows].long(), len(names))
-    drawn = resample(counts, draws, seed)
+    drawn = ranks.resample(signal[ranks.rows].long(), len(names), draws, seed, cluster)
     point = fit_curves(ranks.score, _labels(counts[None], meaning))
     theta = torch.cat([point, fit_curves(ranks.score, _labels(drawn, meaning), point)])
     share = _shares(theta, ranks.score, torch.cat([counts[None], drawn]), meaning)  # [1 + D, r*, K]

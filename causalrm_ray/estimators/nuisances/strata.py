@@ -100,22 +100,24 @@ def selection_by_stratum(
         P(DISLIKED | x) = liked e rho_01       + disliked (1 - e) (1 - rho_10)
 
     `f` [N] are logits of P(r* = 1 | x), calibrated over all impressions and out of fold; `strata` [N] in 0..len(names) - 1.
-    Counts in bins of f within each stratum are fitted by expectation-maximisation, and again for `draws` resamples of the rows;
-    the uncertainty of f and `rates` is not in the intervals. Within a stratum selection depends on the opinion only.
+    Counts in bins of f within each stratum are fitted by expectation-maximisation, and again for `draws` resamples of the rows,
+    or of their clusters; the uncertainty of f and `rates` is not in the intervals. Within a stratum selection depends on the
+    opinion only.
     """
     check_same_length(f=f, o=observations.o, strata=strata)
     check_finite("f", f)
     if len(strata) == 0 or not 0 <= int(strata.min()) <= int(strata.max()) < len(names):
         raise ValueError(f"strata must be in 0..{len(names) - 1} and not empty, got {strata.unique().tolist()[:8]}")
     outcome = outcomes(observations.o, observations.r)
-    counts, sure = _cells(torch.sigmoid(f.double()), outcome, strata.long(), len(names))
+    counts, sure, cell = _cells(torch.sigmoid(f.double()), outcome, strata.long(), len(names))
     point = _fit(counts[None], sure, rates, None, STEPS)
-    drawn = _fit(resample(counts, draws, seed), sure, rates, point, RESTEPS)
+    drawn = _fit(resample(counts, draws, seed, cell, observations.cluster), sure, rates, point, RESTEPS)
     return {name: _figures(counts[s], point[0, s], drawn[:, s]) for s, name in enumerate(names)}
 
 
-def _cells(sure: Tensor, outcome: Tensor, strata: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Rows [S, B, 3] per stratum, bin of equally many rows, and outcome; and the mean of `sure` [S, B] in each."""
+def _cells(sure: Tensor, outcome: Tensor, strata: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [S, B, 3] per stratum, bin of equally many rows, and outcome; the mean of `sure` [S, B] in each; the place [N] of
+    each row in the first."""
     order = torch.argsort(sure)
     order = order[torch.argsort(strata[order], stable=True)]
     sizes = torch.bincount(strata, minlength=number)
@@ -124,7 +126,7 @@ def _cells(sure: Tensor, outcome: Tensor, strata: Tensor, number: int) -> tuple[
     cell = strata * BINS + within * BINS // sizes[strata]
     counts = torch.bincount(cell * 3 + outcome, minlength=number * BINS * 3).reshape(number, BINS, 3).double()
     total = torch.zeros(number * BINS, dtype=torch.float64).index_add_(0, cell, sure).reshape(number, BINS)
-    return counts, total / counts.sum(-1).clamp_min(1)
+    return counts, total / counts.sum(-1).clamp_min(1), cell * 3 + outcome
 
 
 def _fit(counts: Tensor, sure: Tensor, rates: NoiseRates, start: Tensor | None, steps: int) -> Tensor:

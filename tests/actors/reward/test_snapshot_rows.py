@@ -49,3 +49,27 @@ def test_a_graded_signal_is_two_in_diagnostics(backbone: str, make_snapshot: Cal
     log = load_rows(path, load_tokenizer(backbone), 64)
     assert (log.signals.names, log.signals.labels) == (("stars, low", "stars, high"), (0, 1))
     assert torch.equal(log.signals.place[log.observations.o == 1].float(), log.observations.r[log.observations.o == 1])
+
+
+def test_users_keep_their_side_and_rows_of_a_user_are_a_cluster(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    path = make_snapshot(800)
+    table = pq.read_table(path)
+    users = [f"user-{number % 160}" for number in range(800)]
+    place = table.column_names.index("user")
+    pq.write_table(table.set_column(place, "user", pa.array(users)), path)
+    log = load_rows(path, load_tokenizer(backbone), 64)
+    assert (log.split_by, log.warnings) == ("user", ())
+    assert log.observations.cluster is not None
+    heldout = set(log.heldout.tolist())
+    for user in set(users):
+        rows = [number for number, name in enumerate(users) if name == user]
+        assert len({row in heldout for row in rows}) == 1
+        assert len(set(log.fold[rows].tolist())) == len(set(log.observations.cluster[rows].tolist())) == 1
+    assert len(log.observations.cluster.unique()) == 160
+
+
+def test_too_few_prompts_to_split_by_are_a_warning(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    log = load_rows(make_snapshot(800), load_tokenizer(backbone), 64)  # six prompts in all
+    assert log.split_by == "impression_id"
+    assert "not split by prompt" in log.warnings[0]
+    assert log.observations.cluster is None

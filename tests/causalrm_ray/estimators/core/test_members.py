@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,3 +76,21 @@ def test_a_member_is_judged_by_the_rows_that_it_left_out() -> None:
     rows = torch.arange(8)
     output = torch.where(folds.unseen(rows), 1.0, 100.0)  # bad wherever it learned
     assert float(BestMembers(Numbers(), lambda out, index: out, folds, task())(output, rows).mean()) == 1.0
+
+
+def test_no_member_learns_from_a_cluster_that_measures_it() -> None:
+    cluster = torch.randint(60, (600,), generator=torch.Generator().manual_seed(0))
+    o = (torch.rand(600, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+    everyone = torch.arange(600)
+    given = replace(
+        task(),
+        inputs=FeatureRows(torch.zeros(600, 1)),
+        observations=Observations(o, torch.zeros(600), cluster),
+        train=everyone[cluster >= 12],
+        heldout=everyone[cluster < 12],
+    )
+    folds = Folds(given, 5)
+    for one in range(60):
+        rows = everyone[cluster == one]
+        assert len(folds.unseen(rows).unique(dim=0)) == 1
+    assert folds.unseen(everyone[o == 1]).sum(0).min() > 0.15 * o.sum()

@@ -168,6 +168,27 @@ def test_bootstrap_of_the_plain_estimate_has_its_standard_error() -> None:
     assert (plain.high_95 - plain.low_95) / (2 * 1.96) == pytest.approx(stderr, rel=0.1)
 
 
+def test_rows_that_a_user_repeats_make_no_interval_narrower() -> None:
+    """Every row four times: as many figures of clusters as of the rows alone."""
+    _, observations, propensity, _ = log()
+    few = torch.arange(400)
+    four = few.repeat_interleave(4)
+    alone = Observations(observations.o[few], observations.r[few])
+    repeated = Observations(observations.o[four], observations.r[four], four)
+    for one, other in zip(
+        gamma_sensitivity(alone, propensity[few], RATES), gamma_sensitivity(repeated, propensity[four], RATES), strict=True
+    ):
+        assert (one.low, one.high) == pytest.approx((other.low, other.high))
+        assert other.high_95 - other.low_95 == pytest.approx(one.high_95 - one.low_95, rel=0.1)
+    seen, seen_four = few[alone.o == 1], four[repeated.o == 1]
+    label, top = corrected_label(observations.r, RATES), torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.5
+    one = ranking(label[seen], propensity[seen], top[seen])
+    other = ranking(label[seen_four], propensity[seen_four], top[seen_four], seen_four)
+    assert one is not None
+    assert other is not None
+    assert other.stderr == pytest.approx(one.stderr)
+
+
 def test_ranking_by_hand() -> None:
     label, top = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), torch.tensor([True, True, True, False, False, False])
     found = ranking(label, torch.full((6,), 0.5), top)

@@ -7,6 +7,7 @@ import torch
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.nuisances.noise_curve import (
     BINS,
+    BUNCHES,
     CENTRE,
     PRECISION,
     evidence_of_flat_ends,
@@ -57,6 +58,21 @@ def test_resamples_are_poisson_counts() -> None:
     # Var of a sample variance of Poisson(m) is about (m + 2 m^2) / n.
     m = torch.tensor([4.0, 100.0], dtype=torch.float64)
     assert ((drawn.var(0) - m).abs() < 3 * ((m + 2 * m * m) / 20000).sqrt()).all()
+
+
+def test_resamples_of_clusters_vary_as_the_clusters_are_many() -> None:
+    """Each row five times, as a cluster: a share varies as that of a fifth of the rows; also where bunches of them are drawn."""
+    for number in (400, 5 * BUNCHES):
+        cell = (torch.arange(number) % 4 == 0).long().repeat_interleave(5)
+        cluster = torch.arange(number).repeat_interleave(5) * 31
+        counts = torch.bincount(cell).double()
+        drawn = resample(counts, 4000, 0, cell, cluster)
+        assert drawn.shape == (4000, 2)
+        share = drawn[:, 1] / drawn.sum(1)
+        variance = 0.25 * 0.75 / number
+        assert abs(float(share.mean()) - 0.25) < 4 * (variance / 4000) ** 0.5
+        assert abs(float(share.var()) / variance - 1) < 0.15
+        assert abs(float(drawn.sum(1).mean()) / float(counts.sum()) - 1) < 0.01
 
 
 def test_ends_that_still_rise_have_no_evidence_of_being_flat() -> None:
