@@ -40,7 +40,7 @@ EstimatorName = chosen_from(ESTIMATORS)
 ComparedName = chosen_from(ESTIMATORS, "oracle")
 AlgorithmName = chosen_from(ALGORITHMS)
 EngineName = chosen_from(ENGINES)
-FormatName = chosen_from(FORMATS)
+FormatName = chosen_from(FORMATS, "auto")
 TrackerName = chosen_from(TRACKERS)
 
 

@@ -91,8 +91,23 @@ class FeedbackConfig(Section):
     """The feedback log: where it is, what to import into it, and what its signals mean."""
 
     url: str | None = Field(None, description="SQLAlchemy URL of the log; null keeps an SQLite file in the run's folder")
-    source: str | None = Field(None, description="log to import first: JSONL or Parquet file, `datasets` folder or hub id")
-    format: FormatName = Field("native", description="how the rows of `source` are read, by name or import path")
+    source: str | tuple[str, ...] | None = Field(
+        None,
+        description="log to import first: JSON, CSV or Parquet file, a folder of them, a list of both, a `datasets` folder, a "
+        "hub id, a URL such as s3://, or the SQLAlchemy URL of a database that `query` reads",
+    )
+    events: str | tuple[str, ...] | None = Field(
+        None, description="a second source, of events about the answers in `source`; a second query where `query` is given"
+    )
+    query: str | None = Field(None, description="SELECT that gives the rows of `source`, a database, which is only read")
+    format: FormatName = Field(
+        "auto", description="how the rows of `source` are read, by name or import path; auto: as the first rows of each file show"
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="columns of a log of your own by our names, {prompt: question, response: choices.0.text}, by name "
+        "or path; a signal of `signals` may stand for a name of ours: the column then holds its value",
+    )
     prompts: str | None = Field(
         None, description="JSONL or Parquet file with a `prompt` column to tune on; null: the embedded prompts"
     )

@@ -1,47 +1,92 @@
-"""Numbered rows of a log kept elsewhere: a JSONL or Parquet file, a folder of them, a `datasets` folder or a hub id."""
+"""Where a log kept elsewhere is read from, and its rows, numbered.
+
+file | folder | list of them | `datasets` folder | hub id | URL | database + query --parts--> Part --rows--> RawRow
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
-
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.parquet import PARQUET_FAULTS
+from causalrm_ray.data.readers.csv_part import CsvPart
+from causalrm_ray.data.readers.files import File, kind_of_name, local_files, no_such_file
+from causalrm_ray.data.readers.json_part import JsonPart
+from causalrm_ray.data.readers.parquet_part import DatasetPart, ParquetPart
+from causalrm_ray.data.readers.part import Part
+from causalrm_ray.data.readers.remote import remote_files, without_secrets
+from causalrm_ray.data.readers.sql_part import SqlPart, is_database
 from causalrm_ray.data.rows import RawRow, RowError, SourceError, conversation, row_fields
-from causalrm_ray.errors import brief
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_ROWS_PER_BATCH = 1_000
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_KINDS = {"json": JsonPart, "csv": CsvPart, "tsv": CsvPart, "parquet": ParquetPart}
+_SAVED = ("state.json", "dataset_dict.json")  # in a folder that `Dataset.save_to_disk` wrote
 
 
-def read_rows(source: str, split: str = "train") -> Iterator[RawRow]:
-    """Every row of `source`; blank lines of JSONL are skipped.
+def parts(
+    source: str | Sequence[str], split: str = "train", query: str | None = None, option: str = "feedback.query"
+) -> list[Part]:
+    """What `source`, or each of several, is made of; opens no file yet.
 
-    A folder is one that `Dataset.save_to_disk` wrote, or holds JSONL and Parquet files (read in the order of their names), or
-    else goes to `datasets.load_dataset`, as does a name that is no path: a hub id. `split` matters for `datasets` only.
-    Raises SourceError where the source is missing or unreadable as a whole.
+    A folder is one that `Dataset.save_to_disk` wrote, or holds files of rows, which are read in the order of their names; any
+    other file refuses it. A name OWNER/NAME that is no path, in no folder OWNER here and without a file's ending is a data set
+    on the hub; no other name is ever looked up there. `split` matters for `datasets` only. With `query`, which the option
+    `option` gives, the source is the SQLAlchemy URL of a database, which is only read.
+    Raises SourceError where a source is missing or holds what cannot be read.
     """
-    path = Path(source)
-    if path.is_file():
-        yield from _file_rows(path)
-    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        yield from _dataset_rows(source, split, saved=True)
-    elif files := data_files(path):
-        for file in files:
-            yield from _file_rows(file)
-    else:
-        yield from _dataset_rows(source, split, saved=False)
+    if query is not None:
+        if not isinstance(source, str) or not is_database(source):
+            raise SourceError(f"{option} asks a database: feedback.source must be its SQLAlchemy URL, such as sqlite:///log.db")
+        return [SqlPart(source, query, option)]
+    found: list[Part] = []
+    for name in [source] if isinstance(source, str) else source:
+        found += _parts(name, split)
+    if twice := sorted({part.where for part in found if sum(part.where == other.where for other in found) > 1}):
+        raise SourceError(f"feedback.source must name each file once, got {twice[0]} several times")
+    return found
+
+
+def _parts(source: str, split: str) -> list[Part]:
+    if is_database(source):
+        raise SourceError(f"{without_secrets(source)} is a database: feedback.query must hold the SELECT that gives its rows")
+    if "://" in source and not source.startswith("file://"):
+        return [_part(file) for file in remote_files(source)]
+    path = Path(source.removeprefix("file://")).expanduser()
+    if any((path / name).is_file() for name in _SAVED):
+        return [DatasetPart(str(path), split, saved=True)]
+    if looks_like_hub_id(source):
+        return [DatasetPart(source, split, saved=False)]
+    return [_part(file) for file in local_files(path)]
+
+
+def _part(file: File) -> Part:
+    return _KINDS[file.kind](file)
+
+
+def looks_like_hub_id(source: str) -> bool:
+    """Whether a name is one of a data set on the hub: OWNER/NAME, not a path that is here or could be meant to be."""
+    here = Path(source)
+    named = _HUB_ID.fullmatch(source) is not None and kind_of_name(source) is None
+    return named and not here.exists() and not here.parent.exists()
+
+
+def read_rows(source: str | Sequence[str], split: str = "train") -> Iterator[RawRow]:
+    """Every row of `source`: see `parts`. Raises SourceError where it is missing or unreadable as a whole."""
+    for part in parts(source, split):
+        yield from part.rows()
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The JSONL and Parquet files below `folder`, by name; empty if it is no folder."""
-    return sorted(file for file in folder.rglob("*") if file.suffix in (*JSONL_SUFFIXES, ".parquet"))
+    """The files of rows below a folder, by name; empty if it is none. Raises SourceError for a file of another kind."""
+    return [Path(file.path) for file in local_files(folder)] if folder.is_dir() else []
+
+
+def check_exists(source: str) -> None:
+    """Raise SourceError, with the nearest name, for a path that is not there; hub ids and URLs pass."""
+    path = Path(source).expanduser()
+    if "://" not in source and not path.exists() and not looks_like_hub_id(source):
+        raise SourceError(no_such_file(path))
 
 
 def read_prompts(source: str) -> list[Conversation]:
@@ -60,57 +105,3 @@ def read_prompts(source: str) -> list[Conversation]:
     if not prompts:
         raise SourceError(f"{source} must hold prompts, got 0 rows")
     return prompts
-
-
-def _file_rows(path: Path) -> Iterator[RawRow]:
-    if path.suffix in JSONL_SUFFIXES:
-        return _jsonl_rows(path)
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    raise SourceError(f"source {path} must end in one of {[*JSONL_SUFFIXES, '.parquet']}, got {path.suffix!r}")
-
-
-def _jsonl_rows(path: Path) -> Iterator[RawRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="backslashreplace").strip()
-            if text:
-                yield _json_row(str(path), number, line, text)
-
-
-def _json_row(where: str, number: int, line: bytes, text: str) -> RawRow:
-    try:
-        line.decode()
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        return RawRow(where, number, line, None, f"row must be JSON in UTF-8: {error}")
-    if not isinstance(fields, dict):
-        return RawRow(where, number, line, None, f"row must be a JSON object, got {brief(fields)}")
-    return RawRow(where, number, line, fields)
-
-
-def _parquet_rows(path: Path) -> Iterator[RawRow]:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield from _numbered(str(path), file.iter_batches(_ROWS_PER_BATCH))
-    except PARQUET_FAULTS as error:
-        raise SourceError(f"source {path} must be a readable Parquet file: {error}") from error
-
-
-def _dataset_rows(source: str, split: str, saved: bool) -> Iterator[RawRow]:
-    try:
-        dataset = load_from_disk(source) if saved else load_dataset(source, split=split)
-        if not isinstance(dataset, Dataset):
-            dataset = dataset[split]
-        yield from _numbered(source, dataset.with_format("arrow").iter(_ROWS_PER_BATCH))
-    except (*PARQUET_FAULTS, KeyError, TypeError, DatasetGenerationError) as error:
-        raise SourceError(
-            f"source {source} must be a JSONL or Parquet file, a folder of them, a `datasets` folder or a hub id with the split"
-            f" {split!r}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _numbered(where: str, batches: Iterator[pa.RecordBatch | pa.Table]) -> Iterator[RawRow]:
-    rows = (fields for batch in batches for fields in batch.to_pylist())
-    for number, fields in enumerate(rows, 1):
-        yield RawRow(where, number, None, fields)

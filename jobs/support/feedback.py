@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.system import Roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.import_log import LengthLimit, import_log
+from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
@@ -28,12 +29,18 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     if config.feedback.source is not None:
         limit = LengthLimit(lambda prompt, response: len(encode_pair(tokenizer, prompt, response)), config.model.max_length)
         quarantine = config.run.path / "quarantine.jsonl"
-        report = asdict(import_log(config.feedback.source, log, quarantine, format=config.feedback.format, limit=limit))
+        report = asdict(import_log(origin(config), log, quarantine, limit=limit))
         if report["quarantined"]:
             warn(f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}")
     check_log(log.snapshot())
     log.close()
     return report
+
+
+def origin(config: Config) -> Origin:
+    """Where the configured log comes from, and how it is read."""
+    given = config.feedback
+    return Origin(given.source or (), given.format, given.columns, given.events, given.query)
 
 
 def simulate_feedback(config: Config, task: PromptSource, roles: Roles) -> int:

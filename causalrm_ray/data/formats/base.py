@@ -16,6 +16,7 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.registry import FORMATS
 
 FIRST_ROWS = 100  # that a format is recognised by
+LABEL_WORDS = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0}  # in small letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,9 @@ class Format(Protocol):
 
     More is optional:
 
+    labels: Collection[str]
+        its columns that hold labels in {0, 1}, or events with such. The import looks at these alone before it begins; a source in
+        a format without `labels` is read twice, the first time to see whether all feedback has a meaning.
     ignored: Mapping[str, int]
         what else rows held that it did not keep, inside of its columns, by name: how often. The import reports it.
     warnings() -> Iterable[str]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
+from causalrm_ray.data.formats.base import LABEL_WORDS, LoggedEvent, LoggedImpression
 from causalrm_ray.data.rows import RowError, conversation
 from causalrm_ray.errors import brief, kind_of
+
+_DATE = re.compile(r"[-:T]|^(19|20)\d{6}$")  # other digits are a number of seconds
 
 
 class Native:
@@ -36,6 +39,8 @@ class Native:
         + ["signal", "label", "feedback", "value", "event_id", "retracts"]
     )
 
+    labels = ("label", "feedback", "events")
+
     @classmethod
     def matches(cls, columns: Collection[str], rows: Sequence[Mapping[str, Any]]) -> float:
         """0.9 for answers or events as above: another format may know columns beside them that say more."""
@@ -47,13 +52,13 @@ class Native:
         """The one answer of a row, or its one event. Raises RowError."""
         if "impression_id" in fields and "prompt" not in fields and "response" not in fields:
             return [_event(fields, _name(fields, "impression_id"))]
-        later = fields.get("events", [])
+        later = parsed(fields.get("events", []))
         if not isinstance(later, list) or not all(isinstance(event, Mapping) for event in later):
             raise RowError(f"events must be a list of JSON objects, got {brief(later)}")
         given = [fields] if {"signal", "label", "feedback"} & fields.keys() else []
         return [
             LoggedImpression(
-                prompt=conversation(fields.get("prompt"), fields.get("tools")),
+                prompt=conversation(fields.get("prompt"), parsed(fields.get("tools"))),
                 response=fields.get("response", ""),
                 id=_name(fields, "id", "impression_id"),
                 policy_version=_whole(fields.get("policy_version", 0)),
@@ -71,7 +76,7 @@ class Native:
 
 def _event(fields: Mapping[str, Any], impression_id: str | None = None) -> LoggedEvent:
     signal, label, feedback = (fields.get(column) for column in ("signal", "label", "feedback"))
-    if isinstance(feedback, str):
+    if isinstance(feedback, str) and feedback.strip().casefold() not in LABEL_WORDS:
         signal = _agreed("signal", signal, feedback)
     elif feedback is not None:
         label = _agreed("label", label, feedback)
@@ -93,7 +98,7 @@ def seconds(time: Any) -> Any:
     """Seconds since the epoch of an ISO text or a timestamp; anything else as it is. Raises RowError for other text."""
     if isinstance(time, str):
         try:
-            time = datetime.fromisoformat(time)
+            time = datetime.fromisoformat(time) if _DATE.search(time) else float(time)
         except ValueError as error:
             raise RowError(f"time must be seconds or an ISO date and time, got {brief(time)}") from error
     if isinstance(time, datetime):
@@ -101,14 +106,19 @@ def seconds(time: Any) -> Any:
     return time
 
 
+def parsed(value: Any) -> Any:
+    """What a JSON text holds, as columns of text files do; anything else as it is."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
 def traits(context: Any) -> dict[str, str]:
     """Traits by name, of a mapping or a JSON object: values other than text are kept as JSON, nulls are left out."""
-    found = context
-    if isinstance(context, str):
-        try:
-            found = json.loads(context)
-        except (ValueError, RecursionError):
-            found = None
+    found = parsed(context)
     if not isinstance(found, Mapping):
         raise RowError(f"context must be a mapping or a JSON object, got {kind_of(context)}")
     return {

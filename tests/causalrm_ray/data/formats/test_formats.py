@@ -82,7 +82,7 @@ ROWS = [
     {"trace": "b", "turns": ["hi", "go away"], "thumbs": [[0, 0]]},
     {"trace": "c", "turns": ["hi"]},
     {"trace": "d", "turns": []},
-    {"trace": "e", "turns": ["hi", "go away"], "thumbs": [[0, 7]]},
+    {"trace": "e", "turns": ["hi", "go away"], "thumbs": [[0, [7]]]},
     {"trace": "a", "turns": ["hi", "hello", "why?", "no idea"]},
 ]
 PATH = "their_package:Conversations"
@@ -108,13 +108,13 @@ def labels(log: FeedbackLog) -> dict[str, int | None]:
 
 def test_a_format_by_import_path_imports_several_answers_of_a_row(source: str, log: FeedbackLog, tmp_path: Path) -> None:
     report = import_log(source, log, tmp_path / "bad.jsonl", format=PATH)
-    assert report == ImportReport(6, 3, 0, 2, 0, 1, 4, ("cost",))
+    assert report == ImportReport(6, 3, 0, 2, 0, 1, 4, ("cost",), formats=(PATH,))
     assert labels(log) == {"a/0": 1, "a/1": None, "b/0": 0}
     refused = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert [(row["row"], row["reason"][:40]) for row in refused] == [
         (3, "turns must come in pairs, got 1"),
         (4, "row must hold an answer that was shown, "),
-        (5, "label must be 0 or 1, got 7"),
+        (5, "label must be 0 or 1, got a list of 1 it"),
         (6, "impressions: id 'a/1' must keep its cont"),  # the whole row, its first answer too
     ]
     assert import_log(source, log, tmp_path / "bad.jsonl", format=PATH).duplicate_impressions == 3
@@ -125,7 +125,7 @@ def test_a_format_may_assemble_answers_over_rows(source: str, log: FeedbackLog, 
     rows += [{"trace": "c", "turns": ["why?", "because"]}, {"trace": "z", "vote": 0}]
     Path(source).write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = import_log(source, log, tmp_path / "bad.jsonl", format="their_package:Joined")
-    assert report == ImportReport(5, 2, 0, 1, 0, 1, 2, ())
+    assert report == ImportReport(5, 2, 0, 1, 0, 1, 2, (), formats=("their_package:Joined",))
     assert sorted(str(label) for label in labels(log).values()) == ["1", "None"]
     refused = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert [(row["row"], row["reason"].split(": ")[-1]) for row in refused] == [

@@ -33,7 +33,10 @@ def log(tmp_path: Path) -> Iterator[FeedbackLog]:
 
 
 def jsonl(path: Path, *rows: dict | str | bytes) -> str:
-    lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)).encode()
+        for row in rows
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return str(path)
@@ -66,8 +69,9 @@ BAD_ROWS = [
     ({**GOOD, "signal": "dance"}, "signal must be one of ['disliked', 'downvote', 'liked', 'upvote'], got 'dance'"),
     ({**GOOD, "signal": ["upvote"]}, "signal must be one of"),
     ({**GOOD, "signal": "retract"}, "signal must be one of"),
-    ({**GOOD, "label": 2}, "label must be 0 or 1, got 2"),
-    ({**GOOD, "label": "1"}, "label must be 0 or 1, got '1'"),
+    ({**GOOD, "label": [1]}, "label must be 0 or 1, got a list of 1 items"),
+    ({**GOOD, "label": " "}, "label must be 0 or 1, got a text of 1 characters"),
+    ({**GOOD, "time": 4e9}, "time must not be in the future, got 2096-10-02 07:06 UTC"),
     ('{"prompt": "p", "response": "r", "label": NaN}', "label must be 0 or 1, got nan"),
     ({**GOOD, "signal": "upvote", "label": 0}, "label must be that of the signal 'upvote', 1, got 0"),
     ({**GOOD, "signal": "upvote", "feedback": "downvote"}, "feedback must agree with signal 'upvote', got 'downvote'"),
@@ -107,7 +111,7 @@ def test_fields_become_records(log: FeedbackLog, tmp_path: Path):
         {**GOOD, "id": "f", "signal": None, "label": None, "feedback": None},
     )
     report = import_log(source, log, tmp_path / "bad.jsonl", default_time=1.0)
-    assert report == ImportReport(6, 6, 0, 4, 0, 2, 0, ("topic",))
+    assert report == ImportReport(6, 6, 0, 4, 0, 2, 0, ("topic",), formats=("native",))
     rows = {row["impression_id"]: row for row in log.snapshot()}
     assert {name: (row["signal"], row["label"], row["time"]) for name, row in rows.items()} == {
         "7": (None, None, 60.0),
@@ -158,7 +162,7 @@ ROWS = st.builds(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.just(True), ROWS) | st.tuples(st.just(False), CORRUPTIONS), max_size=12), ROWS)
 def test_numbers_add_up_and_nothing_is_lost_under_any_corruption(rows: list[tuple], first: dict):
-    rows = [(True, first), *rows]
+    rows = [(True, {**first, "topic": "é"}), *rows]  # which shows that the file is in UTF-8
     with tempfile.TemporaryDirectory() as name, closing(FeedbackLog(f"sqlite:///{name}/log/log.db", SIGNALS)) as log:
         folder = Path(name)
         report = import_log(jsonl(folder / "in.jsonl", *(row for _, row in rows)), log, folder / "bad.jsonl", limit=LIMIT)
@@ -220,7 +224,9 @@ KINDS = ["jsonl", "parquet", "folder of files", "save_to_disk", "save_to_disk of
 def test_every_kind_of_source_gives_the_same_records(log: FeedbackLog, tmp_path: Path, monkeypatch, kind: str):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     report = import_log(make_source(kind, tmp_path / "source"), log, tmp_path / "bad.jsonl")
-    assert report == ImportReport(4, 3, 0, 2, 0, 1, 1, ())
+    text = kind == "load_dataset"  # a CSV
+    warnings = ("2 labels were text, such as true or 1, and are read as 1 and 0",) if text else ()
+    assert report == ImportReport(4, 3, 0, 2, 0, 1, 1, (), warnings=warnings, formats=("native",))
     assert sorted(str(row["label"]) for row in log.snapshot()) == ["0", "1", "None"]
 
 
@@ -244,7 +250,7 @@ def test_source_without_a_good_row_is_refused(log: FeedbackLog, tmp_path: Path):
 
 def test_unreadable_source_is_refused(log: FeedbackLog, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match="nowhere/at-all must be a JSONL or Parquet file, a folder of them"):
+    with pytest.raises(SourceError, match="nowhere/at-all must be a data set on the hub with the split 'train'"):
         import_log("nowhere/at-all", log, tmp_path / "bad.jsonl")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     with pytest.raises(SourceError, match=r"torn\.parquet must be a readable Parquet file"):
