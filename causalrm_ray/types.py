@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 from causalrm_ray.conversation import Conversation
 
 LABEL_SIGNALS: Mapping[str, int] = MappingProxyType({"liked": 1, "disliked": 0})  # stand for a bare label in an imported log
+PerUser = int | Literal["auto"] | None  # rows with feedback that a user counts for at most: data.users.concentration.cap
 StopReason = Literal["stop", "length"]
 NoiseEstimator = Literal["curve", "anchors"]  # of the noise rates: estimators.nuisances.noise_rates
 

@@ -3,7 +3,7 @@
     snapshot -> cross_fit (2 folds, backbone + head) -> calibrate -> clip -> folder
 
 A version's folder:  fold-K/ (Hugging Face folders)   calibration.json   report.json   propensity.safetensors ("propensity" [N],
-out of fold, one per row of the snapshot, in its order)   manifest.json
+out of fold, one per row of `load_rows`, in its order)   manifest.json
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from actors.cluster.place import restarted
 from actors.reward.report import VersionedPropensity
 from actors.reward.snapshot_rows import load_rows
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
-from causalrm_ray.data.clusters import FOLDS
-from causalrm_ray.data.collate import TokenRows
+from causalrm_ray.data.users.clusters import FOLDS
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.estimators.nuisances.calibration import Calibration
 from causalrm_ray.estimators.nuisances.propensity import Propensity, calibrate, cross_fit
 from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.types import PerUser
 
 PROPENSITIES = "propensity.safetensors"
 
@@ -55,15 +55,17 @@ class PropensityActor:
         clip: float,
         *,
         max_length: int,
+        per_user: PerUser = None,
         device: str = "cpu",
         memory: Path | None = None,
     ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens; `clip` in (0, 1) is the
-        lowest propensity used in a weight. The file `memory` records what is served, for a role that restarts."""
+        lowest propensity used in a weight; `per_user` rows with feedback are what a user counts for at most (see `load_rows`).
+        The file `memory` records what is served, for a role that restarts."""
         torch.set_num_threads(1)  # sums in one order, so that a repeated fit repeats its bits
         self._backbone = backbone
         self._settings, self._clip = settings, clip
-        self._max_length = max_length
+        self._max_length, self._per_user = max_length, per_user
         self._device = device
         self._tokenizer = load_tokenizer(backbone)
         self._serving: _Serving | None = None
@@ -83,11 +85,11 @@ class PropensityActor:
         snapshot, so none of them has seen the rows whose propensity it predicts. Raises InputError for a log that cannot be
         fitted (see `load_rows`).
         """
-        log = load_rows(snapshot, self._tokenizer, self._max_length)
+        log = load_rows(snapshot, self._tokenizer, self._max_length, self._per_user)
         o = log.observations.o
         warm = self._serving is not None and self._serving.report.split_by == log.split_by
         starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving and warm else ()
-        raw, models = cross_fit(self._fresh, TokenRows(log.token_rows, 0), o, self._settings, FOLDS, fold=log.fold, starts=starts)
+        raw, models = cross_fit(self._fresh, log.token_rows, o, self._settings, FOLDS, fold=log.fold, starts=starts)
         propensity = calibrate(raw, o, self._clip, seed=self._settings.seed, cluster=log.observations.cluster)
         version = self.version + 1
         report = VersionedPropensity(**vars(propensity.report), version=version, split_by=log.split_by, log_warnings=log.warnings)
@@ -145,5 +147,5 @@ class PropensityActor:
 
 
 def read_propensities(folder: Path) -> Tensor:
-    """Out-of-fold propensities [N] of the snapshot that the version in `folder` was fitted on, in the snapshot's order."""
+    """Out-of-fold propensities [N] of the rows (`load_rows`) that the version in `folder` was fitted on, in their order."""
     return torch.from_numpy(load_file(folder / PROPENSITIES)["propensity"])

@@ -91,7 +91,7 @@ class VersionedPropensity(PropensityReport, Report):
     """The report of a propensity model, and its version: fits are counted from 1.
 
     `split_by` is the column by which its folds are split ("": in a version that did not record it);
-    `log_warnings` are sentences about the log (see data.clusters).
+    `log_warnings` are sentences about the log (see data.users.clusters).
     """
 
     version: int

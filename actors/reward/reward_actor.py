@@ -22,10 +22,11 @@ from actors.reward.report import CandidateFit, RewardReport
 from actors.reward.trainer import RewardTrainer
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.config.train import RewardConfig
-from causalrm_ray.data.log.snapshot import check_log, read_snapshot
+from causalrm_ray.data.log.snapshot import check_snapshot
 from causalrm_ray.estimators.core.training import Shard
 from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
 from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.types import PerUser
 
 SERVING = "serving.json"
 SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
@@ -43,18 +44,20 @@ class RewardActor:
         seed: int,
         folder: Path,
         timeout_s: float,
+        per_user: PerUser = None,
         use_gpu: bool = False,
         device: str = "cpu",
     ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes.
 
-        `max_length` in tokens; `timeout_s` bounds the start of the workers and each exchange between them; `use_gpu` gives each
-        worker a GPU; `device` is where the serving model lies. Raises ValueError for a tokenizer that cannot pad rows.
+        `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most (see `load_rows`); `timeout_s`
+        bounds the start of the workers and each exchange between them; `use_gpu` gives each worker a GPU; `device` is where the
+        serving model lies. Raises ValueError for a tokenizer that cannot pad rows.
         """
         torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
         self._backbone = backbone
         self._config = config
-        self._max_length = max_length
+        self._max_length, self._per_user = max_length, per_user
         self._seed = seed
         self._folder = folder.resolve()
         self._trainer = RewardTrainer(config.workers, self._folder / SCRATCH, use_gpu=use_gpu, timeout_s=timeout_s)
@@ -91,7 +94,7 @@ class RewardActor:
         one that serves, which learns from those heads only. The serving model's risk is measured on the same held-out rows.
         Raises InputError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
         """
-        check_log(read_snapshot(snapshot))
+        check_snapshot(snapshot)
         spec = FitSpec(
             snapshot=Path(snapshot).resolve(),
             propensities=Path(propensities).resolve(),
@@ -103,6 +106,7 @@ class RewardActor:
             methods=tuple(methods),
             config=self._config,
             max_length=self._max_length,
+            per_user=self._per_user,
             seed=self._seed,
         )
         started = time.perf_counter()

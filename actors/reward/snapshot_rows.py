@@ -1,83 +1,106 @@
-"""A snapshot of the log as the numbers that fits read: token ids, was feedback given, what it said."""
+"""A snapshot of the log as the numbers that fits read: token ids, was feedback given, what it said.
+
+snapshot --batches, once--> digests and feedback [N] -> rows to keep, sides --batches, again--> token ids, traits, signals
+
+Nothing is kept of a row but numbers, about a hundred bytes and four for each token.
+"""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.clusters import LEVELS, digest, split
-from causalrm_ray.data.log.snapshot import check_log, read_snapshot
-from causalrm_ray.errors import InputError
+from causalrm_ray.data.collate import TokenRows
+from causalrm_ray.data.log.snapshot import check_counts, read_batches, read_columns
+from causalrm_ray.data.users.clusters import LEVELS, digest, mixed, split, who
+from causalrm_ray.data.users.concentration import HEAVY, Share, cap, keep, largest_share
+from causalrm_ray.errors import InputError, brief
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals
-from causalrm_ray.estimators.nuisances.strata import length_buckets, stratify
+from causalrm_ray.estimators.nuisances.strata import length_buckets, merge_strata
 from causalrm_ray.files import write_whole
 from causalrm_ray.models.text import encode_pair
+from causalrm_ray.types import PerUser
 
 MOST_VALUES = 8  # of a trait; more, and it is an id
+READ = ("impression_id", "prompt", "response", "context", "signal", "label")
 
 
 @dataclass(frozen=True, eq=False)
 class SnapshotRows:
     """N impressions: `token_rows`, prompt, response and end of each; `observations` o [N] and r [N].
 
+    `kept` [N] are their row numbers in the snapshot, which has more where a user's are thinned (see data.users.concentration).
     `heldout` are the row numbers that reward fits never train on: about a fifth, by a hash of the user, else the conversation,
     else the prompt, so that these stay on their side in every later snapshot, and a gate compares models on rows of which
     neither has seen any. `fold` [N] is likewise the propensity model that never trains on a row, 0 or 1, or that none does, -1.
-    `split_by` is the column of that hash, and `warnings` are sentences (see data.clusters). `traits` groups the rows by
-    what their contexts hold of few values, `lengths` by the answers' characters; `signals` names the signal that each got.
+    `split_by` is the column of that hash, and `warnings` are sentences (see data.users). `traits` groups the rows by what
+    their contexts hold of few values, `lengths` by the answers' characters; `signals` names the signal that each got.
     """
 
-    token_rows: Sequence[tuple[int, ...]]
+    token_rows: TokenRows
     observations: Observations
-    heldout: torch.Tensor
-    fold: torch.Tensor
+    kept: Tensor
+    heldout: Tensor
+    fold: Tensor
     split_by: str
     warnings: tuple[str, ...]
     traits: Groups
     lengths: Groups
     signals: Signals
 
+    def __len__(self) -> int:
+        return len(self.kept)
 
-def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> SnapshotRows:
-    """Token rows and observations of a snapshot.
+
+def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, per_user: PerUser = None) -> SnapshotRows:
+    """Token rows and observations of a snapshot, no user of which counts for more than `per_user` rows with feedback (see
+    data.users.concentration).
 
     Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshot), InputError that names the
     impression for a row of more than `max_length` tokens.
     """
-    log = read_snapshot(snapshot)
-    check_log(log)
-    token_rows = [encode_pair(tokenizer, *pair) for pair in zip(map(Conversation, log["prompt"]), log["response"], strict=True)]
-    for number, row in enumerate(token_rows):
-        if len(row) > max_length:
-            name = log[number]["impression_id"]
-            raise InputError(f"impression {name!r} must have at most {max_length} tokens (model.max_length), got {len(row)}")
-    label = np.array([0 if label is None else label for label in log["label"]])
-    observed = np.array(log["observed"][:])
-    sides = split({column: digest(column, log[column]) for column in LEVELS}, observed, label)
+    keys, observed, label = _scan(snapshot)
+    check_counts(len(observed), int(np.count_nonzero(observed)), int(np.count_nonzero(label)))
+    user = who(keys)
+    most = cap(per_user, user, observed)
+    kept = np.ones(len(observed), dtype=bool) if most is None else keep(user, keys["impression_id"], observed, most)
+    warnings = _concentration(snapshot, keys, user, observed, kept, most)
+    observed, label = observed[kept], label[kept]
+    sides = split({level: keys[level][kept] for level in LEVELS}, observed, label)
     cluster = None if sides.cluster is None else torch.from_numpy(sides.cluster)
     observations = Observations(torch.from_numpy(observed), torch.from_numpy(label), cluster)
-    lengths = length_buckets(torch.tensor([len(response) for response in log["response"]]))
+    del keys, user
+    texts = _Texts(tokenizer, max_length)
+    start = 0
+    for batch in read_columns(snapshot, READ):
+        texts.add(batch.filter(pa.array(kept[start : start + batch.num_rows])))
+        start += batch.num_rows
+    bucket, names = length_buckets(torch.from_numpy(np.concatenate(texts.lengths)))
     return SnapshotRows(
-        token_rows,
+        TokenRows(*texts.tokens(), tokenizer.pad_token_id),
         observations,
+        torch.from_numpy(np.flatnonzero(kept)),
         torch.from_numpy(np.flatnonzero(sides.heldout)),
         torch.from_numpy(sides.fold),
         sides.by,
-        sides.warnings,
-        Groups(*stratify(_traits(log["context"]), observations)),
-        Groups(*stratify([{"length": bucket} for bucket in lengths], observations)),
-        _signals(log["signal"], log["label"]),
+        (*warnings, *sides.warnings),
+        Groups(*merge_strata(*texts.traits.crossings(len(observed)), observations)),
+        Groups(*merge_strata(bucket, [f"length={name}" for name in names], observations)),
+        _signals(np.concatenate(texts.meaning), list(texts.meanings)),
     )
 
 
@@ -91,21 +114,155 @@ def read_clean_labels(path: Path) -> torch.Tensor:
     return torch.from_numpy(load_file(path)["labels"])
 
 
-def _traits(contexts: Sequence[str]) -> list[dict[str, str]]:
-    """Of each context (JSON) what has few values over all rows: a style or a surface, not a session's id."""
-    read = [json.loads(context) for context in contexts]
-    values: dict[str, set[str]] = defaultdict(set)
-    for context in read:
-        for key, value in context.items():
-            values[key].add(value)
-    return [{key: value for key, value in context.items() if len(values[key]) <= MOST_VALUES} for context in read]
+def _scan(snapshot: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Digests [N] by LEVELS, and of each "answer", was feedback given [N], and what it said [N], 0 where none was."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*LEVELS, "answer", "observed", "label")}
+    for batch in read_batches(snapshot):
+        found = {level: _digests(batch, level) for level in LEVELS}
+        found["answer"] = mixed(_digests(batch, "response"), found["prompt"])
+        found["observed"] = batch["observed"].to_numpy()
+        found["label"] = batch["label"].fill_null(0).to_numpy()
+        for name, values in found.items():
+            parts[name].append(values)
+    whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+    return whole, whole.pop("observed"), whole.pop("label")
 
 
-def _signals(signals: Sequence[str | None], labels: Sequence[int | None]) -> Signals:
-    """Each signal with its label; a graded one has both, and is two."""
-    given = list(zip(signals, labels, strict=True))
-    meanings = sorted({(signal, label) for signal, label in given if signal is not None and label is not None})
-    place: dict[Any, int] = {meaning: number for number, meaning in enumerate(meanings)}
-    graded = {signal for signal, label in meanings if (signal, 1 - label) in place}
-    names = tuple(f"{signal}, {('low', 'high')[label]}" if signal in graded else signal for signal, label in meanings)
-    return Signals(torch.tensor([place.get(meaning, -1) for meaning in given]), names, tuple(label for _, label in meanings))
+def _digests(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    if batch[column].null_count == batch.num_rows:
+        return np.zeros(batch.num_rows, dtype=np.uint64)
+    return digest(column, batch[column].to_pylist())
+
+
+class _Texts:
+    """What is read of the rows' texts, batch by batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._ids, self._rows = array("i"), array("i")
+        self.traits = _Traits()
+        self.lengths: list[np.ndarray] = []
+        self.meanings: dict[tuple[str, int], int] = {}
+        self.meaning: list[np.ndarray] = []
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Read a batch of READ; raises InputError for a row that is too long."""
+        texts = zip(batch["prompt"].to_pylist(), batch["response"].to_pylist(), strict=True)
+        for number, (prompt, response) in enumerate(texts):
+            row = encode_pair(self._tokenizer, Conversation(prompt), response)
+            if len(row) > self._max_length:
+                name = batch["impression_id"][number].as_py()
+                raise InputError(
+                    f"impression {name!r} must have at most {self._max_length} tokens (model.max_length), got {len(row)}"
+                )
+            self._ids.extend(row)
+            self._rows.append(len(row))
+        self.lengths.append(pc.call_function("utf8_length", [batch["response"]]).to_numpy())
+        self.traits.add(batch["context"].to_pylist())
+        given = zip(batch["signal"].to_pylist(), batch["label"].to_pylist(), strict=True)
+        places = (
+            -1 if label is None else self.meanings.setdefault((signal, label), len(self.meanings)) for signal, label in given
+        )
+        self.meaning.append(np.fromiter(places, dtype=np.int32))
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Ids [T] of all rows, end to end, and the rows' lengths [N]."""
+        ids, rows = (torch.from_numpy(np.frombuffer(values, dtype=np.int32)) for values in (self._ids, self._rows))
+        return ids, rows
+
+
+class _Traits:
+    """Of all contexts (JSON) what has few values over all rows: a style or a surface, not a session's id."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[str, int]] = {}
+        self._given: dict[str, tuple[array[int], array[int]]] = {}  # rows that have it, and their values' places
+        self._rows = 0
+
+    def add(self, contexts: Iterable[str]) -> None:
+        """The contexts of further rows."""
+        read: dict[str, dict[str, str]] = {}
+        for number, text in enumerate(contexts, self._rows):
+            if text not in read:
+                read[text] = json.loads(text)
+            for key, value in read[text].items():
+                values = self._values.setdefault(key, {})
+                if len(values) > MOST_VALUES:
+                    continue
+                place = values.setdefault(value, len(values))
+                rows, places = self._given.setdefault(key, (array("q"), array("b")))
+                rows.append(number)
+                places.append(place)
+                if len(values) > MOST_VALUES:
+                    del self._given[key]
+            self._rows = number + 1
+
+    def crossings(self, rows: int) -> tuple[Tensor, list[str]]:
+        """The crossing of traits [N] of each row, numbered as they come, and their names."""
+        crossing, names = np.zeros(rows, dtype=np.int64), [""]
+        for key in sorted(self._given):
+            value = np.full(rows, -1, dtype=np.int64)
+            given, places = self._given[key]
+            value[np.frombuffer(given, dtype=np.int64)] = np.frombuffer(places, dtype=np.int8)
+            found, crossing = np.unique(crossing * (MOST_VALUES + 1) + value + 1, return_inverse=True)
+            texts = ["?", *self._values[key]]
+            pairs = (divmod(int(one), MOST_VALUES + 1) for one in found)
+            names = [f"{names[before]}{', ' * bool(names[before])}{key}={texts[place]}" for before, place in pairs]
+        _, first, crossing = np.unique(crossing, return_index=True, return_inverse=True)
+        order = np.argsort(first)  # numbers of crossings in the order in which they come
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return torch.from_numpy(place[crossing]), [names[number] or "all" for number in order]
+
+
+def _signals(meaning: np.ndarray, meanings: Sequence[tuple[str, int]]) -> Signals:
+    """Each signal with its label; a graded one has both, and is two. `meaning` [N] is a place in `meanings`, or -1."""
+    ranked = sorted(meanings)
+    graded = {signal for signal, label in ranked if (signal, 1 - label) in ranked}
+    names = tuple(f"{signal}, {('low', 'high')[label]}" if signal in graded else signal for signal, label in ranked)
+    places = np.array([*(ranked.index(one) for one in meanings), -1])  # the last is that of -1
+    return Signals(torch.from_numpy(places[meaning]), names, tuple(label for _, label in ranked))
+
+
+def _concentration(
+    snapshot: Path,
+    keys: dict[str, np.ndarray],
+    user: np.ndarray,
+    observed: np.ndarray,
+    kept: np.ndarray,
+    limit: int | None,
+) -> list[str]:
+    """Warnings about a user or an answer with much of the feedback, and about rows that are left out."""
+    sentences = []
+    most = largest_share(user, observed)
+    if most is not None and most.share > HEAVY:
+        named = "user" if keys["user"][most.row] else "conversation_id"
+        counted = int(observed[kept & (user == user[most.row])].sum())
+        rule = "feedback.per_user caps this" if limit is None else f"by feedback.per_user, {counted} of them count"
+        sentences.append(f"{named} {brief(_value(snapshot, named, most.row))} gave {_figures(most)}: {rule}.")
+    if not kept.all():
+        sentences.append(
+            f"{int((~kept).sum())} of {len(kept)} impressions, {int(observed[~kept].sum())} of them with feedback, are left out: "
+            f"no user counts for more than {limit} with feedback (feedback.per_user)."
+        )
+    answer = largest_share(np.where(kept, keys["answer"], 0), observed * kept)
+    if answer is not None and answer.share > HEAVY:
+        name = brief(_value(snapshot, "impression_id", answer.row))
+        sentences.append(
+            f"One answer, that of impression {name}, has {_figures(answer)}: what is learned rests on it. If few users gave it, "
+            "lower feedback.per_user, and log user where it is missing."
+        )
+    return sentences
+
+
+def _figures(most: Share) -> str:
+    return f"{most.rows} of {most.total} reactions ({most.share:.0%})"
+
+
+def _value(snapshot: Path, column: str, row: int) -> Any:
+    """One value of a snapshot."""
+    for batch in read_columns(snapshot, [column]):
+        if row < batch.num_rows:
+            return batch[column][row].as_py()
+        row -= batch.num_rows
+    raise IndexError(f"row must be in the snapshot, got {row} beyond it")

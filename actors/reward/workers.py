@@ -21,7 +21,6 @@ from actors.reward.propensity_actor import read_propensities
 from actors.reward.report import LogDiagnostics, MethodReport, RewardReport
 from actors.reward.snapshot_rows import SnapshotRows, load_rows, read_clean_labels
 from causalrm_ray.checkpoint import atomic_folder
-from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.estimators.core.frozen import frozen_states
 from causalrm_ray.estimators.core.training import FitSettings, Inputs, Shard, predict
 from causalrm_ray.estimators.diagnostics.diagnose import diagnose_fit
@@ -52,8 +51,8 @@ def fit_into(folder: Path, spec: FitSpec, shard: Shard, device: torch.device) ->
     torch.set_num_threads(1)  # sums in one order, and no workers fighting for a core
     started = time.perf_counter()
     tokenizer = load_tokenizer(spec.backbone)
-    log = load_rows(spec.snapshot, tokenizer, spec.max_length)
-    inputs = TokenRows(log.token_rows, tokenizer.pad_token_id)
+    log = load_rows(spec.snapshot, tokenizer, spec.max_length, spec.per_user)
+    inputs = log.token_rows
     propensity = read_propensities(spec.propensities)
     fits = _fit(spec, inputs, log, propensity, shard, device)
     if shard.rank == 0:
@@ -102,7 +101,7 @@ def _fit(spec: FitSpec, inputs: Inputs, log: SnapshotRows, propensity: Tensor, s
         loss=LOSS,
         rates=None if config.rho is None else NoiseRates(*config.rho),
         noise_rates=config.noise_rates,
-        clean_labels=None if spec.clean_labels is None else read_clean_labels(spec.clean_labels),
+        clean_labels=None if spec.clean_labels is None else read_clean_labels(spec.clean_labels)[log.kept],
         serving=None if spec.serving is None else SequenceScorer.from_pretrained(spec.serving).to(device),
         heldout=log.heldout,
         states=states,

@@ -122,6 +122,12 @@ class FeedbackConfig(Section):
         "first of these that it has any of; signals not named come last, together",
     )
 
+    per_user: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="rows with feedback that one user counts for in a fit, at most; auto: five times what the median user gave, "
+        "and 20 at least; null: no limit",
+    )
+
     @field_validator("signals", mode="before")
     @classmethod
     def _add_to_defaults(cls, given: Any) -> Any:

@@ -31,18 +31,27 @@ class FeatureRows:
 
 
 class TokenRows:
-    """Rows of token ids of unequal length: stored end to end, padded on the right only as a batch is made.
+    """Rows of token ids of unequal length: stored end to end in four bytes each, padded on the right only as a batch is made.
 
-    `rows` are N sequences of at least one id; `pad_id` fills the tail. Raises ValueError that names an empty row.
+    `ids` [T] are those of all rows, one after another, `lengths` [N] >= 1 the rows' shares of them; `pad_id` fills the tail.
+    Raises ValueError that names an empty row.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(self, ids: Tensor, lengths: Tensor, pad_id: int) -> None:
+        if bool((lengths < 1).any()):
+            raise ValueError(f"rows must hold at least one token, got none in row {int((lengths < 1).nonzero()[0])}")
         self.pad_id = pad_id
-        self.lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-        if bool((self.lengths == 0).any()):
-            raise ValueError(f"rows must hold at least one token, got none in row {int((self.lengths == 0).nonzero()[0])}")
-        self._flat = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+        self.lengths = lengths.long()
+        if int(self.lengths.sum()) != len(ids):
+            raise ValueError(f"lengths must add up to the ids, got {int(self.lengths.sum())} and {len(ids)}")
+        self._flat = ids.to(torch.int32)
         self._start = self.lengths.cumsum(0) - self.lengths
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], pad_id: int) -> TokenRows:
+        """The same from N sequences of ids."""
+        ids = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+        return cls(ids, torch.tensor([len(row) for row in rows], dtype=torch.long), pad_id)
 
     def __len__(self) -> int:
         return self.lengths.shape[0]
@@ -52,5 +61,5 @@ class TokenRows:
         lengths = self.lengths[index]
         position_T = torch.arange(int(lengths.max()) if len(index) else 0)
         inside_BT = position_T < lengths[:, None]
-        ids_BT = self._flat[(self._start[index][:, None] + position_T).clamp(max=len(self._flat) - 1)]
+        ids_BT = self._flat[(self._start[index][:, None] + position_T).clamp(max=len(self._flat) - 1)].long()
         return {"input_ids": ids_BT.masked_fill(~inside_BT, self.pad_id), "lengths": lengths}

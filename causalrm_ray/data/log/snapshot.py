@@ -1,15 +1,21 @@
-"""Snapshots of the feedback log: one row per impression, as Arrow in memory and Parquet on disk."""
+"""Snapshots of the feedback log: one row per impression, as Arrow in memory and Parquet on disk.
+
+batches --write_batches--> Parquet --read_batches--> batches        each row is checked on both ways; no column is ever whole
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from causalrm_ray.data.parquet import read_parquet, write_parquet
+from causalrm_ray.data.parquet import read_batches_of, write_batches_as
+from causalrm_ray.data.users.clusters import digest
 from causalrm_ray.errors import InputError
 
 SNAPSHOT_SCHEMA = pa.schema(
@@ -31,6 +37,7 @@ SNAPSHOT_SCHEMA = pa.schema(
     ]
 )
 _NULLABLE = ("label", "signal", "user", "conversation_id", "model", "logprob", "asked_for_feedback")
+ROWS = 4096  # of a batch: few enough that their texts stay far below 2 GiB
 
 
 class SnapshotError(InputError):
@@ -39,32 +46,50 @@ class SnapshotError(InputError):
 
 def write_snapshot(dataset: Dataset, path: str | Path) -> None:
     """Write a snapshot as Parquet: readers see the old file or the whole new one. Raises SnapshotError as read_snapshot does."""
-    write_parquet(_checked(_arrow(dataset), "the snapshot"), Path(path))
+    write_batches(_batches(dataset), path)
+
+
+def write_batches(batches: Iterable[pa.RecordBatch], path: str | Path) -> None:
+    """The same of record batches, each of less than 2 GiB of text, one after another: no more than two are in memory."""
+    write_batches_as(_checked(batches, "the snapshot"), SNAPSHOT_SCHEMA, Path(path))
 
 
 def read_snapshot(path: str | Path) -> Dataset:
-    """A snapshot from Parquet.
+    """A snapshot from Parquet, all of it in memory.
 
     Raises SnapshotError if the file is unreadable, a column is missing, unknown or of another type, an id is empty or repeated, a
     text is empty, a time is not finite, or `label` and `signal` are not given exactly where `observed` is 1.
     """
-    try:
-        table = read_parquet(Path(path))
-    except InputError as error:
-        raise SnapshotError(f"snapshot {error}") from error
-    return Dataset(_checked(table, f"snapshot {path}"))
+    return Dataset(pa.Table.from_batches(list(read_batches(path)), SNAPSHOT_SCHEMA))
+
+
+def read_batches(path: str | Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a snapshot in their order, ROWS or fewer at a time. Raises SnapshotError as read_snapshot, whenever it comes to
+    the fault: ids that repeat are seen at the end only."""
+    yield from _checked(_read(Path(path), None), f"snapshot {path}")
+
+
+def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a snapshot that was checked before."""
+    yield from _read(Path(path), columns)
 
 
 def check_log(dataset: Dataset) -> None:
     """Raise SnapshotError unless a reward model can be fitted on this snapshot: some rows, some with feedback and some
     without, both labels.
     """
-    rows = len(dataset)
+    check_counts(*_counts(_batches(dataset.select_columns(["observed", "label"]))))
+
+
+def check_snapshot(path: str | Path) -> None:
+    """`check_log` of a snapshot on disk; raises SnapshotError as read_snapshot too."""
+    check_counts(*_counts(read_batches(path)))
+
+
+def check_counts(rows: int, observed: int, positive: int) -> None:
+    """`check_log` of a log's counts: rows, those with feedback, and those of label 1."""
     if rows == 0:
         raise SnapshotError("the feedback log must hold impressions, got 0 rows")
-    columns = _arrow(dataset.select_columns(["observed", "label"]))
-    observed = int(columns["observed"].to_numpy().sum())
-    positive = int(columns["label"].fill_null(0).to_numpy().sum())
     if observed == 0:
         raise SnapshotError(f"the feedback log must hold feedback, got 0 observed of {rows} rows")
     if observed == rows:
@@ -79,44 +104,77 @@ def check_log(dataset: Dataset) -> None:
         )
 
 
-def _arrow(dataset: Any) -> pa.Table:
-    table: Any = dataset.with_format("arrow")[:]  # unlike dataset.data, this follows a selection of rows
-    return table
+def _counts(batches: Iterable[pa.RecordBatch]) -> tuple[int, int, int]:
+    rows = observed = positive = 0
+    for batch in batches:
+        rows += batch.num_rows
+        observed += int(np.count_nonzero(batch["observed"].to_numpy()))
+        positive += int(np.count_nonzero(batch["label"].fill_null(0).to_numpy()))
+    return rows, observed, positive
 
 
-def _checked(table: pa.Table, name: str) -> pa.Table:
-    """The table under SNAPSHOT_SCHEMA, or a SnapshotError."""
+def _read(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from read_batches_of(path, columns, ROWS)
+    except InputError as error:
+        raise SnapshotError(f"snapshot {error}") from error
+
+
+def _batches(dataset: Any) -> Iterator[pa.RecordBatch]:
+    """The rows of a dataset, whichever were selected from it, without its columns ever being whole."""
+    tables: Any = dataset.with_format("arrow").iter(ROWS)
+    for table in tables:
+        yield from table.to_batches()
+
+
+def _checked(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[pa.RecordBatch]:
+    """The batches under SNAPSHOT_SCHEMA, or a SnapshotError."""
+    rows, ids = 0, []
+    for batch in batches:
+        _check_columns(batch, name)
+        _check_values(batch, name, rows)
+        rows += batch.num_rows
+        ids.append(digest("impression_id", batch["impression_id"].to_pylist()))
+        yield batch.select(SNAPSHOT_SCHEMA.names).cast(SNAPSHOT_SCHEMA)
+    different = len(np.unique(np.concatenate(ids))) if ids else 0
+    if different != rows:
+        raise SnapshotError(f"{name}: impression_id must not repeat, got {different} different ids in {rows} rows")
+
+
+def _check_columns(batch: pa.RecordBatch, name: str) -> None:
+    given = batch.schema.names
     for field in SNAPSHOT_SCHEMA:
-        if field.name not in table.column_names:
-            raise SnapshotError(f"{name} must have the column {field.name!r}, got {table.column_names}")
-        if table.schema.field(field.name).type != field.type:
-            raise SnapshotError(f"{name}: {field.name} must be {field.type}, got {table.schema.field(field.name).type}")
-        nulls = table[field.name].null_count
+        if field.name not in given:
+            raise SnapshotError(f"{name} must have the column {field.name!r}, got {given}")
+        found = batch.schema.field(field.name).type
+        if found != field.type and not (pa.types.is_large_string(found) and field.type == pa.string()):
+            raise SnapshotError(f"{name}: {field.name} must be {field.type}, got {found}")
+        nulls = batch[field.name].null_count
         if nulls and field.name not in _NULLABLE:
             raise SnapshotError(f"{name}: {field.name} must be given in every row, got {nulls} nulls")
-    unknown = sorted(set(table.column_names) - set(SNAPSHOT_SCHEMA.names))
+    unknown = sorted(set(given) - set(SNAPSHOT_SCHEMA.names))
     if unknown:
         raise SnapshotError(f"{name} must have only the columns {SNAPSHOT_SCHEMA.names}, got also {unknown}")
-    _check_values(table, name)
-    return table.select(SNAPSHOT_SCHEMA.names).cast(SNAPSHOT_SCHEMA)
 
 
-def _check_values(table: pa.Table, name: str) -> None:
-    observed, time = table["observed"].to_numpy(), table["time"].to_numpy()
-    label = table["label"].fill_null(0).to_numpy()
+def _check_values(batch: pa.RecordBatch, name: str, before: int) -> None:
+    """`before` rows came in earlier batches."""
+    observed, time = batch["observed"].to_numpy(), batch["time"].to_numpy()
+    label = batch["label"].fill_null(0).to_numpy(zero_copy_only=False)
+    given = {column: batch[column].is_valid().to_numpy(zero_copy_only=False) for column in ("label", "signal")}
     rules = [
         ("observed", "be 0 or 1", (observed == 0) | (observed == 1)),
-        ("label", "be given exactly where observed is 1", table["label"].is_valid().to_numpy() == observed),
+        ("label", "be given exactly where observed is 1", given["label"] == observed),
         ("label", "be 0 or 1", (label == 0) | (label == 1)),
-        ("signal", "be given exactly where observed is 1", table["signal"].is_valid().to_numpy() == observed),
+        ("signal", "be given exactly where observed is 1", given["signal"] == observed),
         ("time", "be finite and at least 0", np.isfinite(time) & (time >= 0)),
-        *((text, "not be empty", table[text].to_numpy() != "") for text in ("impression_id", "prompt", "response")),
+        *(
+            (text, "not be empty", pc.call_function("not_equal", [batch[text], ""]).to_numpy(zero_copy_only=False))
+            for text in ("impression_id", "prompt", "response")
+        ),
     ]
     for column, rule, holds in rules:
         if not holds.all():
             row = int(np.argmin(holds))
-            got = {other: table[other][row].as_py() for other in dict.fromkeys((column, "observed"))}
-            raise SnapshotError(f"{name}: {column} must {rule}, got {got} in row {row}")
-    ids = len(set(table["impression_id"].to_pylist()))
-    if ids != table.num_rows:
-        raise SnapshotError(f"{name}: impression_id must not repeat, got {ids} different ids in {table.num_rows} rows")
+            got = {other: batch[other][row].as_py() for other in dict.fromkeys((column, "observed"))}
+            raise SnapshotError(f"{name}: {column} must {rule}, got {got} in row {before + row}")

@@ -73,3 +73,56 @@ def test_too_few_prompts_to_split_by_are_a_warning(backbone: str, make_snapshot:
     assert log.split_by == "impression_id"
     assert "not split by prompt" in log.warnings[0]
     assert log.observations.cluster is None
+
+
+def flooded(path: Path) -> Path:
+    """Every fifth row is a bot's, upvoted; the others are of 150 users."""
+    table = pq.read_table(path)
+    bot = [number % 5 == 0 for number in range(len(table))]
+    columns = {
+        "user": pa.array(["bot" if one else f"user-{number % 150}" for number, one in enumerate(bot)]),
+        "observed": pa.array(
+            [1 if one else given for one, given in zip(bot, table["observed"].to_pylist(), strict=True)], pa.int8()
+        ),
+        "label": pa.array([1 if one else given for one, given in zip(bot, table["label"].to_pylist(), strict=True)], pa.int8()),
+        "signal": pa.array(["upvote" if one else given for one, given in zip(bot, table["signal"].to_pylist(), strict=True)]),
+    }
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, path)
+    return path
+
+
+def test_who_floods_is_named_and_counts_as_the_option_says(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    path, tokenizer = flooded(make_snapshot(1000)), load_tokenizer(backbone)
+    whole, thinned = load_rows(path, tokenizer, 64), load_rows(path, tokenizer, 64, "auto")
+    assert len(whole) == 1000
+    (warning,) = [text for text in whole.warnings if "user 'bot'" in text]
+    assert warning.startswith(f"user 'bot' gave 200 of {int(whole.observations.o.sum())} reactions (")
+    assert warning.endswith("%): feedback.per_user caps this.")
+    assert len(thinned) == 1000 - 180
+    assert "by feedback.per_user, 20 of them count" in thinned.warnings[0]
+    assert thinned.warnings[1].startswith("180 of 1000 impressions, 180 of them with feedback, are left out: no user counts for")
+    rows = thinned.kept.tolist()
+    assert sum(row % 5 == 0 for row in rows) == 20
+    # what is left is what it was
+    assert torch.equal(thinned.observations.r, whole.observations.r[thinned.kept])
+    batch = thinned.token_rows.batch(torch.arange(5))
+    whole_batch = whole.token_rows.batch(thinned.kept[:5])
+    assert torch.equal(batch["lengths"], whole_batch["lengths"])
+    assert torch.equal(batch["input_ids"], whole_batch["input_ids"])
+
+
+def test_an_answer_with_much_of_the_feedback_is_named_by_its_impression(
+    backbone: str, make_snapshot: Callable[..., Path]
+) -> None:
+    path = make_snapshot(800)
+    table = pq.read_table(path)
+    same = [number % 7 == 0 for number in range(800)]
+    for name in ("prompt", "response"):
+        values = [table[name][0].as_py() if one else text for one, text in zip(same, table[name].to_pylist(), strict=True)]
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, path)
+    (warning,) = [text for text in load_rows(path, load_tokenizer(backbone), 64).warnings if "One answer" in text]
+    assert "that of impression 'impression-" in warning
+    assert table["response"][0].as_py() not in warning

@@ -170,13 +170,13 @@ class Transposed(nn.Module):
 
 
 def test_token_rows_pad_on_the_right() -> None:
-    rows = TokenRows([[5], [6, 7, 8], [9, 1]], pad_id=0)
+    rows = TokenRows.of([[5], [6, 7, 8], [9, 1]], pad_id=0)
     batch = rows.batch(torch.tensor([2, 1, 0]))
     assert batch["input_ids"].tolist() == [[9, 1, 0], [6, 7, 8], [5, 0, 0]]
     assert batch["lengths"].tolist() == [2, 3, 1]
     assert rows.batch(torch.tensor([0]))["input_ids"].tolist() == [[5]]
     with pytest.raises(ValueError, match="at least one token, got none in row 1"):
-        TokenRows([[5], []], pad_id=0)
+        TokenRows.of([[5], []], pad_id=0)
 
 
 def test_bfloat16_moves_a_fit_by_its_rounding_only() -> None:

@@ -135,7 +135,7 @@ class TokenScorer(nn.Module):
 @methods
 def test_a_method_works_on_token_ids_and_scorers_that_start_alike(name: str) -> None:
     x, _, clean = world()
-    rows = TokenRows([[1, 2] if liked else [3] for liked in (x[:, 0] > 0).tolist()], pad_id=0)
+    rows = TokenRows.of([[1, 2] if liked else [3] for liked in (x[:, 0] > 0).tolist()], pad_id=0)
     fitted = DENOISING[name].fit(task(make_scorer=TokenScorer, inputs=rows))
     assert auroc(predict(fitted.scorer, rows), clean) > 0.8
 

@@ -41,7 +41,7 @@ def test_nothing_is_mixed_in_evaluation_and_before_partners_are_drawn() -> None:
 
 
 def test_partners_of_another_length_keep_their_own_padding() -> None:
-    rows = MixedRows(TokenRows([[5], [6, 7, 8]], pad_id=0))
+    rows = MixedRows(TokenRows.of([[5], [6, 7, 8]], pad_id=0))
     rows.partner = torch.tensor([1, 1])
     batch = rows.batch(torch.tensor([0]))
     assert (batch["input_ids"].tolist(), batch["partner_input_ids"].tolist()) == ([[5]], [[6, 7, 8]])

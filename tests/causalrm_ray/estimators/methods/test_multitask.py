@@ -147,7 +147,7 @@ def test_methods_fit_token_rows_too(name: str) -> None:
         pad_token_id=0,
     )
     task = WORLD.task(
-        inputs=TokenRows(tokens, pad_id=0),
+        inputs=TokenRows.of(tokens, pad_id=0),
         make_scorer=lambda: SequenceScorer(LlamaForSequenceClassification(config)),
         settings=FitSettings(epochs=1, lr=0.01, batch_size=200),
     )

@@ -112,8 +112,11 @@ def test_strata_that_cannot_be_are_refused() -> None:
 
 
 def test_length_buckets_hold_equal_shares() -> None:
-    assert length_buckets(torch.tensor([1, 2, 3, 4, 5, 6])) == ["up to 2"] * 2 + ["3 to 4"] * 2 + ["over 4"] * 2
-    assert length_buckets(torch.tensor([7, 7, 7])) == ["any"] * 3
-    assert length_buckets(torch.tensor([5, 1]), buckets=1) == ["any"] * 2
+    place, names = length_buckets(torch.tensor([1, 2, 3, 4, 5, 6]))
+    assert (place.tolist(), names) == ([0, 0, 1, 1, 2, 2], ("up to 2", "3 to 4", "over 4"))
+    place, names = length_buckets(torch.tensor([7, 7, 7]))
+    assert (place.tolist(), names) == ([0, 0, 0], ("any",))
+    place, names = length_buckets(torch.tensor([5, 1]), buckets=1)
+    assert (place.tolist(), names) == ([0, 0], ("any",))
     with pytest.raises(ValueError, match="buckets must be at least 1 and lengths at least 0, got 0 and 1"):
         length_buckets(torch.tensor([1]), buckets=0)

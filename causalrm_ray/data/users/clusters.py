@@ -47,6 +47,14 @@ def digest(column: str, values: Iterable[str | None]) -> np.ndarray:
     return np.fromiter(hashes, dtype=np.uint64)
 
 
+def mixed(key: np.ndarray, other: np.ndarray | int = 0) -> np.ndarray:
+    """A further hash [N] of digests, or of pairs of them: splitmix64."""
+    value = key + np.asarray(other).astype(np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
 def who(keys: Mapping[str, np.ndarray]) -> np.ndarray:
     """The user [N] of each row; without one that of its conversation, else the conversation; 0 where neither is known."""
     user, conversation = keys["user"], keys["conversation_id"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from causalrm_ray.data.clusters import LEVELS, Split, digest, split, who
+from causalrm_ray.data.users.clusters import LEVELS, Split, digest, split, who
 from causalrm_ray.errors import InputError
 
 RNG = np.random.default_rng(0)
