@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from actors.reward.fit_spec import BATCH_SIZE
 from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES, Transport
 from actors.weights.buckets import BUCKET_BYTES, BUCKETS
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
-from causalrm_ray.models.size import GROUP, WIDTHS, ModelSize
+from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS, WIDTHS, ModelSize
 from causalrm_ray.registry import ALGORITHMS, ENGINES
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 
@@ -67,9 +68,12 @@ class Plan:
     def check_memory(self, host_bytes: float, gpu_bytes: float) -> None:
         """Raise ConfigError, saying what to change, unless all fits into `host_bytes` over all nodes and `gpu_bytes` a GPU."""
         if self.host_bytes > host_bytes:
+            on_host = [process for process in self.allocations.values() if process.bundle is None]
+            most = max(on_host, key=lambda process: process.bytes)
             raise ConfigError(
-                f"the roles need about {self.host_bytes / GIB:.1f} GiB of memory, the cluster has {host_bytes / GIB:.1f}: "
-                "lower rollout.generators, learner.ranks or reward.workers, take a smaller model, or add nodes"
+                f"the roles need about {self.host_bytes / GIB:.1f} GiB of memory, the cluster has {host_bytes / GIB:.1f}, and "
+                f"{most.role} alone takes {most.bytes / GIB:.1f}: lower rollout.generators, learner.ranks, reward.workers or "
+                "model.max_length, set learner.lora or learner.save_memory=[checkpointing], take a smaller model, or add nodes"
             )
         for bundle, gpus in enumerate(self.bundles):
             inside = [process for process in self.allocations.values() if process.bundle == bundle]
@@ -163,10 +167,14 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
     if "learner" in parts:
         offload, checkpointing = ("offload" in learner.save_memory and on_gpu), "checkpointing" in learner.save_memory
         size = policy.training_bytes(width, learner.ranks, learner.zero_stage, critic, learner.lora, offload)
-        size += policy.activation_bytes(width, max(TOKEN_BUDGET, longest), critic, checkpointing)
+        most = -(-rollout.prompts_per_step * rollout.samples_per_prompt // learner.ranks) * longest  # tokens of a rank in a step
+        size += policy.activation_bytes(width, max(min(TOKEN_BUDGET, most), longest), critic, checkpointing)
         sizes |= {f"learner-{number}": size + PROCESS_BYTES * (not on_gpu) for number in range(learner.ranks)}
     if "reward" in parts:
         folds = 2 * reward.weight_bytes(single) + reward.training_bytes(single, 1, 0, critic=False)
+        # Counted once: the workers fit after the propensity model, which has given this back by then. A scorer has no vocabulary.
+        tokens = min(BATCH_SIZE * longest, KEPT_TOKENS + max(GROUP_TOKENS, longest))
+        folds += replace(reward, vocabulary=0).activation_bytes(single, tokens)
         sizes |= {"reward": scoring + PROCESS_BYTES * (not on_gpu), "propensity": folds + PROCESS_BYTES * (not on_gpu)}
         sizes |= {f"reward worker {number}": 2 * scoring + PROCESS_BYTES for number in range(config.reward.workers)}
     return {role: int(size) for role, size in sizes.items()}

@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from actors.cluster.environment import give_back_freed
 from actors.cluster.place import restarted
 from actors.reward.report import VersionedPropensity
 from actors.reward.snapshot_rows import load_rows
@@ -94,7 +95,9 @@ class PropensityActor:
         version = self.version + 1
         report = VersionedPropensity(**vars(propensity.report), version=version, split_by=log.split_by, log_warnings=log.warnings)
         self._save(folder, models, propensity, report)
+        del models, starts
         self.load(folder)
+        give_back_freed()
         return self.diagnostics()
 
     def predict(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:

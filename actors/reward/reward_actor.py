@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.cluster.environment import give_back_freed
 from actors.cluster.place import restarted
 from actors.reward.fit_spec import FitSpec
 from actors.reward.promotion import Promotion, judge
@@ -171,4 +172,6 @@ class RewardActor:
         from actors.reward.workers import fit_into
 
         with atomic_folder(folder) as temporary:
-            return fit_into(temporary, spec, Shard(), torch.device(self._device))
+            seconds = fit_into(temporary, spec, Shard(), torch.device(self._device))
+        give_back_freed()
+        return seconds

@@ -16,6 +16,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
+from actors.cluster.environment import give_back_freed
 from actors.reward.fit_spec import BATCH_SIZE, LOSS, FitSpec
 from actors.reward.propensity_actor import read_propensities
 from actors.reward.report import LogDiagnostics, MethodReport, RewardReport
@@ -40,9 +41,11 @@ def work(queue: Any) -> None:
         number, spec, folder = taken
         if shard.rank:
             fit_into(folder, spec, shard, device)
+            give_back_freed()
             continue
         with atomic_folder(folder) as temporary:
             seconds = fit_into(temporary, spec, shard, device)
+        give_back_freed()
         ray.get(queue.done.remote(number, seconds))
 
 

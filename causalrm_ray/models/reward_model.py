@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from causalrm_ray.models.linear import use_onednn
-from causalrm_ray.models.size import GROUP
+from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS
 
 
 class SequenceScorer(nn.Module):
@@ -67,14 +69,22 @@ class SequenceScorer(nn.Module):
         """Logit [B] of right-padded `input_ids` [B, T] with `lengths` [B] in 1..T."""
         return self.head(self.states(input_ids, lengths)).squeeze(-1).float()
 
-    def states(self, input_ids: Tensor, lengths: Tensor, group: int = GROUP) -> Tensor:
+    def states(self, input_ids: Tensor, lengths: Tensor, group: int = GROUP, tokens: int = GROUP_TOKENS) -> Tensor:
         """States [B, D] at the last token of right-padded `input_ids` [B, T] with `lengths` [B] in 1..T.
 
-        Rows go through the backbone in groups of like length, each cut to its longest row: a third less work on ragged rows.
+        Rows go through the backbone in groups of like length, each cut to its longest row: a third less work on ragged rows. A
+        group has at most `group` rows and `tokens` tokens with pads, or one row. With gradients, the groups after the first
+        KEPT_TOKENS tokens keep their inputs only, and are computed again in the backward pass: long rows cost time, not memory.
         """
-        groups = lengths.argsort(stable=True).split(group)
-        states = torch.cat([self._states(input_ids[rows, : int(lengths[rows].max())], lengths[rows]) for rows in groups])
-        return torch.empty_like(states).index_copy(0, torch.cat(groups), states)
+        order = lengths.argsort(stable=True)
+        states, groups, kept = [], _groups(lengths[order].tolist(), group, tokens), 0
+        for rows in order.split(groups):
+            inputs = input_ids[rows, : int(lengths[rows].max())], lengths[rows]
+            kept += inputs[0].numel()
+            again = torch.is_grad_enabled() and kept > KEPT_TOKENS and len(groups) > 1
+            states.append(checkpoint(self._states, *inputs, use_reentrant=False) if again else self._states(*inputs))
+        found = torch.cat(states)
+        return torch.empty_like(found).index_copy(0, order, found)
 
     def _states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         mask = (torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]).to(torch.long)
@@ -98,6 +108,17 @@ class SequenceScorer(nn.Module):
         finally:
             config.pad_token_id = before
         tokenizer.save_pretrained(folder)
+
+
+def _groups(lengths: Sequence[int], most: int, tokens: int) -> list[int]:
+    """Sizes of consecutive groups of rows of ascending `lengths`: at most `most` rows and `tokens` tokens, or one row."""
+    sizes: list[int] = []
+    for length in lengths:
+        if sizes and sizes[-1] < most and (sizes[-1] + 1) * length <= tokens:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return sizes
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -126,7 +147,7 @@ def row_states(scorer: SequenceScorer, rows: Sequence[Sequence[int]], batch_size
 
     `batch_size` rows go through the backbone at a time.
     """
-    return _in_batches(scorer, partial(scorer.states, group=batch_size), rows, batch_size)
+    return _in_batches(scorer, partial(scorer.states, group=batch_size, tokens=sys.maxsize), rows, batch_size)
 
 
 @torch.inference_mode()

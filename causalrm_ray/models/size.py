@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-GROUP = 16  # rows that share one pass through the backbone of a reward model
+GROUP = 16  # rows, at most, that share one pass through the backbone of a reward model
+GROUP_TOKENS = 2048  # tokens of such a pass, pads included, unless one row alone has more
+KEPT_TOKENS = (
+    4096  # tokens of a reward model's batch whose activations are kept for the backward pass; others' are computed again
+)
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes of a number
 MOMENTS_BYTES = 8  # Adam's two moments of a parameter, float32
 MASTER_BYTES = 4  # the float32 copy that bfloat16 weights are updated in

@@ -16,6 +16,7 @@ from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.size import ModelSize, model_size
+from causalrm_ray.rl.batching import TOKEN_BUDGET
 
 SIZE = ModelSize(parameters=1000, backbone=800, layers=2, hidden=10, vocabulary=20, linear_widths=50, kv_width=6)
 LARGE = ModelSize(
@@ -158,7 +159,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change() -> None:
     small = plan(0)
     small.check_memory(small.host_bytes, 0)
     with pytest.raises(
-        ConfigError, match=r"the roles need about .* GiB of memory, the cluster has 1\.0: lower rollout\.generators"
+        ConfigError, match=r"the roles need about .* the cluster has 1\.0, and .* alone takes .*: lower rollout\.generators"
     ):
         small.check_memory(GIB, 0)
     large = make_plan(config("model.dtype=bfloat16", "learner.zero_stage=3"), LARGE, SIZE, ALL_ROLES, 5)
@@ -166,3 +167,16 @@ def test_what_does_not_fit_is_refused_with_what_to_change() -> None:
     large.check_memory(200 * GIB, needed / DEVICE_SHARE + 1)
     with pytest.raises(ConfigError, match=r"learner-0 need about .* GiB on 1 GPU, .* raise learner\.zero_stage"):
         large.check_memory(200 * GIB, needed / DEVICE_SHARE - GIB)
+
+
+def test_a_learner_is_planned_with_the_tokens_of_its_step_where_these_are_fewer_than_a_batch_may_hold() -> None:
+    step = ("rollout.samples_per_prompt=2", "model.max_length=100", "learner.algorithm=grpo")
+    small, large = (plan(0, *step, f"rollout.prompts_per_step={prompts}") for prompts in (8, 1000))
+    kept = [SIZE.activation_bytes(4, tokens) for tokens in (8 * 100, TOKEN_BUDGET)]
+    assert large.allocations["learner-0"].bytes - small.allocations["learner-0"].bytes == kept[1] - kept[0]
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(50, 64 * 50), (1000, 4096 + 2048), (3000, 4096 + 3000)])
+def test_a_propensity_model_is_planned_with_what_a_batch_of_its_fit_keeps(length: int, tokens: int) -> None:
+    found = plan(5, f"model.max_length={length}").allocations["propensity"].bytes  # on a GPU, where no process is counted
+    assert found == 2 * 4_000 + 20_000 + tokens * 2 * 68 * 10

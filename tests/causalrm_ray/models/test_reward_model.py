@@ -18,7 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from causalrm_ray.models.reward_model import SequenceScorer, padding_token, row_states, score_rows
+from causalrm_ray.models import reward_model
+from causalrm_ray.models.reward_model import SequenceScorer, _groups, padding_token, row_states, score_rows
 
 WORDS = ["</s>", "<s>", "<unk>", "<pad>", *(f"w{number}" for number in range(28))]
 EOS, PAD = 0, 3
@@ -176,3 +177,28 @@ def test_states_are_those_of_each_row_alone_and_without_padding(tmp_path: Path, 
 def test_states_do_not_depend_on_the_order_of_rows(tmp_path: Path):
     scorer, rows = make_scorer(tmp_path), [[4, 5, EOS], [6, EOS], [7, 8, 9, EOS]]
     assert torch.equal(row_states(scorer, rows[::-1], 2).flip(0), row_states(scorer, rows, 2))
+
+
+def test_groups_bound_rows_and_tokens_by_hand():
+    assert _groups([1, 1, 1, 2, 3, 7, 9], 3, 6) == [3, 2, 1, 1]
+    assert _groups([5] * 40, 16, 2048) == [16, 16, 8]
+
+
+def test_long_rows_are_computed_again_with_the_same_gradients_and_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scorer = make_scorer(tmp_path).train()
+    lengths = torch.tensor([9, 2, 12, 5, 7, 12, 3, 10])
+    input_ids = torch.randint(4, 32, (8, 12), generator=torch.Generator().manual_seed(2))
+
+    def step(kept_tokens: int) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        monkeypatch.setattr(reward_model, "KEPT_TOKENS", kept_tokens)
+        scorer.zero_grad()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value.nbytes) or value, lambda value: value):
+            logit = scorer.head(scorer.states(input_ids, lengths, group=2)).squeeze(-1)
+        torch.nn.functional.softplus(logit).sum().backward()
+        return logit.detach(), [value.grad.clone() for value in scorer.parameters() if value.grad is not None], sum(kept)
+
+    whole, again = step(10_000), step(24)
+    assert torch.equal(whole[0], again[0])
+    torch.testing.assert_close(again[1], whole[1])
+    assert again[2] < whole[2] / 2
