@@ -10,6 +10,7 @@ import difflib
 import gzip
 import io
 import lzma
+import re
 import shutil
 import tempfile
 import zlib
@@ -112,8 +113,15 @@ def readable(where: str, what: str) -> Iterator[None]:
         raise SourceError(
             f"{where} must be a whole file, but its packed content ends early or is damaged: copy it again"
         ) from error
+    except FileNotFoundError as error:
+        raise SourceError(f"{where}: no such file or folder") from error
     except FAULTS as error:
-        raise SourceError(f"{where} must be {what}: {error}") from error
+        raise SourceError(f"{where} must be {what}: {without_urls(error)}") from error
+
+
+def without_urls(error: Exception) -> str:
+    """What an error says, without URLs: they may hold signatures and tokens."""
+    return re.sub(r"\w+://[^\s'\"]+", "URL", str(error))
 
 
 def kind_of_name(name: str) -> str | None:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
-from causalrm_ray.data.readers.files import File, partition, rows_in
+from causalrm_ray.data.readers.files import File, partition, rows_in, without_urls
 from causalrm_ray.data.rows import SourceError
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> the extra that reads it
@@ -22,7 +22,12 @@ class _Downloaded:
 
     def open(self, path: str, mode: str) -> IO[bytes]:
         with tempfile.NamedTemporaryFile() as whole:
-            self._system.get_file(path, whole.name)
+            try:
+                self._system.get_file(path, whole.name)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # of the client of whatever protocol
+                raise OSError(f"{type(error).__name__}: {without_urls(error)}") from error
             return open(whole.name, mode, buffering=0)  # its name may go: an open file stays
 
 
@@ -42,7 +47,9 @@ def remote_files(url: str) -> list[File]:
     except SourceError:
         raise
     except Exception as error:  # each storage has errors of its own, for a wrong key, a wrong host, a wrong name
-        raise SourceError(f"{shown} must be readable with the rights of this process: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"{shown} must be readable with the rights of this process: {type(error).__name__}: {without_urls(error)}"
+        ) from error
     if names:
         return [File(f"{shown.rstrip('/')}/{name}", f"{path}/{name}", system, partition(name)) for name in rows_in(shown, names)]
     return [File(shown, path, _Downloaded(system) if web else system, name=urlsplit(url).path)]

@@ -21,6 +21,7 @@ from causalrm_ray.data.readers.part import Part
 from causalrm_ray.data.rows import RawRow, SourceError
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql", "duckdb")  # how URLs of databases begin
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
 READS = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:select|with|values|table)\b", re.IGNORECASE | re.DOTALL)
 _ROWS_PER_FETCH = 1_000
 _READ_ONLY = {  # dialect -> what makes all later transactions of a connection read only
@@ -49,7 +50,7 @@ class SqlPart(Part):
             raise SourceError("feedback.source must be the SQLAlchemy URL of a database, dialect://user@host/name") from error
         super().__init__(f"{self._url.render_as_string(hide_password=True)} ({option})")
         self._query = query.strip().rstrip(";")
-        if not READS.match(self._query) or ";" in re.sub(r"'[^']*'", "", self._query):
+        if not READS.match(self._query) or ";" in QUOTED.sub("", self._query):
             raise SourceError(f"{option} must be one SELECT, which may begin with WITH, got another statement, or several")
         self._engine = _read_only(self._url)
 
