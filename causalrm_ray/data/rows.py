@@ -79,7 +79,7 @@ def conversation(prompt: Any, tools: Any = None) -> Conversation:
         else:
             prompt, tools = (read["messages"], read.get("tools", tools)) if isinstance(read, dict) else (read, tools)
     if not isinstance(prompt, list):
-        prompt = [{"role": "user", "content": turn_text({"prompt": prompt}, "prompt", "user")}]
+        return Conversation.user(turn_text({"prompt": prompt}, "prompt", "user"))
     try:
         return Conversation.of(prompt, tools or ())
     except ConversationError as error:

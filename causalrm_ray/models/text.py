@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.errors import InputError
+
+_ONE_TURN = '"role":"user"}]'  # how the text of a conversation ends that is one turn of a user
+_PLAIN_KEYS = {"role", "content"}
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -49,3 +54,34 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
     text = cast(str, tokenizer.decode(written, skip_special_tokens=True))
     ends = [text.find(end) for end in stop if isinstance(end, str)]
     return text[: min((end for end in ends if end >= 0), default=len(text))].replace("\x00", "").strip()
+
+
+class LengthBound:
+    """`bound(prompt, response)` >= len(encode_pair(tokenizer, prompt, response)); None where no bound is known.
+
+    A token of a text stands for at least one byte of it, of its compatibility decomposition where a tokenizer normalises it.
+    What a chat template adds around messages depends on their roles alone, unless there are tools: it is measured once for each
+    order of roles, in tokens, and two more a message for where texts and template meet.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._around = lru_cache(maxsize=4096)(self._measure)
+
+    def __call__(self, prompt: Conversation, response: str) -> int | None:
+        text = prompt.json
+        if text.endswith(_ONE_TURN) and text.count('"role":') == 1:  # its JSON is longer than what it holds
+            return _bytes(text) + _bytes(response) + self._around(("user",))
+        messages = prompt.messages
+        if prompt.tools or any(message.keys() - _PLAIN_KEYS for message in messages):
+            return None
+        around = self._around(tuple(message["role"] for message in messages))
+        return sum(_bytes(message["content"]) for message in messages) + _bytes(response) + around
+
+    def _measure(self, roles: tuple[str, ...]) -> int:
+        probe = Conversation.of([{"role": role, "content": "x"} for role in roles])
+        return len(encode_pair(self._tokenizer, probe, "x")) + 2 * len(roles) + 2
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(unicodedata.normalize("NFKD", text).encode())

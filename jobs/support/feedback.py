@@ -14,7 +14,7 @@ from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
-from causalrm_ray.models.text import encode_pair
+from causalrm_ray.models.text import LengthBound, encode_pair
 from jobs.support.log import warn
 from jobs.support.prompts import EPOCH_S, PromptSource
 
@@ -27,7 +27,11 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     log = open_log(config)
     report = None
     if config.feedback.source is not None:
-        limit = LengthLimit(lambda prompt, response: len(encode_pair(tokenizer, prompt, response)), config.model.max_length)
+        limit = LengthLimit(
+            lambda prompt, response: len(encode_pair(tokenizer, prompt, response)),
+            config.model.max_length,
+            LengthBound(tokenizer),
+        )
         quarantine = config.run.path / "quarantine.jsonl"
         report = asdict(import_log(origin(config), log, quarantine, limit=limit))
         if report["quarantined"]:

@@ -19,18 +19,19 @@ from typing import Any
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
+from causalrm_ray.data.log.bulk import ConflictError
 from causalrm_ray.data.log.labels import check_labels
 from causalrm_ray.data.log.reactions import Reactions
 from causalrm_ray.data.log.reading import AUTO, LogSource, Origin, Table
 from causalrm_ray.data.log.schema import RETRACT, RecordError, event_row, impression_row
-from causalrm_ray.data.log.store import ConflictError, FeedbackLog
+from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.log.values import Values
 from causalrm_ray.data.rows import Quarantine, RawRow, RowError, SourceError, conversation
 from causalrm_ray.types import FeedbackEvent, Impression
 
 _COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
-_ROWS_PER_TRANSACTION = 1_000
-Records = tuple[list[Impression], list[FeedbackEvent]]  # of one row
+_ROWS_PER_TRANSACTION = 4_000
+Records = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # rows of the log's tables, of one row of the source
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,22 @@ class ImportReport:
 
 @dataclass(frozen=True, slots=True)
 class LengthLimit:
-    """Refuses rows with `length_of(prompt, response)` above `longest` (tokens, or what `length_of` counts)."""
+    """Refuses rows with `length_of(prompt, response)` above `longest` (tokens, or what `length_of` counts).
+
+    `at_most` is a bound of `length_of` that is quick to find, None where there is none: most rows need nothing else.
+    """
 
     length_of: Callable[[Conversation, str], int]
     longest: int
+    at_most: Callable[[Conversation, str], int | None] | None = None
+
+    def check(self, prompt: Conversation, response: str) -> None:
+        """Raise RowError for a row that is too long."""
+        bound = self.at_most(prompt, response) if self.at_most else None
+        if bound is not None and bound <= self.longest:
+            return
+        if (length := self.length_of(prompt, response)) > self.longest:
+            raise RowError(f"prompt and response must have a length of at most {self.longest}, got {length}")
 
 
 def import_log(
@@ -173,67 +186,76 @@ class _Import:
     def _append(self, rows: Sequence[Records]) -> None:
         shown = [impression for impressions, _ in rows for impression in impressions]
         done = [event for _, events in rows for event in events]
-        written = self._log.append(shown, done)
+        written = self._log.append_rows(shown, done)
         self._counts["impressions"] += written.impressions
         self._counts["duplicate_impressions"] += len(shown) - written.impressions
         self._counts["events"] += written.events
         self._counts["duplicate_events"] += len(done) - written.events
         for impressions, events in rows:
-            reacted = {event.impression_id for event in events}
-            self._counts["without_feedback"] += sum(impression.id not in reacted for impression in impressions)
+            reacted = {event["impression_id"] for event in events}
+            self._counts["without_feedback"] += sum(impression["id"] not in reacted for impression in impressions)
 
     def _refuse(self, row: RawRow, error: Exception) -> None:
         self._quarantine.refuse(row.where, row.number, str(error), row.text)
 
     def _records(self, found: Iterable[LoggedImpression | LoggedEvent], fields: Mapping[str, Any]) -> Records:
         """What the log keeps of what a format found in `fields`; raises RowError or RecordError."""
-        shown: list[Impression] = []
-        done: list[FeedbackEvent] = []
+        shown: list[dict[str, Any]] = []
+        done: list[dict[str, Any]] = []
         for logged in found:
             if isinstance(logged, LoggedImpression):
                 impression = self._impression(logged, fields)
                 shown.append(impression)
-                done += self._events(logged.events, impression.id, impression.time)
+                done += self._events(logged.events, impression["id"], impression["time"])
             elif logged.impression_id is None:
                 raise RowError("an event of its own row must name its impression, got none")
             else:
                 done += self._events([logged], logged.impression_id, self._default_time)
         return shown, done
 
-    def _impression(self, logged: LoggedImpression, fields: Mapping[str, Any]) -> Impression:
-        given = {field.name: getattr(logged, field.name) for field in dataclasses.fields(Impression)}
-        given["id"] = self._row_id(fields) if logged.id is None else logged.id
-        given["time"] = self._default_time if logged.time is None else self._values.time(logged.time)
-        given["policy_version"] = self._values.whole(logged.policy_version)
-        given["logprob"] = self._values.number(logged.logprob)
-        given["asked_for_feedback"] = self._values.flag(logged.asked_for_feedback)
-        prompt = logged.prompt
-        given["prompt"] = prompt if isinstance(prompt, Conversation) else conversation(prompt)
-        impression = Impression(**given)
-        impression_row(impression)
-        if self._limit and (length := self._limit.length_of(impression.prompt, impression.response)) > self._limit.longest:
-            raise RowError(f"prompt and response must have a length of at most {self._limit.longest}, got {length}")
-        return impression
+    def _impression(self, logged: LoggedImpression, fields: Mapping[str, Any]) -> dict[str, Any]:
+        prompt = logged.prompt if isinstance(logged.prompt, Conversation) else conversation(logged.prompt)
+        row = impression_row(
+            Impression(
+                self._row_id(fields) if logged.id is None else logged.id,
+                prompt,
+                logged.response,
+                self._values.whole(logged.policy_version),
+                self._default_time if logged.time is None else self._values.time(logged.time),
+                logged.user,
+                logged.context,
+                logged.conversation_id,
+                logged.model,
+                self._values.number(logged.logprob),
+                self._values.flag(logged.asked_for_feedback),
+            )
+        )
+        if self._limit:
+            self._limit.check(prompt, logged.response)
+        return row
 
-    def _events(self, found: Iterable[LoggedEvent], impression_id: str, default_time: float) -> Iterator[FeedbackEvent]:
+    def _events(self, found: Iterable[LoggedEvent], impression_id: str, default_time: float) -> Iterator[dict[str, Any]]:
         """The events about one impression, without those of signals that are left out."""
         for logged in found:
             signal = self._reactions.signal(logged) if logged.retracts is None else RETRACT
             if signal is None:
                 continue
             time = default_time if logged.time is None else self._values.time(logged.time)
-            name = _digest([impression_id, signal, time, logged.retracts]) if logged.id is None else logged.id
+            name = _event_id(impression_id, signal, time, logged.retracts) if logged.id is None else logged.id
             if logged.value is None and not isinstance(self._log.signals.get(signal, 1), int):
                 raise RowError(f"value must be given with the signal {signal!r}, whose value says what it means, got none")
             value = 1.0 if logged.value is None else self._values.number(logged.value)
-            event = FeedbackEvent(name, impression_id, signal, value, time, logged.retracts)
-            event_row(event, self._log.signals)
-            yield event
+            yield event_row(FeedbackEvent(name, impression_id, signal, value, time, logged.retracts), self._log.signals)
 
     def _row_id(self, fields: Mapping[str, Any]) -> str:
         content = _digest(fields)
         self._occurrences[content] += 1
         return f"{content}-{self._occurrences[content]}"
+
+
+def _event_id(*content: Any) -> str:
+    """A hash of an event's impression, signal, time, and what it withdraws."""
+    return hashlib.sha256("\x00".join(map(str, content)).encode()).hexdigest()[:32]
 
 
 def _digest(content: Any) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
@@ -106,7 +107,7 @@ class RecordError(ValueError):
 def check_signals(signals: Mapping[str, Meaning]) -> dict[str, Meaning]:
     """The meaning of each signal, those of LABEL_SIGNALS too. Raises InputError on a label other than 0 and 1."""
     for signal, label in signals.items():
-        _identifier("signal", signal)
+        _identifier("", "signal", signal)
         if signal == RETRACT:
             raise InputError(f"signals must not map {RETRACT!r}: it withdraws an event and has no label")
         if not isinstance(label, int | float):
@@ -120,98 +121,115 @@ def check_signals(signals: Mapping[str, Meaning]) -> dict[str, Meaning]:
 
 def impression_row(impression: Impression) -> dict[str, Any]:
     """The columns of one impression, without `seq` and `digest`; raises RecordError."""
-    thing = f"impression {impression.id!r}"
+    of = f"impression {impression.id!r}: "
     return {
-        "id": _identifier("impression id", impression.id),
+        "id": _identifier("", "impression id", impression.id),
         "prompt": impression.prompt.json,
-        "response": _text(f"{thing}: response", impression.response),
-        "policy_version": _version(f"{thing}: policy_version", impression.policy_version),
-        "time": _time(f"{thing}: time", impression.time),
-        "user": _optional_text(f"{thing}: user", impression.user),
-        "context": _context(f"{thing}: context", impression.context),
-        "conversation_id": _optional_text(f"{thing}: conversation_id", impression.conversation_id),
-        "model": _optional_text(f"{thing}: model", impression.model),
-        "logprob": _logprob(f"{thing}: logprob", impression.logprob),
-        "asked_for_feedback": _flag(f"{thing}: asked_for_feedback", impression.asked_for_feedback),
+        "response": _text(of, "response", impression.response),
+        "policy_version": _version(of, "policy_version", impression.policy_version),
+        "time": _time(of, "time", impression.time),
+        "user": _optional_text(of, "user", impression.user),
+        "context": _context(of, "context", impression.context),
+        "conversation_id": _optional_text(of, "conversation_id", impression.conversation_id),
+        "model": _optional_text(of, "model", impression.model),
+        "logprob": _logprob(of, "logprob", impression.logprob),
+        "asked_for_feedback": _flag(of, "asked_for_feedback", impression.asked_for_feedback),
     }
 
 
 def event_row(event: FeedbackEvent, signals: Mapping[str, Meaning]) -> dict[str, Any]:
     """The columns of one event, without `seq` and `digest`; raises RecordError. `signals` are those that are known."""
-    thing = f"event {event.id!r}"
+    of = f"event {event.id!r}: "
     row = {
-        "id": _identifier("event id", event.id),
-        "impression_id": _identifier(f"{thing}: impression_id", event.impression_id),
+        "id": _identifier("", "event id", event.id),
+        "impression_id": _identifier(of, "impression_id", event.impression_id),
         "signal": event.signal,
-        "value": _finite(f"{thing}: value", event.value),
-        "time": _time(f"{thing}: time", event.time),
-        "retracts": None if event.retracts is None else _identifier(f"{thing}: retracts", event.retracts),
+        "value": _finite(of, "value", event.value),
+        "time": _time(of, "time", event.time),
+        "retracts": None if event.retracts is None else _identifier(of, "retracts", event.retracts),
     }
     if event.retracts is None:
-        _require(event.signal in signals, f"{thing}: signal", f"be one of {sorted(signals)}", event.signal)
-    else:
-        _require(event.signal == RETRACT, f"{thing}: signal", f"be {RETRACT!r} where retracts is given", event.signal)
-        _require(event.retracts != event.id, f"{thing}: retracts", "name another event", event.retracts)
+        if event.signal not in signals:
+            raise _fault(of, "signal", f"be one of {sorted(signals)}", event.signal)
+    elif event.signal != RETRACT:
+        raise _fault(of, "signal", f"be {RETRACT!r} where retracts is given", event.signal)
+    elif event.retracts == event.id:
+        raise _fault(of, "retracts", "name another event", event.retracts)
     return row
 
 
-def _require(holds: bool, thing: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise RecordError(f"{thing} must {rule}, got {brief(value)}")
+def _fault(of: str, field: str, rule: str, value: Any) -> RecordError:
+    return RecordError(f"{of}{field} must {rule}, got {brief(value)}")
 
 
-def _text(thing: str, value: Any) -> str:
-    _require(isinstance(value, str), thing, "be text", value)
-    _require(bool(value.strip()), thing, "not be empty", value)
-    return _storable(thing, value)
+def _text(of: str, field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _fault(of, field, "be text", value)
+    if not value or value.isspace():
+        raise _fault(of, field, "not be empty", value)
+    return _storable(of, field, value)
 
 
-def _optional_text(thing: str, value: Any) -> str | None:
-    return None if value is None else _text(thing, value)
+def _optional_text(of: str, field: str, value: Any) -> str | None:
+    return None if value is None else _text(of, field, value)
 
 
-def _logprob(thing: str, value: Any) -> float | None:
-    _require(value is None or _finite(thing, value) <= 0, thing, "be the log of a probability, at most 0", value)
+def _storable(of: str, field: str, value: str) -> str:
+    if "\x00" in value:
+        raise _fault(of, field, "not hold a NUL character", value)
+    if not value.isascii() and value.encode(errors="ignore").decode() != value:  # half of a surrogate pair
+        raise _fault(of, field, "be valid Unicode", value)
     return value
 
 
-def _flag(thing: str, value: Any) -> int | None:
-    _require(value is None or value in (0, 1), thing, "be true or false", value)
-    return None if value is None else int(value)
-
-
-def _storable(thing: str, value: str) -> str:
-    _require("\x00" not in value, thing, "not hold a NUL character", value)
-    _require(value.encode(errors="ignore").decode() == value, thing, "be valid Unicode", value)
+def _identifier(of: str, field: str, value: Any) -> str:
+    if len(_text(of, field, value)) > MAX_ID_CHARS:
+        raise _fault(of, field, f"have at most {MAX_ID_CHARS} characters", len(value))
     return value
 
 
-def _identifier(thing: str, value: Any) -> str:
-    _require(len(_text(thing, value)) <= MAX_ID_CHARS, thing, f"have at most {MAX_ID_CHARS} characters", len(value))
-    return value
-
-
-def _finite(thing: str, value: Any) -> float:
+def _finite(of: str, field: str, value: Any) -> float:
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
         number = math.inf
-    _require(math.isfinite(number), thing, "be a finite number", value)
+    if not math.isfinite(number):
+        raise _fault(of, field, "be a finite number", value)
     return number
 
 
-def _time(thing: str, value: Any) -> float:
-    seconds = _finite(thing, value)
-    _require(seconds >= 0, thing, "be at least 0 seconds", value)
+def _time(of: str, field: str, value: Any) -> float:
+    seconds = _finite(of, field, value)
+    if seconds < 0:
+        raise _fault(of, field, "be at least 0 seconds", value)
     return seconds
 
 
-def _version(thing: str, value: Any) -> int:
-    _require(isinstance(value, int) and 0 <= value < 2**63, thing, "be a whole number in [0, 2^63)", value)
+def _logprob(of: str, field: str, value: Any) -> float | None:
+    if value is not None and _finite(of, field, value) > 0:
+        raise _fault(of, field, "be the log of a probability, at most 0", value)
+    return value
+
+
+def _flag(of: str, field: str, value: Any) -> int | None:
+    if value is not None and value not in (0, 1):
+        raise _fault(of, field, "be true or false", value)
+    return None if value is None else int(value)
+
+
+def _version(of: str, field: str, value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise _fault(of, field, "be a whole number in [0, 2^63)", value)
     return int(value)
 
 
-def _context(thing: str, value: Any) -> str:
-    texts = isinstance(value, Mapping) and all(isinstance(part, str) for item in value.items() for part in item)
-    _require(texts, thing, "map text to text", value)
-    return _storable(thing, json.dumps(dict(value), sort_keys=True, ensure_ascii=False))
+def _context(of: str, field: str, value: Any) -> str:
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for item in value.items() for part in item):
+        raise _fault(of, field, "map text to text", value)
+    return _storable(of, field, _context_text(tuple(value.items())))
+
+
+@lru_cache(maxsize=1 << 14)
+def _context_text(items: tuple[tuple[str, str], ...]) -> str:
+    """JSON of a context; most rows of a log share a few."""
+    return json.dumps(dict(items), sort_keys=True, ensure_ascii=False)

@@ -25,7 +25,6 @@ from sqlalchemy import (
     cast,
     exists,
     func,
-    insert,
     literal,
     select,
     update,
@@ -33,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.bulk import insert_new
 from causalrm_ray.data.log.database import open_database, verify
 from causalrm_ray.data.log.schema import (
     RETRACT,
@@ -44,16 +44,10 @@ from causalrm_ray.data.log.schema import (
     state_table,
 )
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA
-from causalrm_ray.errors import InputError, brief, kind_of
+from causalrm_ray.errors import InputError
 from causalrm_ray.types import FeedbackEvent, Impression, Meaning
 
-_IDS_PER_QUERY = 500
 _ROWS_PER_PAGE = 10_000
-_PERSONAL = ("prompt", "response", "user", "context")  # never shown in errors
-
-
-class ConflictError(InputError):
-    """An id that is delivered again with other content: names both contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +107,19 @@ class FeedbackLog:
         A record whose id is logged already with equal content is ignored and counted as redelivered. Events may come before
         their impression. Raises RecordError for a record that breaks a rule, ConflictError for an id with other content.
         """
-        rows = [impression_row(record) for record in impressions], [event_row(record, self.signals) for record in events]
+        return self.append_rows(
+            [impression_row(record) for record in impressions], [event_row(record, self.signals) for record in events]
+        )
+
+    def append_rows(self, impressions: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> Written:
+        """As `append`, for what `schema.impression_row` and `event_row` made of records."""
         with self._connected(write=True) as connection:
             # Taking the row's lock first makes writers queue up on every database, so that positions follow commits.
             connection.execute(update(state_table).values(position=state_table.c.position))
             position = connection.execute(select(state_table.c.position)).scalar_one()
-            shown = _insert_new(connection, impression_table, rows[0], position)
-            done = _insert_new(connection, event_table, rows[1], position + shown)
-            redelivered = len(rows[0]) + len(rows[1]) - shown - done
+            shown = insert_new(connection, impression_table, impressions, position)
+            done = insert_new(connection, event_table, events, position + shown)
+            redelivered = len(impressions) + len(events) - shown - done
             connection.execute(
                 update(state_table).values(position=position + shown + done, redelivered=state_table.c.redelivered + redelivered)
             )
@@ -195,30 +194,6 @@ class FeedbackLog:
 def open_log(config: Config) -> FeedbackLog:
     """The log of a run, read under the run's rules."""
     return FeedbackLog(config.log_url, config.feedback.signals, config.feedback.order)
-
-
-def _insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]], position: int) -> int:
-    """Insert the rows that are not logged yet, from position + 1 on, and return their number. Raises ConflictError."""
-    content = [column for column in table.c if column.name not in ("seq", "digest")]
-    known: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(rows), _IDS_PER_QUERY):
-        ids = [row["id"] for row in rows[start : start + _IDS_PER_QUERY]]
-        known |= {row.id: row._asdict() for row in connection.execute(select(*content).where(table.c.id.in_(ids)))}
-    new = []
-    for row in rows:
-        before = known.setdefault(row["id"], row)
-        if before is row:
-            new.append({**row, "seq": position + 1 + len(new)})
-        elif before != row:
-            parts = [f"{name}={_shown(name, before)} then {_shown(name, row)}" for name in row if before[name] != row[name]]
-            raise ConflictError(f"{table.name}: id {row['id']!r} must keep its content, got {', '.join(parts)}")
-    if new:
-        connection.execute(insert(table), new)
-    return len(new)
-
-
-def _shown(column: str, row: Mapping[str, Any]) -> str:
-    return kind_of(row[column]) if column in _PERSONAL else brief(row[column])
 
 
 def _count(table: Table, *conditions: ColumnElement[bool]) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from functools import partial
 from io import BufferedReader
 
+import orjson
+
 from causalrm_ray.data.readers.files import BUFFER, File, check_text, readable
 from causalrm_ray.data.readers.part import Part
 from causalrm_ray.data.rows import RawRow, SourceError
@@ -84,11 +86,24 @@ def _lines(where: str, stream: BufferedReader) -> Iterator[tuple[int, bytes]]:
 
 def _row(where: str, number: int, line: bytes) -> RawRow:
     try:
+        fields = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return _slow_row(where, number, line)
+    return _as_row(where, number, line, fields)
+
+
+def _slow_row(where: str, number: int, line: bytes) -> RawRow:
+    """What orjson refuses: NaN and numbers beyond 64 bits, which Python reads, and what is no JSON."""
+    try:
         fields = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return RawRow(where, number, line, None, f"row must be JSON in UTF-8: {error.reason} (byte {error.start + 1})")
     except (ValueError, RecursionError) as error:
         return RawRow(where, number, line, None, f"row must be JSON in UTF-8: {error}")
+    return _as_row(where, number, line, fields)
+
+
+def _as_row(where: str, number: int, line: bytes, fields: object) -> RawRow:
     if not isinstance(fields, dict):
         return RawRow(where, number, line, None, f"row must be a JSON object, got {brief(fields)}")
     return RawRow(where, number, line, fields)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from causalrm_ray.config.train import Thresholds
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.log.bulk import ConflictError
 from causalrm_ray.data.log.schema import RETRACT, RecordError
-from causalrm_ray.data.log.store import ConflictError, FeedbackLog, LogCounts, Written
+from causalrm_ray.data.log.store import FeedbackLog, LogCounts, Written
 from causalrm_ray.types import FeedbackEvent, Impression
 
 SIGNALS = {"upvote": 1, "copy": 1, "downvote": 0, "stars": Thresholds(low=2, high=4), "seconds": Thresholds(high=30)}

@@ -1,0 +1,73 @@
+"""Many rows at once into a table of the log: what is known already is compared, what is new goes in as fast as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Table, insert, select
+
+from causalrm_ray.data.log.schema import digested_columns, row_digest
+from causalrm_ray.errors import InputError, brief, kind_of
+
+_IDS_PER_QUERY = 500
+PERSONAL = ("prompt", "response", "user", "context")  # columns whose values errors do not show
+
+
+class ConflictError(InputError):
+    """An id that is delivered again with other content: names what differs, without any text of a person."""
+
+
+def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]], position: int) -> int:
+    """Insert the rows that are not logged yet, from position + 1 on, and return their number. Raises ConflictError.
+
+    The caller holds the log's lock: nobody else inserts meanwhile.
+    """
+    names = [column.name for column in table.c if column.name not in ("seq", "digest")]
+    query = select(*(table.c[name] for name in names))
+    known: dict[str, tuple[Any, ...]] = {}
+    for start in range(0, len(rows), _IDS_PER_QUERY):
+        ids = [row["id"] for row in rows[start : start + _IDS_PER_QUERY]]
+        known |= {row[0]: tuple(row) for row in connection.execute(query.where(table.c.id.in_(ids)))}
+    new = []
+    for row in rows:
+        content = tuple([row[name] for name in names])
+        before = known.setdefault(row["id"], content)
+        if before is content:
+            new.append(row)
+        elif before != content:
+            parts = [
+                f"{name}={_shown(name, old)} then {_shown(name, row[name])}"
+                for name, old in zip(names, before, strict=True)
+                if old != row[name]
+            ]
+            raise ConflictError(f"{table.name}: id {row['id']!r} must keep its content, got {', '.join(parts)}")
+    if new:
+        _insert(connection, table, new, position)
+    return len(new)
+
+
+def _insert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], position: int) -> None:
+    digested = [column.name for column in digested_columns(table)]
+    values = []
+    for seq, row in enumerate(rows, position + 1):
+        written = [seq if name == "seq" else row[name] for name in digested]
+        values.append((*written, row_digest(*written)))
+    columns = [*digested, "digest"]
+    if connection.dialect.driver == "psycopg":
+        preparer = connection.dialect.identifier_preparer
+        target = f"{preparer.format_table(table)} ({', '.join(map(preparer.quote, columns))})"
+        with connection.connection.cursor() as cursor, cursor.copy(f"COPY {target} FROM STDIN") as copy:
+            for value in values:
+                copy.write_row(value)
+    elif connection.dialect.name == "sqlite":
+        preparer = connection.dialect.identifier_preparer
+        places = ", ".join("?" * len(columns))
+        quoted = ", ".join(map(preparer.quote, columns))
+        connection.exec_driver_sql(f"INSERT INTO {preparer.format_table(table)} ({quoted}) VALUES ({places})", values)
+    else:
+        connection.execute(insert(table), [dict(zip(columns, value, strict=True)) for value in values])
+
+
+def _shown(column: str, value: Any) -> str:
+    return kind_of(value) if column in PERSONAL else brief(value)

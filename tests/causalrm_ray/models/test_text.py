@@ -1,0 +1,36 @@
+"""The quick bound of a row's length is never below it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from causalrm_ray.conversation import Conversation
+from causalrm_ray.models.text import LengthBound, encode_pair, load_tokenizer
+from causalrm_ray.world.grammar import train_prompts
+from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(lambda text: bool(text.strip()))
+TURNS = st.lists(st.sampled_from(["user", "assistant", "system"]), max_size=4).map(lambda roles: [*roles, "user"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(train_prompts(), PretrainSettings()).save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+@settings(deadline=None)
+@given(TURNS.flatmap(lambda roles: st.tuples(st.just(roles), st.lists(TEXT, min_size=len(roles), max_size=len(roles)))), TEXT)
+def test_a_row_has_at_most_as_many_tokens_as_the_bound(tokenizer: PreTrainedTokenizerBase, turns: tuple, response: str) -> None:
+    talk = Conversation.of([{"role": role, "content": text} for role, text in zip(*turns, strict=True)])
+    bound = LengthBound(tokenizer)(talk, response)
+    assert bound is not None
+    assert len(encode_pair(tokenizer, talk, response)) <= bound
+
+
+def test_tools_have_no_bound(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert LengthBound(tokenizer)(Conversation.of([{"role": "user", "content": "hi"}], [{"type": "function"}]), "hi") is None
