@@ -100,7 +100,8 @@ def check_counts(rows: int, observed: int, positive: int) -> None:
     if positive in (0, observed):
         raise SnapshotError(
             f"feedback must hold both labels, got {positive} of label 1 and {observed - positive} of label 0"
-            f" in {observed} observed of {rows} rows"
+            f" in {observed} observed of {rows} rows: import what users did {'not ' if positive else ''}like, too, as a signal of"
+            " feedback.signals"
         )
 
 
