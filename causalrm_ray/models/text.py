@@ -59,7 +59,7 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 class LengthBound:
     """`bound(prompt, response)` >= len(encode_pair(tokenizer, prompt, response)); None where no bound is known.
 
-    A token of a text stands for at least one byte of it, of its compatibility decomposition where a tokenizer normalises it.
+    A token of a text stands for at least one byte of it, or of its compatibility decomposition where a tokenizer normalises.
     What a chat template adds around messages depends on their roles alone, unless there are tools: it is measured once for each
     order of roles, in tokens, and two more a message for where texts and template meet.
     """
@@ -84,4 +84,6 @@ class LengthBound:
 
 
 def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(unicodedata.normalize("NFKD", text).encode())
+    if text.isascii():
+        return len(text)
+    return max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode()))

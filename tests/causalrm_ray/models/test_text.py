@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return load_tokenizer(str(folder))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=400)
 @given(TURNS.flatmap(lambda roles: st.tuples(st.just(roles), st.lists(TEXT, min_size=len(roles), max_size=len(roles)))), TEXT)
 def test_a_row_has_at_most_as_many_tokens_as_the_bound(tokenizer: PreTrainedTokenizerBase, turns: tuple, response: str) -> None:
     talk = Conversation.of([{"role": role, "content": text} for role, text in zip(*turns, strict=True)])
