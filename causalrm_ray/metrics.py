@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,11 @@ def ece(prob: Tensor, label: Tensor, bins: int = 10) -> float:
     """
     curve = calibration_curve(prob, label, bins)
     return sum(part.rows * abs(part.predicted - part.actual) for part in curve) / len(prob)
+
+
+def quantiles(value: Tensor, at: Sequence[float]) -> list[float]:
+    """Quantiles of `value` [N] at shares in [0, 1], interpolated; torch's own refuse more than 2^24 rows."""
+    return np.quantile(value.double().numpy(), at).tolist()
 
 
 def _vectors(predicted: Tensor, actual: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,15 @@ PREDICTED = torch.tensor([0.1, 0.4, 0.6, 0.9])
 ACTUAL = torch.tensor([0.0, 1.0, 0.0, 1.0])
 
 
+def test_quantiles_are_torchs_and_more_rows_than_it_takes_are_no_limit() -> None:
+    value = torch.rand(1001, generator=torch.Generator().manual_seed(0))
+    at = [0.0, 0.03, 0.5, 0.97, 1.0]
+    assert metrics.quantiles(value, at) == pytest.approx(
+        torch.quantile(value.double(), torch.tensor(at, dtype=torch.float64)).tolist()
+    )
+    assert metrics.quantiles(torch.arange(2**24 + 1), [0.5]) == [2**23]
+
+
 def test_errors_equal_hand_values() -> None:
     assert metrics.mse(PREDICTED, ACTUAL) == pytest.approx((0.01 + 0.36 + 0.36 + 0.01) / 4)
     assert metrics.mae(PREDICTED, ACTUAL) == pytest.approx((0.1 + 0.6 + 0.6 + 0.1) / 4)

@@ -5,6 +5,7 @@ batches --write_batches--> Parquet --read_batches--> batches        each row is 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,16 @@ def read_snapshot(path: str | Path) -> Dataset:
     Raises SnapshotError if the file is unreadable, a column is missing, unknown or of another type, an id is empty or repeated, a
     text is empty, a time is not finite, or `label` and `signal` are not given exactly where `observed` is 1.
     """
-    return Dataset(pa.Table.from_batches(list(read_batches(path)), SNAPSHOT_SCHEMA))
+    return as_dataset(read_batches(path))
+
+
+def as_dataset(batches: Iterable[pa.RecordBatch]) -> Dataset:
+    """Batches under SNAPSHOT_SCHEMA as a dataset.
+
+    Its fingerprint is a number of its own: the default one is a hash of the whole table, for which `datasets` joins each column
+    into one array, and 2 GiB of text are too much for it.
+    """
+    return Dataset(pa.Table.from_batches(list(batches), SNAPSHOT_SCHEMA), fingerprint=secrets.token_hex(8))
 
 
 def read_batches(path: str | Path) -> Iterator[pa.RecordBatch]:

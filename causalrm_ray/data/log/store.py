@@ -43,7 +43,7 @@ from causalrm_ray.data.log.schema import (
     impression_table,
     state_table,
 )
-from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA
+from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, as_dataset
 from causalrm_ray.errors import InputError
 from causalrm_ray.types import FeedbackEvent, Impression, Meaning
 
@@ -170,7 +170,7 @@ class FeedbackLog:
             query = _snapshot_query(self.signals, self._order, as_of, newest if upto is None else upto)
             result = connection.execution_options(yield_per=_ROWS_PER_PAGE).execute(query)
             batches = [_snapshot_batch(page) for page in result.partitions()]
-        return Dataset(pa.Table.from_batches(batches, SNAPSHOT_SCHEMA))
+        return as_dataset(batches)
 
     def stream(self, after: int = 0, limit: int | None = None) -> Iterator[tuple[int, FeedbackEvent]]:
         """Events logged after position `after` as (seq, event), in order of `seq`, at most `limit` of them (None: all)."""

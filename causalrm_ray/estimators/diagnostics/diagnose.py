@@ -24,6 +24,7 @@ from causalrm_ray.estimators.pipeline import RewardFits, heldout_objective
 from causalrm_ray.losses.pointwise import LOSSES
 from causalrm_ray.losses.reweighted import snips_weights
 from causalrm_ray.losses.sensitivity import corrected_label, hidden_selection_weights, largest_mean, sign_change
+from causalrm_ray.metrics import quantiles
 from causalrm_ray.types import NoiseRates
 
 BINS = 20  # of a histogram
@@ -183,7 +184,7 @@ def weight_spread(propensity: Tensor) -> WeightSpread:
     ess, top = effective_sample_size(weight), float(weight.max())
     return WeightSpread(
         rows=len(weight),
-        quantiles=tuple(torch.quantile(weight, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()),
+        quantiles=tuple(quantiles(weight, QUANTILES)),
         edges=tuple(torch.linspace(0, top, BINS + 1).tolist()),
         counts=tuple(torch.histc(weight, BINS, 0.0, top).int().tolist()),
         largest_share=top / len(weight),

@@ -26,6 +26,7 @@ from causalrm_ray.estimators.nuisances.noise_curve import (
     rank_feedback,
     sureness,
 )
+from causalrm_ray.metrics import quantiles
 from causalrm_ray.types import NoiseRates
 
 QUANTILE = 0.03  # of the paper's anchors
@@ -80,7 +81,7 @@ def anchors(prob: Tensor) -> NoiseRates:
     noise rates. Raises InputError if the rates would sum to 1 or more.
     """
     check_unit_interval("prob", prob)
-    low, high = torch.quantile(prob.double(), torch.tensor([QUANTILE, 1 - QUANTILE], dtype=torch.float64)).tolist()
+    low, high = quantiles(prob, [QUANTILE, 1 - QUANTILE])
     return _rates(1 - high, low)
 
 
@@ -93,10 +94,10 @@ def estimate_by_anchors(prob: Tensor, observations: Observations) -> NoiseEstima
     check_same_length(prob=prob, o=observations.o)
     rates = anchors(prob)
     spread = NORMAL * math.sqrt(QUANTILE * (1 - QUANTILE) / len(prob))
-    ends = torch.tensor([QUANTILE - spread, QUANTILE + spread], dtype=torch.float64).clamp(0, 1)
-    low, high = torch.quantile(prob.double(), ends), 1 - torch.quantile(prob.double(), 1 - ends)
+    ends = [max(QUANTILE - spread, 0.0), min(QUANTILE + spread, 1.0)]
+    low, high = quantiles(prob, ends), [1 - value for value in quantiles(prob, [1 - end for end in ends])]
     top, bottom = (int(observations.o[beyond].sum()) for beyond in (prob >= 1 - rates.rho_01, prob <= rates.rho_10))
-    return NoiseEstimate(rates, (float(high[0]), float(high[1])), (float(low[0]), float(low[1])), top, bottom)
+    return NoiseEstimate(rates, (high[0], high[1]), (low[0], low[1]), top, bottom)
 
 
 def estimate_noise_rates(prob: Tensor, observations: Observations, draws: int = 1000, seed: int = 0) -> NoiseEstimate:

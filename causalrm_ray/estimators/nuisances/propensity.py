@@ -17,7 +17,7 @@ from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings, Inputs, Objective, fit, predict, seeded
 from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece
+from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece, quantiles
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
@@ -138,7 +138,7 @@ def diagnose(prob: Tensor, o: Tensor, clip: float) -> PropensityReport:
     clipped = prob.clamp(min=clip)
     check_propensity("propensity", clipped)
     ess = effective_sample_size((o / clipped)[o == 1])
-    observed = int(o.sum())
+    observed = int((o == 1).sum())
     clipped_share = float((prob < clip).double().mean())
     error = ece(clipped, o)
     return PropensityReport(
@@ -151,7 +151,7 @@ def diagnose(prob: Tensor, o: Tensor, clip: float) -> PropensityReport:
         ess_fraction=ess / observed,
         clip=clip,
         clipped_share=clipped_share,
-        overlap=tuple(torch.quantile(prob.double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()),
+        overlap=tuple(quantiles(prob, QUANTILES)),
         curve=calibration_curve(clipped, o),
         warnings=_warnings(ess / observed, clipped_share, error, float((prob > 0.99).double().mean())),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,3 +128,18 @@ def test_an_answer_with_much_of_the_feedback_is_named_by_its_impression(
     (warning,) = [text for text in load_rows(path, load_tokenizer(backbone), 64).warnings if "One answer" in text]
     assert "that of impression 'impression-" in warning
     assert table["response"][0].as_py() not in warning
+
+
+def test_little_is_kept_of_a_row(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    path, tokenizer = make_snapshot(2000), load_tokenizer(backbone)
+    load_rows(path, tokenizer, 64)  # what is made once
+    gc.collect()
+    tracemalloc.start()
+    before, objects = tracemalloc.get_traced_memory()[0], len(gc.get_objects())
+    log = load_rows(path, tokenizer, 64)
+    gc.collect()
+    kept = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert len(gc.get_objects()) - objects < 400, "no object of Python for each row"
+    assert log.token_rows._flat.element_size() == 4
+    assert kept / 2000 < 80 + 4 * len(log.token_rows._flat) / 2000

@@ -11,7 +11,17 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, SnapshotError, check_log, read_snapshot, write_snapshot
+from causalrm_ray.data.log.snapshot import (
+    SNAPSHOT_SCHEMA,
+    SnapshotError,
+    as_dataset,
+    check_log,
+    check_snapshot,
+    read_batches,
+    read_snapshot,
+    write_batches,
+    write_snapshot,
+)
 
 
 def row(name: str = "a", label: int | None = None, **changes) -> dict:
@@ -124,3 +134,37 @@ def test_log_that_cannot_be_fitted_is_refused_with_its_counts(labels: list, mess
 
 def test_log_with_both_labels_and_rows_without_feedback_can_be_fitted():
     check_log(Dataset(table(row("a", 1), row("b", 0), row("c"), row("d", 1))))
+
+
+def test_two_gib_of_text_are_no_limit_in_memory() -> None:
+    """Forty batches of one text of 64 MiB, which they share: 2.5 GiB in one column."""
+    texts = pa.array(["x" * 2**26], pa.string())
+    one = table(row("a", 1)).to_batches()[0]
+    batches = []
+    for number in range(40):
+        columns = {**dict(zip(one.schema.names, one.columns, strict=True)), "response": texts}
+        columns["impression_id"] = pa.array([str(number)])
+        if number % 2:
+            columns |= {name: table(row("b")).column(name).chunk(0) for name in ("observed", "label", "signal")}
+        batches.append(pa.RecordBatch.from_arrays(list(columns.values()), schema=SNAPSHOT_SCHEMA))
+    dataset = as_dataset(batches)
+    assert len(dataset) == 40
+    assert dataset.data.nbytes > 2**31
+    with pytest.raises(SnapshotError, match="both labels"):
+        check_log(dataset)
+
+
+def test_batches_are_checked_one_by_one_and_ids_over_all(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    batches = [table(row(str(number), number % 3 if number % 3 < 2 else None)).to_batches()[0] for number in range(9)]
+    write_batches(batches, path)
+    assert [one for batch in read_batches(path) for one in batch["impression_id"].to_pylist()] == [str(n) for n in range(9)]
+    check_snapshot(path)
+    with pytest.raises(SnapshotError, match="must not repeat, got 9 different ids in 10 rows"):
+        write_batches([*batches, batches[4]], path)
+    with pytest.raises(SnapshotError, match=r"time must be finite .* in row 9"):
+        write_batches([*batches, table(row("z", time=-1.0)).to_batches()[0]], path)
+    assert len(read_snapshot(path)) == 9
+    write_batches([], path)
+    with pytest.raises(SnapshotError, match="got 0 rows"):
+        check_snapshot(path)

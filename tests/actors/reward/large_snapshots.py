@@ -1,0 +1,146 @@
+"""Snapshots beyond the limits of 32 bits, through a fit's data path.
+
+    python -m tests.actors.reward.large_snapshots rows|bytes FOLDER
+
+rows    2^24 + 1 impressions of tiny texts: written, read, tokenised, split, capped; propensities, rates and selection estimated
+bytes   3 GiB of answers: written, read as batches and as a dataset, selected, tokenised
+Each prints seconds and the most memory that it took. The folder is left as it was.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.reward.snapshot_rows import SnapshotRows, load_rows
+from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, read_snapshot, write_batches, write_snapshot
+from causalrm_ray.estimators.diagnostics.groups import diagnose_groups, diagnose_signals
+from causalrm_ray.estimators.nuisances.noise_rates import estimate_by_anchors, estimate_noise_rates
+from causalrm_ray.estimators.nuisances.propensity import calibrate
+
+BATCH = 2**16
+PROMPT = '[{{"content":"{}","role":"user"}}]'
+
+
+class Characters:
+    """A tokenizer whose ids are characters, but for answers of more than 64, of which it reads the ends."""
+
+    eos_token_id, pad_token_id = 1, 0
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+        return messages[-1]["content"]
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [ord(letter) for letter in (text if len(text) <= 64 else text[:32] + text[-32:])]
+
+
+def batches(rows: int, answer: Callable[[int], str]) -> Iterator[pa.RecordBatch]:
+    """Impressions of a million users, of whom one gave a hundredth of the feedback; the liked are likelier to say so."""
+    rng = np.random.default_rng(0)
+    for start in range(0, rows, BATCH):
+        number = np.arange(start, min(start + BATCH, rows))
+        liked = rng.random(len(number)) < 0.5
+        observed = rng.random(len(number)) < np.where(liked, 0.3, 0.1)
+        label = np.where(rng.random(len(number)) < 0.1, ~liked, liked)
+        user = np.where(observed & (rng.random(len(number)) < 0.01), 0, rng.integers(1, 2**20, len(number)))
+        columns: dict[str, Any] = {
+            "impression_id": [f"i{one}" for one in number],
+            "prompt": [PROMPT.format(one % 1000) for one in number],
+            "response": [("good" if one else "bad") + answer(int(row)) for row, one in zip(number, liked, strict=True)],
+            "observed": observed.astype(np.int8),
+            "label": pa.array(label.astype(np.int8), pa.int8(), mask=~observed),
+            "signal": pa.array(np.where(label, "upvote", "downvote"), pa.string(), mask=~observed),
+            "policy_version": np.zeros(len(number), np.int64),
+            "time": number.astype(np.float64),
+            "user": [f"u{one}" for one in user],
+            "context": np.where(number % 2 == 0, '{"surface":"web"}', '{"surface":"phone"}'),
+        }
+        arrays = [
+            pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(len(number), field.type)
+            for field in SNAPSHOT_SCHEMA
+        ]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SNAPSHOT_SCHEMA)
+
+
+def timed(name: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; its seconds and the most memory so far are printed."""
+    started = time.perf_counter()
+    found = work()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{name:<40} {time.perf_counter() - started:8.1f} s   peak {peak:6.2f} GiB", flush=True)
+    return found
+
+
+def estimate(log: SnapshotRows) -> None:
+    """What a fit computes on all rows besides its models."""
+    observations = log.observations
+    rng = torch.Generator().manual_seed(0)
+    parts = torch.arange(len(log)).split(BATCH)
+    good = torch.cat([(log.token_rows.batch(part)["input_ids"] == ord("g")).any(1) for part in parts]).float()
+    noise = 0.2 * torch.rand(len(log), generator=rng)
+    found = timed(
+        "propensities calibrated, diagnosed",
+        lambda: calibrate(0.1 + 0.2 * good + noise, observations.o, 0.05, cluster=observations.cluster),
+    )
+    print(found.report.warnings, found.report.overlap)
+    ranking = 0.1 + 0.7 * good + noise
+    rates = timed("noise rates by the curve", lambda: estimate_noise_rates(ranking, observations))
+    print(rates.rates, rates.rho_01_interval, rates.rho_10_interval)
+    timed("noise rates by anchors", lambda: estimate_by_anchors(ranking, observations))
+    opinion = torch.logit(0.05 + 0.9 * good)
+    timed("rates and selection by trait", lambda: diagnose_groups(ranking, opinion, observations, rates.rates, log.traits))
+    timed("rates by signal", lambda: diagnose_signals(ranking, log.signals, cluster=observations.cluster))
+
+
+def many_rows(path: Path) -> None:
+    """2^24 + 1 impressions."""
+    rows = 2**24 + 1
+    timed("written", lambda: write_batches(batches(rows, lambda _: ""), path))
+    print(f"{path.stat().st_size / 2**30:.2f} GiB on disk")
+    log = timed("loaded for a fit", lambda: load_rows(path, Characters(), 64, "auto"))  # type: ignore[arg-type]
+    print(
+        len(log),
+        "rows kept,",
+        log.split_by,
+        len(log.heldout),
+        "held out",
+        log.traits.names,
+        log.signals.names,
+        *log.warnings,
+        sep="\n  ",
+    )
+    assert rows - 40_000 < len(log) < rows
+    estimate(log)
+
+
+def many_bytes(path: Path) -> None:
+    """A million answers, 3 GiB of them."""
+    text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 4096)))
+    rows = 2**20
+    timed("written", lambda: write_batches(batches(rows, lambda row: text[row % 1000 : row % 1000 + 3072]), path))
+    print(f"{path.stat().st_size / 2**30:.2f} GiB on disk")
+    log = timed("loaded for a fit", lambda: load_rows(path, Characters(), 128, "auto"))  # type: ignore[arg-type]
+    print(len(log), "rows kept")
+    dataset = timed("read as a dataset", lambda: read_snapshot(path))
+    assert sum(len(part) for part in dataset.data.column("response").chunks) == rows
+    chosen = timed("all but one row selected", lambda: dataset.select(range(1, rows)))
+    timed("the selection written", lambda: write_snapshot(chosen, path.with_suffix(".again")))
+    path.with_suffix(".again").unlink()
+
+
+if __name__ == "__main__":
+    kind, folder = sys.argv[1:]
+    file = Path(folder) / "large.parquet"
+    try:
+        {"rows": many_rows, "bytes": many_bytes}[kind](file)
+    finally:
+        file.unlink(missing_ok=True)
