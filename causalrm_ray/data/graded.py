@@ -23,7 +23,7 @@ from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetNotFoundError
 
 from causalrm_ray.data.rows import Quarantine, RowError, SourceError, row_fields, turn_text
-from causalrm_ray.data.sources import data_files, read_rows
+from causalrm_ray.data.sources import check_exists, data_files, read_rows
 from causalrm_ray.errors import brief
 
 Split = Literal["train", "test"]
@@ -124,6 +124,7 @@ def splits(source: str) -> dict[str, list[tuple[str, str]]]:
     path = Path(source)
     if path.is_file() or (path / "state.json").is_file():
         return {"train": [(source, "train")]}
+    check_exists(source)
     if (path / "dataset_dict.json").is_file():
         try:
             names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]

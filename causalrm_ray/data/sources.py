@@ -6,6 +6,7 @@ file | folder | list of them | `datasets` folder | hub id | URL | database + que
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def parts(
     found: list[Part] = []
     for name in [source] if isinstance(source, str) else source:
         found += _parts(name, split)
-    if twice := sorted({part.where for part in found if sum(part.where == other.where for other in found) > 1}):
+    if twice := [where for where, times in Counter(part.where for part in found).items() if times > 1]:
         raise SourceError(f"feedback.source must name each file once, got {twice[0]} several times")
     return found
 

@@ -36,6 +36,8 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
         report = asdict(import_log(origin(config), log, quarantine, limit=limit))
         if report["quarantined"]:
             warn(f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}")
+        for note in report["warnings"]:
+            warn(note)
     check_log(log.snapshot())
     log.close()
     return report

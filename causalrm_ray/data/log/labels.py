@@ -7,9 +7,10 @@ LogSource --label columns alone, in a format that names them--> SourceError, or 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
-from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression, load_format
+from causalrm_ray.data.formats.base import Format, LoggedEvent, LoggedImpression, load_format
 from causalrm_ray.data.formats.native import parsed
 from causalrm_ray.data.log.reactions import Reactions, scale_error
 from causalrm_ray.data.log.reading import LogSource, Table
@@ -24,30 +25,56 @@ def check_labels(source: LogSource, signals: Mapping[str, Meaning], left_out: Co
     """Read the source once, to its end. Raises SourceError for labels of another scale, with the options that read them, for a
     score that has no meaning, and for a part that is not whole."""
     reactions = Reactions(signals, left_out, Values(float("inf")))
-    rehearsed = {table.name: load_format(table.name) for table in source.tables if not hasattr(table.format, "labels")}
+    rehearsed = {
+        table.name: _Rehearsal(load_format(table.name), reactions) for table in source.tables if not _names_labels(table)
+    }
     for table in source.tables:
-        made = rehearsed.get(table.name)
-        if made is None:
+        if _names_labels(table):
             _scan(source, table)
-            continue
+        else:
+            rehearsed[table.name].read(source, table)
+    for rehearsal in rehearsed.values():
+        rehearsal.finish(source)
+
+
+def _names_labels(table: Table) -> bool:
+    return hasattr(table.format, "labels")
+
+
+class _Rehearsal:
+    """One format reads its tables, as it will in the import, and what it gives is dropped."""
+
+    def __init__(self, made: Format, reactions: Reactions) -> None:
+        self._made, self._reactions = made, reactions
+        self._labels: dict[Any, None] = {}
+        self._off: list[int] = []  # rows with labels of another scale
+
+    def read(self, source: LogSource, table: Table) -> None:
         for row in table.part.rows():
-            try:
-                _rehearse(reactions, source.read_as(row, table, made)[0])
-            except ScaleError as error:
-                raise scale_error(row.where, "label", [error.value], 1, row.number) from error
-            except (RowError, RecursionError):
-                pass  # the import quarantines it
-    for made in rehearsed.values():
-        for logged in getattr(made, "finish", tuple)():
+            with suppress(RowError, RecursionError):  # the import quarantines it
+                self._see(source.read_as(row, table, self._made)[0], row.number)
+        self._check(table.part.where)
+
+    def finish(self, source: LogSource) -> None:
+        for logged in getattr(self._made, "finish", tuple)():
             if not isinstance(logged, RowError):
-                _rehearse(reactions, [logged])
+                self._see([logged], 0)
+        self._check(str(source.origin))
 
+    def _see(self, found: Iterable[LoggedImpression | LoggedEvent], row: int) -> None:
+        for logged in found:
+            for event in logged.events if isinstance(logged, LoggedImpression) else [logged]:
+                if isinstance(event.label, str | int | float):
+                    self._labels[event.label] = None
+                try:
+                    if event.retracts is None:
+                        self._reactions.signal(event)
+                except ScaleError:
+                    self._off.append(row)
 
-def _rehearse(reactions: Reactions, found: Iterable[LoggedImpression | LoggedEvent]) -> None:
-    for logged in found:
-        for event in logged.events if isinstance(logged, LoggedImpression) else [logged]:
-            if event.retracts is None:
-                reactions.signal(event)
+    def _check(self, where: str) -> None:
+        if self._off:
+            raise scale_error(where, "label", _shown(self._labels), len(set(self._off)), self._off[0])
 
 
 def _scan(source: LogSource, table: Table) -> None:
@@ -90,8 +117,14 @@ def _error(source: LogSource, table: Table) -> SourceError:
         off = [name for name, value in found if _off_scale(value)]
         if off:
             rows, first, column = rows + 1, first or row.number, off[0]
-    numbers = sorted(value for value in values if not isinstance(value, str))
-    shown = [*numbers, *(value for value in values if isinstance(value, str))]
-    if len(shown) > _MOST_VALUES:
-        shown = [*shown[: _MOST_VALUES - 1], shown[-1]]
-    return scale_error(table.part.where, column, shown, rows, first)
+    return scale_error(table.part.where, column, _shown(values), rows, first)
+
+
+def _shown(values: Iterable[Any]) -> list[Any]:
+    """Labels, numbers first and in order, without most of them where they are many."""
+    found = list(values)
+    shown = [
+        *sorted(value for value in found if not isinstance(value, str)),
+        *(value for value in found if isinstance(value, str)),
+    ]
+    return [*shown[: _MOST_VALUES - 1], shown[-1]] if len(shown) > _MOST_VALUES else shown

@@ -82,7 +82,8 @@ def scale_error(where: str, column: str, values: Sequence[Any], rows: int, first
             f"{found}; words are signals: feedback.columns.signal={column}, and each has a meaning, such as"
             f" feedback.signals.{word}=1 if it is liked, =0 if disliked"
         )
-    low, high = float(min(values)), float(max(values))
+    low, high = (float(min(values)), float(max(values))) if len(values) > 1 else (0.0, float(values[0]))
+    low, high = min(low, high), max(low, high)
     below, above = low + (high - low) / 4, high - (high - low) / 4
     return SourceError(
         f"{found}; a scale is a signal with thresholds: feedback.columns.grade={column}"

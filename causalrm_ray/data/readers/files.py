@@ -78,10 +78,10 @@ class File:
             raise SourceError(f"{self.where} must be packed as its ending {self._ending} says, got other first bytes: rename it")
         return io.BufferedReader(_unpacked(raw, packed), BUFFER) if packed else io.BufferedReader(raw, BUFFER)
 
-    def open_seekable(self) -> IO[bytes]:
-        """The unpacked bytes as a file that may be read anywhere: unpacked into a temporary file where it is packed."""
+    def open_seekable(self) -> IO[bytes] | str:
+        """The unpacked bytes as a file that may be read anywhere, or its path: a temporary file where it is packed."""
         if self._ending not in PACKED:
-            return self.open_as_is()
+            return self.path if self.system is None else self.open_as_is()
         with tempfile.NamedTemporaryFile() as whole, self.open() as stream:
             shutil.copyfileobj(stream, whole, BUFFER)
             whole.flush()

@@ -80,8 +80,9 @@ def _lines(where: str, stream: BufferedReader) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(iter(partial(stream.readline, LONGEST_ROW), b""), 1):
         if len(line) == LONGEST_ROW:
             raise SourceError(f"{where} must have rows of at most {LONGEST_ROW} bytes, got a longer line {number}")
-        if not line.isspace():
-            yield number, line.removeprefix(_BOM) if number == 1 else line
+        row = line.removeprefix(_BOM) if number == 1 else line
+        if row and not row.isspace():
+            yield number, row
 
 
 def _row(where: str, number: int, line: bytes) -> RawRow:

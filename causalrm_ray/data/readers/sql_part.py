@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterator
-from datetime import date, datetime
+from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from urllib.parse import quote
 from uuid import UUID
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from causalrm_ray.data.readers.files import no_such_file
@@ -64,8 +64,9 @@ class SqlPart(Part):
                     number += 1
                     yield RawRow(self.where, number, None, {str(name): _plain(value) for name, value in row.items()})
         except SQLAlchemyError as error:
-            reason = error.orig if isinstance(error, DBAPIError) else type(error).__name__
-            raise SourceError(f"{self.where} must give rows, but after {number} of them the database says: {reason}") from error
+            raise SourceError(
+                f"{self.where} must give rows, but after {number} of them the database says: {_reason(error)}"
+            ) from error
 
 
 def _read_only(url: URL) -> Engine:
@@ -94,12 +95,21 @@ def _read_only(url: URL) -> Engine:
     return engine
 
 
+def _reason(error: SQLAlchemyError) -> str:
+    """The first line of what the database says; of faults in data only their kind, for they quote it."""
+    if not isinstance(error, DBAPIError):
+        return type(error).__name__
+    if isinstance(error, DataError):
+        return f"a value does not fit its type ({type(error.orig).__name__})"
+    return str(error.orig).split("\n", 1)[0]
+
+
 def _plain(value: Any) -> Any:
     """A value of a database as JSON would have it, times excepted."""
     if value is None or isinstance(value, str | int | float | datetime | dict | list):
         return value
     if isinstance(value, Decimal):
         return float(value)
-    if isinstance(value, date | UUID):
+    if isinstance(value, date | time | UUID):
         return str(value)
     return bytes(value).decode(errors="replace") if isinstance(value, bytes | memoryview) else value

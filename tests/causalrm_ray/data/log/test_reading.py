@@ -211,8 +211,9 @@ def test_a_tie_of_formats_is_refused_and_a_given_format_is_taken(
 def test_scores_and_scales_refuse_a_source_in_any_format_before_a_row_is_imported(
     log: FeedbackLog, tmp_path: Path, pairs: None
 ) -> None:
-    rows = [{"ask": "p", "say": "r", "key": str(number)} for number in range(3000)] + [{"on": "1", "vote": 5}]
-    with pytest.raises(SourceError, match="label must be 0 or 1, got 5 in 1 rows, first in row 3001; a scale is a signal"):
+    rows = [{"ask": "p", "say": "r", "key": str(number)} for number in range(3000)]
+    rows += [{"on": "1", "vote": stars} for stars in (1, 5, 2)]
+    with pytest.raises(SourceError, match="label must be 0 or 1, got 1, 2, 5 in 2 rows, first in row 3002; a scale is a signal"):
         imported(log, write(tmp_path / "in.jsonl", rows))
     assert log.counts().impressions == 0
 
