@@ -41,7 +41,7 @@ def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, An
                 for name, old in zip(names, before, strict=True)
                 if old != row[name]
             ]
-            raise ConflictError(f"{table.name}: id {row['id']!r} must keep its content, got {', '.join(parts)}")
+            raise ConflictError(f"{table.name}: id {brief(row['id'])} must keep its content, got {', '.join(parts)}")
     if new:
         _insert(connection, table, new, position)
     return len(new)

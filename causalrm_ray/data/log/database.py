@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from causalrm_ray.data.log.schema import digested_columns, event_table, impression_table, metadata, row_digest, state_table
-from causalrm_ray.errors import InputError
+from causalrm_ray.errors import InputError, brief
 
 _BUSY_TIMEOUT_S = 60.0
 
@@ -53,7 +53,7 @@ def verify(connection: Connection, position: int, shown: str) -> None:
     for table in tables:
         altered = select(table.c.id).where(table.c.digest != func.row_digest(*digested_columns(table))).limit(1)
         if (row := connection.execute(altered).first()) is not None:
-            raise InputError(f"feedback.url: the log {shown} is damaged: {table.name} {row.id!r} is not as it was written")
+            raise InputError(f"feedback.url: the log {shown} is damaged: {table.name} {brief(row.id)} is not as it was written")
 
 
 def _engine(url: URL) -> Engine:

@@ -255,7 +255,7 @@ class _Import:
 
 def _event_id(*content: Any) -> str:
     """A hash of an event's impression, signal, time, and what it withdraws."""
-    return hashlib.sha256("\x00".join(map(str, content)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\x00".join(map(str, content)).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def _digest(content: Any) -> str:

@@ -100,6 +100,9 @@ state_table = Table(
 )
 
 
+_Of = tuple[str, Any] | None  # what record a field is of: its kind and id
+
+
 class RecordError(ValueError):
     """A record that cannot be logged: names the field, the rule and the value."""
 
@@ -107,7 +110,7 @@ class RecordError(ValueError):
 def check_signals(signals: Mapping[str, Meaning]) -> dict[str, Meaning]:
     """The meaning of each signal, those of LABEL_SIGNALS too. Raises InputError on a label other than 0 and 1."""
     for signal, label in signals.items():
-        _identifier("", "signal", signal)
+        _identifier(None, "signal", signal)
         if signal == RETRACT:
             raise InputError(f"signals must not map {RETRACT!r}: it withdraws an event and has no label")
         if not isinstance(label, int | float):
@@ -121,9 +124,9 @@ def check_signals(signals: Mapping[str, Meaning]) -> dict[str, Meaning]:
 
 def impression_row(impression: Impression) -> dict[str, Any]:
     """The columns of one impression, without `seq` and `digest`; raises RecordError."""
-    of = f"impression {impression.id!r}: "
+    of = ("impression", impression.id)
     return {
-        "id": _identifier("", "impression id", impression.id),
+        "id": _identifier(None, "impression id", impression.id),
         "prompt": impression.prompt.json,
         "response": _text(of, "response", impression.response),
         "policy_version": _version(of, "policy_version", impression.policy_version),
@@ -139,9 +142,9 @@ def impression_row(impression: Impression) -> dict[str, Any]:
 
 def event_row(event: FeedbackEvent, signals: Mapping[str, Meaning]) -> dict[str, Any]:
     """The columns of one event, without `seq` and `digest`; raises RecordError. `signals` are those that are known."""
-    of = f"event {event.id!r}: "
+    of = ("event", event.id)
     row = {
-        "id": _identifier("", "event id", event.id),
+        "id": _identifier(None, "event id", event.id),
         "impression_id": _identifier(of, "impression_id", event.impression_id),
         "signal": event.signal,
         "value": _finite(of, "value", event.value),
@@ -158,11 +161,12 @@ def event_row(event: FeedbackEvent, signals: Mapping[str, Meaning]) -> dict[str,
     return row
 
 
-def _fault(of: str, field: str, rule: str, value: Any) -> RecordError:
-    return RecordError(f"{of}{field} must {rule}, got {brief(value)}")
+def _fault(of: _Of, field: str, rule: str, value: Any) -> RecordError:
+    record = f"{of[0]} {brief(of[1])}: " if of else ""
+    return RecordError(f"{record}{field} must {rule}, got {brief(value)}")
 
 
-def _text(of: str, field: str, value: Any) -> str:
+def _text(of: _Of, field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _fault(of, field, "be text", value)
     if not value or value.isspace():
@@ -170,11 +174,11 @@ def _text(of: str, field: str, value: Any) -> str:
     return _storable(of, field, value)
 
 
-def _optional_text(of: str, field: str, value: Any) -> str | None:
+def _optional_text(of: _Of, field: str, value: Any) -> str | None:
     return None if value is None else _text(of, field, value)
 
 
-def _storable(of: str, field: str, value: str) -> str:
+def _storable(of: _Of, field: str, value: str) -> str:
     if "\x00" in value:
         raise _fault(of, field, "not hold a NUL character", value)
     if not value.isascii() and value.encode(errors="ignore").decode() != value:  # half of a surrogate pair
@@ -182,13 +186,13 @@ def _storable(of: str, field: str, value: str) -> str:
     return value
 
 
-def _identifier(of: str, field: str, value: Any) -> str:
+def _identifier(of: _Of, field: str, value: Any) -> str:
     if len(_text(of, field, value)) > MAX_ID_CHARS:
         raise _fault(of, field, f"have at most {MAX_ID_CHARS} characters", len(value))
     return value
 
 
-def _finite(of: str, field: str, value: Any) -> float:
+def _finite(of: _Of, field: str, value: Any) -> float:
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
@@ -198,32 +202,32 @@ def _finite(of: str, field: str, value: Any) -> float:
     return number
 
 
-def _time(of: str, field: str, value: Any) -> float:
+def _time(of: _Of, field: str, value: Any) -> float:
     seconds = _finite(of, field, value)
     if seconds < 0:
         raise _fault(of, field, "be at least 0 seconds", value)
     return seconds
 
 
-def _logprob(of: str, field: str, value: Any) -> float | None:
+def _logprob(of: _Of, field: str, value: Any) -> float | None:
     if value is not None and _finite(of, field, value) > 0:
         raise _fault(of, field, "be the log of a probability, at most 0", value)
     return value
 
 
-def _flag(of: str, field: str, value: Any) -> int | None:
+def _flag(of: _Of, field: str, value: Any) -> int | None:
     if value is not None and value not in (0, 1):
         raise _fault(of, field, "be true or false", value)
     return None if value is None else int(value)
 
 
-def _version(of: str, field: str, value: Any) -> int:
+def _version(of: _Of, field: str, value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 2**63:
         raise _fault(of, field, "be a whole number in [0, 2^63)", value)
     return int(value)
 
 
-def _context(of: str, field: str, value: Any) -> str:
+def _context(of: _Of, field: str, value: Any) -> str:
     if not isinstance(value, Mapping) or not all(isinstance(part, str) for item in value.items() for part in item):
         raise _fault(of, field, "map text to text", value)
     return _storable(of, field, _context_text(tuple(value.items())))

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from causalrm_ray.data.formats.native import Native
 from causalrm_ray.data.log.import_log import import_log
 from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.snapshot import check_log
@@ -261,3 +262,33 @@ def test_nothing_of_a_source_remains_that_is_refused_late(name: str, tmp_path: P
         with pytest.raises(InputError):
             import_log(str(tmp_path / name), log, tmp_path / "db" / "bad.jsonl")
         assert log.counts() == before
+
+
+BAD: list[Any] = [SECRET, [SECRET], {SECRET: SECRET}, [{"role": SECRET, "content": SECRET}], f"{SECRET}\0", f"{SECRET}\ud800", -1]
+BAD += [
+    [{"role": "user", "content": {SECRET: SECRET}}],
+    [{"signal": SECRET}],
+    [{"label": [SECRET], "time": SECRET}],
+    f"[{SECRET}",
+]
+BAD += [SECRET * 20, True, [], {}, '{"%s": 1}' % SECRET]  # noqa: UP031
+
+
+def test_no_reason_of_a_quarantined_row_shows_a_text_of_a_person(tmp_path: Path) -> None:
+    """Whatever field it stands in, the id of the row or of its event included."""
+    full = {"id": SECRET, "prompt": SECRET, "response": SECRET, "label": 1, "event_id": SECRET, "time": -1}
+    bases = [GOOD, full, {"impression_id": SECRET, "label": 1, "value": "x"}, {"impression_id": "x", "signal": "upvote"}]
+    columns = sorted(Native.columns)
+    rows = [
+        {**base, column: value}
+        for base in bases
+        for column in columns
+        for value in BAD
+        if not (column in ("label", "feedback") and isinstance(value, str | int))  # another scale, which refuses the file
+    ]
+    (tmp_path / "log.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in [{**GOOD, "topic": "é"}, *rows]).encode())
+    with closing(FeedbackLog(f"sqlite:///{tmp_path}/db/log.db", {"upvote": 1})) as log:
+        report = import_log(str(tmp_path / "log.jsonl"), log, tmp_path / "db" / "bad.jsonl")
+    assert report.quarantined > len(rows) / 2
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "db" / "bad.jsonl").read_text().splitlines()]
+    assert [reason for reason in reasons if "hunter2" in reason] == []
