@@ -6,7 +6,7 @@ handle.verb.remote(...)  -->  role.verb(...)        where Ray returns a referenc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -32,11 +32,7 @@ class Verb:
     """One method of a role, called as Ray's are."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
-
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it."""
-        return self._method(*args, **kwargs)
+        self.remote = method
 
     def options(self, **options: Any) -> Verb:
         """Itself: `options` are about processes."""
@@ -51,10 +47,3 @@ class Handle:
 
     def __getattr__(self, name: str) -> Verb:
         return Verb(getattr(self._role, name))
-
-
-def stream(calls: Mapping[str, Iterator[Any]]) -> Iterator[tuple[str, Any]]:
-    """(name of the call, item), one call after the other."""
-    for name, items in calls.items():
-        for item in items:
-            yield name, item

@@ -19,7 +19,6 @@ from ray.exceptions import (
 )
 
 from actors.cluster.in_process import in_process
-from actors.cluster.in_process import stream as stream_here
 from actors.cluster.telemetry import event, record
 from actors.errors import EngineDeadError, RoleDiedError, RoleTimeoutError, StrandedError, WrongWeightsError
 from causalrm_ray.errors import InputError
@@ -91,7 +90,7 @@ def resolve_all(refs: Mapping[str, Any], phase: str, timeout_s: float) -> dict[s
 def stream(calls: Mapping[str, Any], phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:
     """(name of the call, item) of several streaming calls, as each item becomes ready; within one call in its own order."""
     if in_process():
-        yield from stream_here(calls)
+        yield from ((name, item) for name, items in calls.items() for item in items)
         return
     names = {generator: name for name, generator in calls.items()}
     waiting: list[Any] = list(names)

@@ -9,7 +9,8 @@ epoch), and how many micro-batches each takes on the busiest rank.
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -174,12 +175,8 @@ def _share(own: Sequence[Completion], batches: Batches) -> Share:
 
 def _rows(owners: Sequence[int]) -> list[int]:
     """The number of each answer among those of its rank."""
-    seen: Counter[int] = Counter()
-    rows = []
-    for owner in owners:
-        rows.append(seen[owner])
-        seen[owner] += 1
-    return rows
+    numbers: dict[int, Iterator[int]] = defaultdict(itertools.count)
+    return [next(numbers[owner]) for owner in owners]
 
 
 def _renumber(batches: Sequence[Sequence[int]], rows: Sequence[int]) -> Batches:

@@ -65,15 +65,10 @@ class RewardActor:
         self._device = device
         self._scorers: dict[str, SequenceScorer] = {}
         self._serving: Path | None = None
-        self._version = 0
+        self.version = 0
         padding_token(load_tokenizer(backbone))  # saving would fail without one: better now than after a fit
         if restarted() and (self._folder / SERVING).exists():
             self.load(**read_json(self._folder / SERVING))
-
-    @property
-    def version(self) -> int:
-        """Version that serves; 0 before the first promotion."""
-        return self._version
 
     def fit(
         self,
@@ -103,7 +98,7 @@ class RewardActor:
             backbone=self._backbone,
             start=str(start or self._backbone),
             serving=str(self._serving) if self._serving else None,
-            serving_version=self._version,
+            serving_version=self.version,
             methods=tuple(methods),
             config=self._config,
             max_length=self._max_length,
@@ -124,12 +119,12 @@ class RewardActor:
         verify_folder(folder)
         report = RewardReport.read(folder)
         if self._serving == (folder / self._config.method).resolve():  # asked again after a restart
-            return Promotion(True, "it serves already", self._version)
-        if report.serving_version != self._version:
+            return Promotion(True, "it serves already", self.version)
+        if report.serving_version != self.version:
             raise ValueError(
-                f"{candidate} must have been measured against serving version {self._version}, got {report.serving_version}"
+                f"{candidate} must have been measured against serving version {self.version}, got {report.serving_version}"
             )
-        promotion = judge(report.methods[self._config.method].heldout_risk, report.serving_risk, self._version)
+        promotion = judge(report.methods[self._config.method].heldout_risk, report.serving_risk, self.version)
         if promotion.promoted:
             self.load(folder / self._config.method, promotion.version)
         return promotion
@@ -141,7 +136,7 @@ class RewardActor:
         """
         if self._serving is None:
             raise RuntimeError("no reward model serves yet: call fit and promote, or load, first")
-        return self.score_with(str(self._serving), sequences), self._version
+        return self.score_with(str(self._serving), sequences), self.version
 
     def score_with(self, model: str, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits [B] by another model, a folder or hub id, for reports: that of another method, or of another version."""
@@ -154,13 +149,13 @@ class RewardActor:
 
     def state(self) -> dict[str, Any]:
         """Which model serves, as JSON: {"folder", "version"}, the arguments of `load`."""
-        return {"folder": str(self._serving) if self._serving else None, "version": self._version}
+        return {"folder": str(self._serving) if self._serving else None, "version": self.version}
 
     def load(self, folder: str | Path, version: int) -> None:
         """Serve the model saved in `folder` (of one method) as `version`; recorded for a role that restarts."""
         verify_folder(Path(folder).resolve().parent)
         self._scorers.clear()
-        self._serving, self._version = Path(folder).resolve(), version
+        self._serving, self.version = Path(folder).resolve(), version
         self._scorers[str(self._serving)] = SequenceScorer.from_pretrained(self._serving).to(self._device)
         write_json(self._folder / SERVING, self.state())
 

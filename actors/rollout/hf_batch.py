@@ -26,7 +26,7 @@ PREFILL_TOKENS = 16_384  # most tokens, pads included, of one prefill
 
 @dataclass
 class Row:
-    """A request that waits or runs."""
+    """A request that waits, runs or has finished."""
 
     id: str
     prompt_ids: Sequence[int]
@@ -37,16 +37,7 @@ class Row:
     versions: list[int] = field(default_factory=list)  # of the weights that wrote each token
     uniforms: Sequence[float] = ()  # one per token that may come, drawn when it begins to run
     text: str = ""
-
-
-@dataclass(frozen=True)
-class Output:
-    """A finished row."""
-
-    token_ids: Sequence[int]
-    logprobs: Sequence[float]
-    stop_reason: StopReason
-    versions: Sequence[int]
+    stop_reason: StopReason | None = None  # once it has finished
 
 
 class _Context:
@@ -55,7 +46,7 @@ class _Context:
     def __init__(self, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
         """Read the rows' tokens; `logits_BV` is then about the token that follows each."""
         self._model = model
-        self._cache = DynamicCache()
+        self._cache: Any = DynamicCache()
         width = max(len(row) for row in rows)
         pads = [width - len(row) for row in rows]
         ids_BT = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, rows, strict=True)], device=model.device)
@@ -77,7 +68,7 @@ class _Context:
             pads = [(0, 0) * trailing + (width - part.shape[axis], 0) for part in (mine, others)]
             return torch.cat([torch.nn.functional.pad(part, pad) for part, pad in zip((mine, others), pads, strict=True)])
 
-        for layer, others in zip(self._layers(), other._layers(), strict=True):
+        for layer, others in zip(self._cache.layers, other._cache.layers, strict=True):
             layer.keys, layer.values = stack(layer.keys, others.keys, 1), stack(layer.values, others.values, 1)
         self._mask_BK = stack(self._mask_BK, other._mask_BK, 0)
         self.logits_BV = torch.cat([self.logits_BV, other.logits_BV])
@@ -88,11 +79,8 @@ class _Context:
         mask_BK = self._mask_BK[kept]
         first = int(mask_BK.any(dim=0).int().argmax())
         self._mask_BK, self.logits_BV = mask_BK[:, first:], self.logits_BV[kept]
-        for layer in self._layers():
+        for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[kept][:, :, first:], layer.values[kept][:, :, first:]
-
-    def _layers(self) -> list[Any]:
-        return self._cache.layers
 
     def _forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         positions_BK = (self._mask_BK.cumsum(dim=1) - 1).clamp(min=0)
@@ -129,7 +117,7 @@ class Batch:
         self._waiting = deque(row for row in self._waiting if row.id not in ids)
         self._keep([index for index, row in enumerate(self._running) if row.id not in ids])
 
-    def step(self, model: PreTrainedModel, version: int) -> list[tuple[str, Output]]:
+    def step(self, model: PreTrainedModel, version: int) -> list[tuple[str, Row]]:
         """One token for every running row; those that finished with it."""
         context = self._context = self._advance(model)
         log_distribution_BV = sampling_distribution(context.logits_BV, self._sampling)
@@ -139,17 +127,14 @@ class Batch:
             uniforms = [row.uniforms[len(row.token_ids)] for row in self._running]
             tokens_B = draw(log_distribution_BV, torch.tensor(uniforms, dtype=torch.float64, device=model.device))
         logprobs = log_distribution_BV.gather(-1, tokens_B[:, None])[:, 0].tolist()
-        finished: dict[int, tuple[str, Output]] = {}
-        for index, (row, token, logprob) in enumerate(zip(self._running, tokens_B.tolist(), logprobs, strict=True)):
+        running = self._running
+        for row, token, logprob in zip(running, tokens_B.tolist(), logprobs, strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.versions.append(version)
-            reason = self._reason_to_stop(row)
-            if reason:
-                finished[index] = (row.id, Output(row.token_ids, row.logprobs, reason, row.versions))
-        if finished:
-            self._keep([index for index in range(len(self._running)) if index not in finished])
-        return list(finished.values())
+            row.stop_reason = self._reason_to_stop(row)
+        self._keep([index for index, row in enumerate(running) if row.stop_reason is None])
+        return [(row.id, row) for row in running if row.stop_reason is not None]
 
     def _advance(self, model: PreTrainedModel) -> _Context:
         """The context of all rows that run, those that now begin included."""

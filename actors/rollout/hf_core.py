@@ -16,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.rollout.engine import EngineSettings
-from actors.rollout.hf_batch import Batch, Output, Row
+from actors.rollout.hf_batch import Batch, Row
 from actors.rollout.step_thread import Phase
 from actors.weights.broadcast import BucketLayout, GroupRank
 from actors.weights.ipc import SharedWeights
@@ -41,16 +41,17 @@ class HfCore:
 
     def add(self, requests: Mapping[str, Request], sampling: Sampling) -> None:
         texts = any(isinstance(end, str) for end in sampling.stop)
-        rows = [
-            Row(name, request.prompt.token_ids, request.seed, _text_stream(request) if texts else None)
-            for name, request in requests.items()
-        ]
+        rows = []
+        for name, request in requests.items():
+            ids = request.prompt.token_ids
+            stream = DecodeStream(ids=list(ids), skip_special_tokens=True) if texts else None
+            rows.append(Row(name, ids, request.seed, stream))
         stop_ids = frozenset(self._ends | {end for end in sampling.stop if isinstance(end, int)})
         backend = self._tokenizer.backend_tokenizer if texts else None
         self._batches.append(Batch(rows, sampling, stop_ids, backend))
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[str, Output]]:
+    def step(self) -> list[tuple[str, Row]]:
         self._batches = [batch for batch in self._batches if len(batch)]
         return [output for batch in self._batches for output in batch.step(self._model, self._version)]
 
@@ -69,7 +70,8 @@ class HfCore:
             ("set_version", lambda: setattr(self, "_version", update.version)),
         ]
 
-    def completion(self, request: Request, sampling: Sampling, output: Output) -> Completion:
+    def completion(self, request: Request, sampling: Sampling, output: Row) -> Completion:
+        assert output.stop_reason is not None, "only finished rows leave `step`"
         spans = tuple(Span(version, count) for version, count in Counter(output.versions).items())
         return Completion(
             prompt=request.prompt,
@@ -112,7 +114,3 @@ class HfCore:
     def _forget_contexts(self) -> None:
         for batch in self._batches:
             batch.forget_context()
-
-
-def _text_stream(request: Request) -> DecodeStream:
-    return DecodeStream(ids=list(request.prompt.token_ids), skip_special_tokens=True)

@@ -5,7 +5,7 @@ A scorer gives a logit [B] in two parts: states [B, D] of a batch, and a linear 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -31,12 +31,15 @@ class Opinions(NamedTuple):
     weights_K: Tensor
 
 
-class Ensemble(Protocol):
-    """A scorer of several members."""
+class Ensemble(nn.Module):
+    """A scorer of several members: the mean of their probabilities."""
 
-    def opinions(self, **batch: Tensor) -> Opinions:
-        """Each member's logits of a batch."""
-        ...
+    opinions: Callable[..., Opinions]  # each member's logits of a batch
+
+    def forward(self, *args: Tensor, **batch: Tensor) -> Tensor:
+        """Logit [B] of the weighted mean of the members' probabilities."""
+        logits_BK, weights_K = self.opinions(*args, **batch)
+        return to_logit((torch.sigmoid(logits_BK) * weights_K).sum(1))
 
 
 class FeatureScorer(nn.Module):
@@ -97,7 +100,7 @@ def centre_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (features.float() - mean).square().mean().sqrt().clamp_min(1e-6)
 
 
-class EnsembleScorer(nn.Module):
+class EnsembleScorer(Ensemble):
     """K small heads on frozen features, trained at once: a linear map plus one hidden layer each; their mean is the score.
 
         f_k(x) = b_k + w_k . x + v_k . leaky_relu(W_k x + u_k)
@@ -136,12 +139,8 @@ class EnsembleScorer(nn.Module):
         """Each member's logits, with equal weights."""
         return Opinions(self.members(features), torch.full_like(self.bias, 1 / len(self.bias)))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logit [B] of the members' mean probability."""
-        return mean_logit(*self.opinions(features))
 
-
-class Mixture(nn.Module):
+class Mixture(Ensemble):
     """Scorers whose probabilities are averaged with fixed `weights` [K] that sum to 1."""
 
     def __init__(self, scorers: Sequence[nn.Module], weights: Sequence[float]) -> None:
@@ -155,12 +154,8 @@ class Mixture(nn.Module):
         weights = [part.weights_K * weight for part, weight in zip(parts, self.weights, strict=True)]
         return Opinions(torch.cat([part.logits_BK for part in parts], dim=1), torch.cat(weights))
 
-    def forward(self, **batch: Tensor) -> Tensor:
-        """Logit [B] of the mixture's probability."""
-        return mean_logit(*self.opinions(**batch))
 
-
-class Corrected(nn.Module):
+class Corrected(Ensemble):
     """A `base` scorer, which stays as it is, plus the logits that an ensemble `residual` adds; its members' mean probability."""
 
     def __init__(self, base: nn.Module, residual: EnsembleScorer) -> None:
@@ -172,10 +167,6 @@ class Corrected(nn.Module):
         """The base plus what each member adds."""
         added = self.residual.opinions(**batch)
         return Opinions(self.base(**batch).unsqueeze(1) + added.logits_BK, added.weights_K)
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        """Logit [B]."""
-        return mean_logit(*self.opinions(**batch))
 
 
 class Cautious(nn.Module):
@@ -203,11 +194,6 @@ def lower_logit(logits_BK: Tensor, weights_K: Tensor, caution: float) -> Tensor:
     mean_B1 = (probability_BK * weights_K).sum(1, keepdim=True)
     variance_B = ((probability_BK - mean_B1).square() * weights_K).sum(1)
     return to_logit(mean_B1.squeeze(1) - caution * variance_B.sqrt())
-
-
-def mean_logit(logits: Tensor, weights: Tensor) -> Tensor:
-    """Logit [B] of the weighted mean of the probabilities of `logits` [B, K]; `weights` [K] sum to 1."""
-    return to_logit((torch.sigmoid(logits) * weights).sum(1))
 
 
 def to_logit(probability: Tensor) -> Tensor:

@@ -60,11 +60,6 @@ class SequenceScorer(nn.Module):
         """The linear map [1, D] from a state to a logit."""
         return cast(nn.Linear, self.model.score)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return self.model.device
-
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logit [B] of right-padded `input_ids` [B, T] with `lengths` [B] in 1..T."""
         return self.head(self.states(input_ids, lengths)).squeeze(-1).float()
@@ -165,8 +160,8 @@ def _in_batches(
     for start in range(0, len(rows), batch_size):
         batch = [torch.tensor(rows[number], dtype=torch.long) for number in order[start : start + batch_size]]
         lengths = torch.tensor([len(row) for row in batch])
-        input_ids = pad_sequence(batch, batch_first=True).to(scorer.device)
-        found.append(compute(input_ids, lengths.to(scorer.device)).float().cpu())
+        input_ids = pad_sequence(batch, batch_first=True).to(scorer.model.device)
+        found.append(compute(input_ids, lengths.to(input_ids.device)).float().cpu())
     scorer.train(training)
     if not found:
         return torch.empty(0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from causalrm_ray.types import Sampling
 
@@ -18,19 +19,15 @@ def sampling_distribution(logits_BV: torch.Tensor, sampling: Sampling) -> torch.
     logits_BV = logits_BV.float()
     if sampling.temperature == 0:
         return torch.log_softmax(logits_BV, dim=-1)
-    logits_BV = logits_BV / sampling.temperature
+    scores_BV: Any = logits_BV / sampling.temperature
+    no_ids: Any = None  # of the tokens before: these cuts do not look at them
     if sampling.min_p > 0:
-        lowest_B1 = logits_BV.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
-        logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        lowest_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
+        scores_BV = MinPLogitsWarper(sampling.min_p)(no_ids, scores_BV)
+    if sampling.top_k > 0:
+        scores_BV = TopKLogitsWarper(sampling.top_k)(no_ids, scores_BV)
     if sampling.top_p < 1:
-        sorted_BV, order_BV = logits_BV.sort(dim=-1)
-        cut_BV = torch.softmax(sorted_BV, dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-        cut_BV[:, -1] = False
-        logits_BV = logits_BV.masked_fill(torch.zeros_like(cut_BV).scatter(-1, order_BV, cut_BV), -math.inf)
-    return torch.log_softmax(logits_BV, dim=-1)
+        scores_BV = TopPLogitsWarper(sampling.top_p)(no_ids, scores_BV)
+    return torch.log_softmax(scores_BV, dim=-1)
 
 
 def draw(log_distribution_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
