@@ -6,8 +6,12 @@ something else; of a log that users bring, which carries no hash, only the rows 
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import csv
+import gzip
 import json
+import lzma
 import random
 import shutil
 import sqlite3
@@ -30,6 +34,7 @@ from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.embeddings import load_embeddings, write_embeddings
 from causalrm_ray.data.graded import read_graded
 from causalrm_ray.data.log.import_log import import_log
+from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, read_snapshot, write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import read_rollout, write_rollout
@@ -294,6 +299,41 @@ def _make_perf(path: Path) -> None:
     write_json(path, {"cores": 2, "figures": [figure]})
 
 
+def _make_csv(path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(_rows()[0]))
+        writer.writeheader()
+        writer.writerows(_rows())
+
+
+def _make_list(path: Path) -> None:
+    path.write_text(json.dumps(_rows(), indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _packed(pack: Callable[[bytes], bytes], make: Callable[[Path], object] = _make_jsonl) -> Callable[[Path], object]:
+    def packed(path: Path) -> None:
+        make(path)
+        path.write_bytes(pack(path.read_bytes()))
+
+    return packed
+
+
+def _make_shop(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as shop:
+        shop.execute("CREATE TABLE shown (id, prompt, response, label, time)")
+        shop.executemany("INSERT INTO shown VALUES (:id, :prompt, :response, :label, :time)", _rows())
+        shop.commit()
+
+
+def _import_query(path: Path) -> list[dict[str, Any]]:
+    log = FeedbackLog(f"sqlite:///{path.parent}/log-{path.name}.db", SIGNALS)
+    try:
+        import_log(Origin(f"sqlite:///{path}", query="SELECT * FROM shown"), log, path.parent / f"bad-{path.name}.jsonl")
+        return list(log.snapshot())
+    finally:
+        log.close()
+
+
 def _make_dataset(folder: Path) -> None:
     Dataset.from_list(_rows()).save_to_disk(folder)
 
@@ -301,6 +341,13 @@ def _make_dataset(folder: Path) -> None:
 THEIRS = {
     "log.jsonl": Kind(_make_jsonl, _import),
     "log.parquet": Kind(lambda path: pq.write_table(pa.Table.from_pylist(_rows()), path), _import),
+    "log.csv": Kind(_make_csv, _import),
+    "list.json": Kind(_make_list, _import),
+    "log.jsonl.gz": Kind(_packed(gzip.compress), _import),
+    "list.json.bz2": Kind(_packed(bz2.compress, _make_list), _import),
+    "log.csv.xz": Kind(_packed(lzma.compress, _make_csv), _import),
+    "log.jsonl.zst": Kind(_packed(lambda data: pa.compress(data, "zstd", asbytes=True)), _import),
+    "shop.db": Kind(_make_shop, _import_query),
     "graded.jsonl": Kind(_make_jsonl, _grade),
     "prompts.jsonl": Kind(_make_jsonl, lambda path: read_prompts(str(path))),
     "dataset state": Kind(_make_dataset, _import, "state.json"),

@@ -64,15 +64,15 @@ class JsonPart(Part):
 
 
 def _is_list(head: bytes) -> bool:
-    """Whether the file is one list; a first line that is a list with other lines below it is a bad row of one object a line."""
+    """Whether the file is a list of rows, or several; a first line of another list is a bad row of a file of one object a line."""
     if not head.startswith(b"["):
         return False
     first, _, rest = head.partition(b"\n")
     try:
-        json.loads(first)
+        found = json.loads(first)
     except (ValueError, RecursionError):
         return True
-    return not rest.strip()
+    return not rest.strip() or not found or any(isinstance(row, dict) for row in found)
 
 
 def _lines(where: str, stream: BufferedReader) -> Iterator[tuple[int, bytes]]:
@@ -126,19 +126,23 @@ def _values(where: str, stream: BufferedReader, listed: bool) -> Iterator[RawRow
         return text[place:] + decode(read, ended)
 
     text = more().lstrip()
-    place = 1 if listed else 0
+    place, inside = (1, True) if listed else (0, False)  # inside of a list
     while True:
         between = _BETWEEN.match(text, place)
         place = between.end() if between else place
         if place == len(text) and not ended:
             text, place = more(), 0
             continue
-        if listed and text[place : place + 1] == "]":
-            return
+        mark = text[place : place + 1]
+        if listed and mark == ("]" if inside else "["):
+            place, inside = place + 1, not inside  # exports of several pages are several lists
+            continue
         if place == len(text):
-            if listed:
+            if inside:
                 raise SourceError(f"{where} must end its list with ']', but it ends after {number} rows: copy or export it again")
             return
+        if listed and not inside:
+            raise SourceError(f"{where} must hold lists of rows and nothing else, got more after the list of {number} rows")
         try:
             fields, end = scan(text, place)
         except (ValueError, RecursionError) as error:

@@ -66,6 +66,14 @@ def test_a_bad_line_is_one_row_and_a_first_line_that_is_a_list_too(tmp_path: Pat
     assert found[4].fault == "row must be a JSON object, got 3"
 
 
+@pytest.mark.parametrize("buffer", [1, 2, 3, 1000])
+def test_lists_one_after_the_other_are_all_read(buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_part, "BUFFER", buffer)
+    path = tmp_path / "log.json"
+    path.write_text('[{"a": 1}, {"a": 2}]\n[]\n[{"a": 3}\n]\n')
+    assert [row.fields for row in read(path)] == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
 def test_a_bad_byte_in_a_list_is_one_row(tmp_path: Path) -> None:
     path = tmp_path / "log.json"
     path.write_bytes(b'[{"a": "\xff"}, {"a": 1}, 7]')
@@ -80,6 +88,7 @@ def test_a_bad_byte_in_a_list_is_one_row(tmp_path: Path) -> None:
         ('[{"a": 1}, {"a": 2}', r"must end its list with '\]', but it ends after 2 rows: copy or export it again"),
         ('[{"a": 1}, {"a": 2', "must be JSON: its object 2 cannot be read: Expecting ',' delimiter"),
         ('[{"a": 1}, {a: 2}]', "must be JSON: its object 2 cannot be read"),
+        ('[{"a": 1}] {"a": 2}', "must hold lists of rows and nothing else, got more after the list of 1 rows"),
         ("<!DOCTYPE html><html>", "got HTML or XML, often the page of a login or an error: download it again"),
         ("\ufeff  <html>", "got HTML or XML"),
     ],
