@@ -21,7 +21,7 @@ class EmbedCluster(Section):
 class EmbedConfig(Section):
     """A graded data set through a frozen backbone: the last-token state of every answer."""
 
-    source: str = Field(description="graded data set: JSONL or Parquet file, a folder of them, `datasets` folder or hub id")
+    source: str = Field(description="graded data set: JSON, CSV or Parquet file, a folder of them, `datasets` folder or hub id")
     test: str | None = Field(None, description="source of the test split; null: the data set's own, or a fifth of the prompts")
     format: Literal["auto", "helpsteer", "ultrafeedback", "pku_safe_rlhf", "generic"] = Field(
         "auto", description="schema of the source; auto: recognised by its columns (generic: prompt, response, score)"

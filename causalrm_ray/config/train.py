@@ -109,7 +109,7 @@ class FeedbackConfig(Section):
         "or path; a signal of `signals` may stand for a name of ours: the column then holds its value",
     )
     prompts: str | None = Field(
-        None, description="JSONL or Parquet file with a `prompt` column to tune on; null: the embedded prompts"
+        None, description="file or other source with a `prompt` column to tune on; null: the embedded prompts"
     )
     signals: dict[str, Literal[0, 1] | Thresholds | None] = Field(
         SIGNALS,

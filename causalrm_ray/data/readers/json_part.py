@@ -64,7 +64,7 @@ class JsonPart(Part):
 
 
 def _is_list(head: bytes) -> bool:
-    """Whether the file is a list of rows, or several; a first line of another list is a bad row of a file of one object a line."""
+    """Whether the file is a list of rows, or several; a first line that is another list is a bad row of one object a line."""
     if not head.startswith(b"["):
         return False
     first, _, rest = head.partition(b"\n")
