@@ -15,20 +15,23 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> the e
 
 
 class _Downloaded:
-    """A file system whose files are fetched whole before they are read: a web server may not serve parts of them."""
+    """A file system whose files are fetched whole and once, before they are read: a web server may not serve parts of them."""
 
     def __init__(self, system: Any) -> None:
         self._system = system
+        self._fetched: dict[str, Any] = {}  # temporary files, gone with this object
 
     def open(self, path: str, mode: str) -> IO[bytes]:
-        with tempfile.NamedTemporaryFile() as whole:
+        if path not in self._fetched:
+            whole = tempfile.NamedTemporaryFile()  # noqa: SIM115 - open as long as this object
             try:
                 self._system.get_file(path, whole.name)
             except FileNotFoundError:
                 raise
             except Exception as error:  # of the client of whatever protocol
                 raise OSError(f"{type(error).__name__}: {without_urls(error)}") from error
-            return open(whole.name, mode, buffering=0)  # its name may go: an open file stays
+            self._fetched[path] = whole
+        return open(self._fetched[path].name, mode, buffering=0)
 
 
 def remote_files(url: str) -> list[File]:

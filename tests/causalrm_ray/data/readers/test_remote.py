@@ -78,9 +78,16 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ["log.jsonl", "log.parquet"])
 def test_files_of_a_web_server_are_read(web: str, name: str) -> None:
-    found = list(read_rows(f"{web}/{name}?signature=hush"))
-    assert [row.fields for row in found] == ROWS
+    (part,) = parts(f"{web}/{name}?signature=hush")
+    found = list(part.rows())
+    assert [row.fields for row in found] == [row.fields for row in part.rows()] == ROWS
     assert "hush" not in found[0].where
+
+
+def test_a_file_of_a_web_server_is_fetched_once(web: str, capfd: pytest.CaptureFixture[str]) -> None:
+    (part,) = parts(f"{web}/log.jsonl")
+    assert sum(1 for _ in part.rows()) == sum(1 for _ in part.suspects(["label"])) + 3 == 3
+    assert capfd.readouterr().err.count("GET /log.jsonl") == 1
 
 
 def test_a_web_page_that_is_missing_is_named_without_its_secrets(web: str) -> None:
