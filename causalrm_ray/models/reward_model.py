@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from causalrm_ray.models.linear import use_onednn
 from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS
+from causalrm_ray.models.text import answer_template
 
 
 class SequenceScorer(nn.Module):
@@ -91,8 +92,11 @@ class SequenceScorer(nn.Module):
 
         Stock code finds a row's end by comparing ids with `config.pad_token_id`. Rows end in the end-of-sequence token, so a
         tokenizer that pads with that token is saved with another padding token (`padding_token`); the weights are as trained.
+        The saved chat template renders a conversation that ends in an answer to the ids that the model was trained on.
         """
         tokenizer = copy.deepcopy(tokenizer)
+        if tokenizer.chat_template is not None:
+            tokenizer.chat_template = answer_template(tokenizer)
         tokenizer.pad_token = padding_token(tokenizer)
         config = self.model.config
         before = config.pad_token_id

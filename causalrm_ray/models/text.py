@@ -1,48 +1,177 @@
-"""Text to token ids: the one path that training, evaluation and serving share."""
+"""Conversations to token ids: the one path that training, scoring, serving and rollouts share.
+
+Conversation --chat template--> text up to the answer --tokenizer--> ids of a prompt, for engines
+             + answer + end of turn --------------------tokenizer--> ids of a row, for reward and propensity models
+"""
 
 from __future__ import annotations
 
+import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from causalrm_ray.conversation import Conversation
+from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.errors import InputError
 
 _ONE_TURN = '"role":"user"}]'  # how the text of a conversation ends that is one turn of a user
 _PLAIN_KEYS = {"role", "content"}
+_PROBES = ("Hello", "yes, 1 of them", "- a", "sure")  # answers as they begin
+# What a saved template is made of: the model's own one renders what the answer replies to, the answer and its end come after.
+_BEFORE = "{% macro render_before(messages, add_generation_prompt) %}"
+_AFTER = (
+    "{% endmacro %}{% if add_generation_prompt or not messages or messages[-1]['role'] != 'assistant' %}"
+    "{{ render_before(messages, add_generation_prompt) }}{% else %}"
+    "{{ render_before(messages[:-1], true) + SEPARATOR + messages[-1]['content'] + END }}{% endif %}"
+)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or hub id. Raises InputError unless there is one that can chat and end."""
+    """The tokenizer of a local folder or hub id. Raises InputError unless there is one that can chat and end.
+
+    Its end-of-sequence token is the one that ends a turn in its chat template, where the model's generation stops at that one
+    too: `<|im_end|>`, `<end_of_turn>`. A template that `answer_template` made is the one that it was made of.
+    """
     try:
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model))
     except (OSError, ValueError) as error:
         raise InputError(f"model {model} must be a Hugging Face folder or hub id with a tokenizer: {error}") from error
-    if tokenizer.chat_template is None:
+    if not isinstance(tokenizer.chat_template, str):
         raise InputError(f"the tokenizer of {model} has no chat template; prompts cannot be formatted without one")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {model} has no end-of-sequence token; answers could not end")
+    tokenizer.chat_template = _own_template(tokenizer.chat_template)
+    if (end := _turn_end(tokenizer, model)) is not None:
+        tokenizer.eos_token = end
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": str(tokenizer.unk_token or tokenizer.eos_token)})
     return tokenizer
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> tuple[int, ...]:
-    """Ids of the chat-formatted prompt, up to and including the generation prompt. A plain text is one turn of a user."""
-    asked = Conversation.user(prompt) if isinstance(prompt, str) else prompt
-    tools: list[Any] | None = asked.tools or None
-    text = tokenizer.apply_chat_template(asked.messages, tools=tools, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    """Ids of the chat-formatted prompt, up to and including the generation prompt. A plain text is one turn of a user.
+
+    Raises ConversationError where the chat template refuses the conversation, or leaves a part of it out.
+    """
+    return tuple(tokenizer.encode(render(tokenizer, prompt), add_special_tokens=False))
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str, response: str) -> tuple[int, ...]:
-    """Ids of the chat-formatted prompt, the response and the end-of-sequence token, as an engine would have produced them."""
-    answer = tokenizer.encode(response, add_special_tokens=False)
-    return encode_prompt(tokenizer, prompt) + (*answer, tokenizer.eos_token_id)
+    """Ids of the chat-formatted prompt, the response and the end of its turn: what an engine would have produced, and what the
+    template of `answer_template` gives. Raises ConversationError as `encode_prompt` does.
+    """
+    text = render(tokenizer, prompt) + _separator(tokenizer) + response + str(tokenizer.eos_token)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> str:
+    """The chat-formatted text of a prompt, up to and including the generation prompt.
+
+    Calls of tools have their arguments as objects, as templates expect; a developer's message is a system's where the template
+    knows no developers. Raises ConversationError where the chat template refuses it, or leaves a part of it out.
+    """
+    asked = Conversation.user(prompt) if isinstance(prompt, str) else prompt
+    messages, tools = [_with_objects(message) for message in asked.messages], asked.tools
+    try:
+        return _complete(tokenizer, messages, tools)
+    except ConversationError:
+        if all(message["role"] != "developer" for message in messages):
+            raise
+    known = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    return _complete(tokenizer, known, tools)
+
+
+def answer_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat template that renders [..., answer of the assistant] to the very text whose ids are `encode_pair`'s.
+
+    So that the natural call, `apply_chat_template(messages)`, gives a saved reward model the rows that it was trained on, in
+    whatever library; what ends in another message is rendered as the model's own template does.
+    """
+    own = _own_template(str(tokenizer.chat_template))
+    after = _AFTER.replace("SEPARATOR", json.dumps(_separator(tokenizer))).replace("END", json.dumps(str(tokenizer.eos_token)))
+    return _BEFORE + ("\n" if own.startswith("\n") else "") + own + after  # the first line break after a tag is dropped
+
+
+def _own_template(template: str) -> str:
+    """The template that `answer_template` was made of; one that it did not make as it is, but for a last line break, which
+    means nothing at the end of a template."""
+    if template.startswith(_BEFORE):
+        own = template[len(_BEFORE) :].rpartition(_AFTER[: _AFTER.index(" %}")])[0]
+        return own[1:] if own.startswith("\n") else own
+    return template.removesuffix("\n")
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any]) -> str:
+    try:
+        text = cast(str, tokenizer.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True, tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConversationError(f"the model's chat template refuses messages of {roles}: {error}") from error
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant" and message["content"].strip() not in text and message["role"] != "tool":
+            raise ConversationError(f"the model's chat template leaves out message {number}, of the {message['role']}")
+        for name in (call["function"]["name"] for call in message.get("tool_calls", ()) if "function" in call):
+            if name not in text:
+                raise ConversationError(f"the model's chat template leaves out calls of tools, in message {number}")
+    for name in (tool["function"]["name"] for tool in tools if "function" in tool):
+        if name not in text:
+            raise ConversationError("the model's chat template leaves out tools: they would not be seen")
+    return text
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as objects: as JSON texts, templates would write them as texts of texts."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            with suppress(ValueError):  # a model wrote it, and may have written no JSON
+                call = {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+        calls.append(call)
+    return {**message, "tool_calls": calls}
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands between a generation prompt and an answer so that the text of both has the ids of one after the other.
+
+    Nothing for most tokenizers; a blank where the tokenizer marks the beginnings of words, and the generation prompt has none.
+    """
+    return _separator_of(tokenizer, str(tokenizer.chat_template), str(tokenizer.eos_token))
+
+
+@lru_cache(maxsize=32)
+def _separator_of(tokenizer: PreTrainedTokenizerBase, _template: str, end: str) -> str:
+    before = render(tokenizer, "x")
+    ids = [*tokenizer.encode(before, add_special_tokens=False)]
+    for separator in ("", " "):
+        found = (tokenizer.encode(before + separator + answer + end, add_special_tokens=False) for answer in _PROBES)
+        expected = ([*ids, *tokenizer.encode(answer + end, add_special_tokens=False)] for answer in _PROBES)
+        if list(found) == list(expected):
+            return separator
+    return ""
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
+    """The token that ends an answer in the chat template, if the model's generation stops at it; None if it is the usual one."""
+    try:
+        stops = GenerationConfig.from_pretrained(model).eos_token_id
+    except (OSError, ValueError):
+        return None
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError, ValueError):
+        return None
+    after = tokenizer.encode(text.rpartition("Hello")[2], add_special_tokens=False)
+    end = next((token for token in after if token in (stops if isinstance(stops, list) else [stops])), None)
+    return None if end is None or end == tokenizer.eos_token_id else str(tokenizer.convert_ids_to_tokens(end))
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str | int] = ()) -> str:

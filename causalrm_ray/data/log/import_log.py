@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from causalrm_ray.conversation import Conversation
+from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
 from causalrm_ray.data.log.bulk import ConflictError
 from causalrm_ray.data.log.labels import check_labels
@@ -156,7 +156,7 @@ class _Import:
     def _keep(self, row: RawRow, records: Callable[[], Records]) -> None:
         try:
             self._waiting.append((row, records()))
-        except (RowError, RecordError, RecursionError) as error:  # the last: values nested without end
+        except (RowError, RecordError, ConversationError, RecursionError) as error:  # the last: values nested without end
             self._refuse(row, error)
         if len(self._waiting) == _ROWS_PER_TRANSACTION:
             self.flush()
