@@ -99,10 +99,27 @@ ALGORITHMS = Registry(
     },
     ("advantages", "loss", "ratio", "reduction", "clip", "kl", "critic", "grouped"),
 )
+_FORMATS = "causalrm_ray.data.formats"
 FORMATS = Registry(
     "feedback format",
     "causalrm_ray.formats",
-    {"native": "causalrm_ray.data.formats.native:Native"},
+    {
+        "native": f"{_FORMATS}.native:Native",
+        "trl": f"{_FORMATS}.trl:Trl",
+        "openai": f"{_FORMATS}.chats.openai:OpenAi",
+        "openwebui": f"{_FORMATS}.chats.openwebui:OpenWebUi",
+        "librechat": f"{_FORMATS}.chats.librechat:LibreChat",
+        "wildchat": f"{_FORMATS}.chats.conversations:WildChat",
+        "arena": f"{_FORMATS}.chats.conversations:Arena",
+        "oasst": f"{_FORMATS}.chats.oasst:Oasst",
+        "langfuse": f"{_FORMATS}.traces.langfuse:Langfuse",
+        "langsmith": f"{_FORMATS}.traces.langsmith:LangSmith",
+        "tensorzero": f"{_FORMATS}.traces.tensorzero:TensorZero",
+        "phoenix": f"{_FORMATS}.traces.phoenix:Phoenix",
+        "mlflow": f"{_FORMATS}.traces.mlflow:MlFlow",
+        "opentelemetry": f"{_FORMATS}.traces.opentelemetry:OpenTelemetry",
+        "argilla": f"{_FORMATS}.argilla:Argilla",
+    },
     ("columns", "read"),
 )
 ENGINES = Registry(  # by import path: engines and trackers are on the floors above

@@ -179,7 +179,7 @@ class _Import:
             quarantined=self._quarantine.count,
             ignored_columns=self._source.ignored_columns(),
             ignored=dict(sorted((self._reactions.ignored + Counter(self._source.ignored())).items())),
-            warnings=(*self._source.notes(), *self._values.notes()),
+            warnings=(*self._source.notes(), *self._reactions.notes(), *self._values.notes()),
             formats=self._source.formats,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from causalrm_ray.data.formats.base import LoggedEvent
@@ -16,11 +16,13 @@ _BARE_LABELS = {label: signal for signal, label in LABEL_SIGNALS.items()}
 
 
 class Reactions:
-    """Signals of events. `ignored` counts the feedback of signals that are left out."""
+    """Signals of events. `ignored` counts the feedback of signals that are left out, `votes` that of scores that only their
+    label gives a meaning."""
 
     def __init__(self, signals: Mapping[str, Meaning], left_out: Collection[str], values: Values) -> None:
         self._signals, self._left_out, self._values = signals, left_out, values
         self.ignored: Counter[str] = Counter()
+        self.votes: Counter[str] = Counter()
 
     def signal(self, logged: LoggedEvent) -> str | None:
         """The signal that feedback is logged as; None for feedback that is left out. Raises RowError, SourceError."""
@@ -34,6 +36,15 @@ class Reactions:
         if signal is None:
             self.ignored[f"signal {name}"] += 1
         return signal
+
+    def notes(self) -> Iterator[str]:
+        """Says where labels come from, if it is from several scores: some may be no user's opinion."""
+        if len(self.votes) > 1:
+            names = " and ".join(f"{name} ({count})" for name, count in self.votes.most_common(10))
+            yield (
+                f"likes and dislikes come from the scores {names}, the newest of an answer decides: leave out those that are no"
+                " user's opinion by feedback.signals.NAME=null"
+            )
 
     def _named(self, signal: Any, label: int | None) -> str:
         if signal is not None and (not isinstance(signal, str) or signal not in self._signals):
@@ -59,6 +70,7 @@ class Reactions:
         if meaning is not None:
             return score
         if logged.label is not None:
+            self.votes[score] += 1
             return self._named(None, self._values.label(logged.label))
         option = f"feedback.signals.{score}"
         if ":" in score:

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from causalrm_ray.data.formats.base import LABEL_WORDS
+from causalrm_ray.data.formats.parts.values import UNITS
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
 
-_UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"))  # 1e11 s is the year 5138
 _AHEAD_S = 86_400.0  # clocks are wrong, and texts without a zone are up to 14 hours off
 
 
@@ -51,7 +51,7 @@ class Values:
         number = self.number(value)
         if not isinstance(number, int | float) or isinstance(number, bool):
             return number
-        for least, per_second, name in _UNITS:
+        for least, per_second, name in UNITS:
             if least <= number < math.inf:
                 self._converted[f"times were {name}, by their size, and are read so"] += 1
                 number = number / per_second

@@ -150,7 +150,8 @@ def test_a_score_means_what_its_signal_says_else_what_its_label_says(source: str
     likes = {"thumb": 1, "down": 0, "stars": 1, "copy": 1, "report": 0, "judge": None, "tone__rude": 0, "silent": None}
     assert found == likes
     assert (report.events, report.without_feedback, report.ignored) == (6, 2, {"comment": 2, "signal judge": 1})
-    assert report.warnings == ("half of the log is missing",)
+    assert report.warnings[0] == "half of the log is missing"
+    assert "the scores thumb (1) and down (1)" in report.warnings[1]
 
 
 def test_a_copy_that_is_false_is_no_feedback_and_a_score_that_is_left_out_leaves_its_categories_out(

@@ -1,0 +1,65 @@
+"""OASST's messages: rows of a tree, with the roles prompter and assistant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from causalrm_ray.data.formats.base import LoggedImpression
+from causalrm_ray.data.formats.chats.tree import shown_answers
+from causalrm_ray.data.formats.parts.ratings import OURS, RATINGS, ratings
+from causalrm_ray.data.formats.parts.reader import Found, Reader
+from causalrm_ray.data.formats.parts.values import must, name, seconds
+from causalrm_ray.data.rows import RowError
+
+_TREES = ("message_tree_id", "conversation_id")
+
+
+class Oasst(Reader):
+    """A message a row: `message_id`, `parent_id`, `role`, `text` (`content`). It has no votes; those in columns of the log's own
+    (`rating`, `feedback`, ...) are read."""
+
+    columns = frozenset(
+        ["message_id", "parent_id", *_TREES, "role", "text", "content", "user_id", "created_date", "created_at", "model_name"]
+        + [*RATINGS, *OURS]
+    )
+
+    def read(self, fields: Mapping[str, Any]) -> Sequence[LoggedImpression]:
+        """Nothing yet: what an answer replies to may be in a later row. Raises RowError."""
+        must(name(fields, "message_id"), "message_id")
+        self.shelf.put("message", must(name(fields, *_TREES), "message_tree_id"), dict(fields))
+        return []
+
+    def finish(self) -> Iterator[Found]:
+        """The answers of all trees."""
+        for conversation, rows in self.shelf.groups("message"):
+            messages = {str(name(row, "message_id")): row for row in rows}
+            tree = {
+                identity: {
+                    "role": row.get("role"),
+                    "content": row.get("text", row.get("content")),
+                    "before": row.get("parent_id"),
+                }
+                for identity, row in messages.items()
+            }
+            for found in shown_answers(tree, self.ignored):
+                if isinstance(found, RowError):
+                    yield found
+                    continue
+                identity, prompt, text = found
+                row = messages[identity]
+                impression = LoggedImpression(
+                    prompt=prompt,
+                    response=text,
+                    id=identity,
+                    time=seconds(row.get("created_date", row.get("created_at"))),
+                    conversation_id=conversation,
+                    model=name(row, "model_name"),
+                )
+                yield from self.scores.rate(impression, list(ratings(row, self.ignored)))
+        yield from super().finish()
+
+    @classmethod
+    def matches(cls, columns: frozenset[str], rows: Sequence[Mapping[str, Any]]) -> float:
+        """A message's id and that of the one before it."""
+        return 1.0 if {"message_id", "parent_id", "role"} <= columns and columns & set(_TREES) else 0.0

@@ -1,0 +1,52 @@
+"""Conversations that branch, as products keep them whose users edit and regenerate: every message names the one before it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.formats.parts.exchange import conversation_of
+from causalrm_ray.data.formats.parts.messages import turns, why_no_answer
+from causalrm_ray.data.rows import RowError
+from causalrm_ray.errors import brief
+
+Messages = Mapping[
+    str, Mapping[str, Any]
+]  # by id, each with "before", the id of the one before it, and a message's role, content
+
+
+def shown_answers(messages: Messages, ignored: Counter[str]) -> Iterator[tuple[str, Conversation, str] | RowError]:
+    """(id, messages before it, text) of every answer of a conversation; regenerated answers reply to the same messages.
+
+    An answer that cannot be read is a RowError that names it.
+    """
+    quiet = Counter[str]()  # a message is on many paths, but is counted once
+    for leaf, message in messages.items():
+        try:
+            own = turns([_turn(message)], ignored)
+            if not own or own[-1]["role"] != "assistant":
+                continue
+            path = _path_to(messages, leaf, ignored)
+            read = turns([_turn(messages[place]) for place in path], quiet)
+            if (why := why_no_answer(read, len(read) - 1)) is not None:
+                ignored[why] += 1
+            else:
+                yield leaf, conversation_of(read[:-1]), read[-1]["content"]
+        except RowError as error:
+            yield RowError(f"message {brief(leaf)}: {error}")
+
+
+def _path_to(messages: Messages, leaf: str, ignored: Counter[str]) -> list[str]:
+    """Ids of the messages from the first to `leaf`. One that names a message that is not there is the first."""
+    path = [leaf]
+    while (before := messages[path[-1]].get("before")) in messages and before not in path:
+        path.append(str(before))
+    if before and str(before).strip("0-"):  # a UUID of zeros is LibreChat's "none"
+        ignored["messages before one that is missing"] += 1
+    return path[::-1]
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key in ("role", "content", "tool_calls", "tool_call_id")}
