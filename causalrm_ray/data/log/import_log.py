@@ -103,7 +103,7 @@ def import_log(
     for named in origin.paths():
         if named.resolve() in (quarantine.resolve(), *quarantine.resolve().parents):
             raise SourceError(f"quarantine_path must lie outside the source {origin}, got {quarantine}")
-    rows = LogSource(origin, log.signals)
+    rows = LogSource(origin, log.signals, log.left_out)
     check_labels(rows, log.signals, log.left_out)
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     with quarantine.open("w", encoding="utf-8") as file:

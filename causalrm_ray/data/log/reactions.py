@@ -48,7 +48,8 @@ class Reactions:
 
     def _named(self, signal: Any, label: int | None) -> str:
         if signal is not None and (not isinstance(signal, str) or signal not in self._signals):
-            raise RowError(f"signal must be one of {sorted(self._signals)}, got {brief(signal)}")
+            option = f"; feedback.signals.{signal} gives it a meaning" if brief(signal) == repr(signal) else ""
+            raise RowError(f"signal must be one of {sorted(self._signals)}, got {brief(signal)}{option}")
         if label is None:
             if signal is None:
                 raise RowError("an event must have a signal or a label, got neither")

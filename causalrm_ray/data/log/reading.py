@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,9 @@ class LogSource:
     that is in no row; InputError for a format or column of ours that is unknown.
     """
 
-    def __init__(self, origin: Origin, signals: Mapping[str, Meaning]) -> None:
+    def __init__(self, origin: Origin, signals: Mapping[str, Meaning], left_out: Collection[str] = ()) -> None:
         self.origin, self.map = origin, ColumnMap(origin.columns)
-        self._signals = signals
+        self._signals, self._left_out = signals, left_out
         graded = [name for name, meaning in signals.items() if not isinstance(meaning, int)]
         self._columns_of_signals = tuple(dict.fromkeys((*graded, *(name for name in origin.columns if name in signals))))
         self._formats: dict[str, Format] = {}
@@ -89,6 +89,7 @@ class LogSource:
         self._check_mapped([part for part, _ in found], [head for *_, head in heads])
         self.tables = [self._table(part, events, head) for part, events, head in heads]
         self._check_names()
+        self._check_ratings([head for *_, head in heads])
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ class LogSource:
         said += [
             f"the column {column} is ignored: feedback.columns.{column}={column} reads it as a signal, {_MEANINGS}"
             for column in self.ignored_columns()
-            if column in self._signals or column in _RATINGS
+            if column in self._signals or (column in _RATINGS and column not in self._left_out)
         ]
         return (*said, *(note for made in self._formats.values() for note in getattr(made, "warnings", tuple)()))
 
@@ -202,6 +203,19 @@ class LogSource:
                     f"feedback.columns.{ours} must name a column, or a path into one, of {self.origin}: no row has {theirs!r};"
                     f" there are {', '.join(names[:20])}"
                 )
+
+    def _check_ratings(self, heads: Sequence[Sequence[RawRow]]) -> None:
+        """A log in our own format with ratings under another name, and no feedback besides, would lose all of it."""
+        rows = [self.map(row.fields) for head in heads for row in head if row.fields is not None]
+        columns = {column: None for row in rows for column, value in row.items() if value is not None}
+        known = {"label", "signal", "feedback", "events", "retracts", *self._columns_of_signals}
+        rating = next((column for column in columns if column in _RATINGS and column not in self._left_out), None)
+        if self.formats == ("native",) and rating is not None and known.isdisjoint({*columns, *self.origin.columns}):
+            raise SourceError(
+                f"{self.origin}: the column {rating} must be given a meaning, or its feedback is lost: feedback.signals.{rating}="
+                f"'{{low: LOW, high: HIGH}}' reads its values, feedback.columns.label={rating} reads it as labels of 0 and 1,"
+                f" feedback.signals.{rating}=null leaves it out"
+            )
 
     def _check_names(self) -> None:
         """Each of our names must mean something: a column of a format, or a signal."""

@@ -96,6 +96,11 @@ WRONG: dict[str, tuple[Files, Mapping[str, str], str]] = {
         r"label must be 0 or 1, got 1, 2, 3, 4, 5 in 26 rows, first in row 3; a scale is a signal with thresholds:"
         r" feedback\.columns\.grade=label feedback\.signals\.grade='\{low: 2, high: 4\}' reads values up to 2 as disliked and",
     ),
+    "stars in a column of their own": (
+        {"log.jsonl": jsonl([{**GOOD, "rating": None}, {**GOOD, "rating": 4}])},
+        {},
+        r"the column rating must be given a meaning, or its feedback is lost: feedback\.signals\.rating='\{low: LOW, high: ",
+    ),
     "stars from 0 to 4, in a CSV": (
         {"log.csv": b"prompt,response,label\n" + b"".join(b"p,r,%d\n" % (number % 5) for number in range(20))},
         {},
