@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Table, insert, select
@@ -18,10 +18,13 @@ class ConflictError(InputError):
     """An id that is delivered again with other content: names what differs, without any text of a person."""
 
 
-def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, Any]], position: int) -> int:
+def insert_new(
+    connection: Connection, table: Table, rows: Sequence[dict[str, Any]], position: int, repeated: Collection[str] = ()
+) -> int:
     """Insert the rows that are not logged yet, from position + 1 on, and return their number. Raises ConflictError.
 
-    The caller holds the log's lock: nobody else inserts meanwhile.
+    `repeated` are ids of rows that may be repeated with another time: the first one's stays. The caller holds the log's lock:
+    nobody else inserts meanwhile.
     """
     names = [column.name for column in table.c if column.name not in ("seq", "digest")]
     query = select(*(table.c[name] for name in names))
@@ -35,7 +38,7 @@ def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, An
         before = known.setdefault(row["id"], content)
         if before is content:
             new.append(row)
-        elif before != content:
+        elif before != content and not (row["id"] in repeated and _without_time(names, before) == _without_time(names, content)):
             parts = [
                 f"{name}={_shown(name, old)} then {_shown(name, row[name])}"
                 for name, old in zip(names, before, strict=True)
@@ -45,6 +48,10 @@ def insert_new(connection: Connection, table: Table, rows: Sequence[dict[str, An
     if new:
         _insert(connection, table, new, position)
     return len(new)
+
+
+def _without_time(names: Sequence[str], content: Sequence[Any]) -> list[Any]:
+    return [value for name, value in zip(names, content, strict=True) if name != "time"]
 
 
 def _insert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], position: int) -> None:

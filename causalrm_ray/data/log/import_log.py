@@ -186,7 +186,9 @@ class _Import:
     def _append(self, rows: Sequence[Records]) -> None:
         shown = [impression for impressions, _ in rows for impression in impressions]
         done = [event for _, events in rows for event in events]
-        written = self._log.append_rows(shown, done)
+        # A row an event repeats the answer at the event's time: the answer was shown when the first of them says.
+        repeated = {impression["id"] for impressions, events in rows if events for impression in impressions}
+        written = self._log.append_rows(shown, done, repeated)
         self._counts["impressions"] += written.impressions
         self._counts["duplicate_impressions"] += len(shown) - written.impressions
         self._counts["events"] += written.events

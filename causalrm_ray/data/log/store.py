@@ -7,7 +7,7 @@ writers --append--> impressions, events (append-only, one transaction a batch) -
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -111,13 +111,18 @@ class FeedbackLog:
             [impression_row(record) for record in impressions], [event_row(record, self.signals) for record in events]
         )
 
-    def append_rows(self, impressions: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> Written:
-        """As `append`, for what `schema.impression_row` and `event_row` made of records."""
+    def append_rows(
+        self, impressions: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], repeated: Collection[str] = ()
+    ) -> Written:
+        """As `append`, for what `schema.impression_row` and `event_row` made of records.
+
+        `repeated` are ids of impressions that may be in the log at another time, which stays.
+        """
         with self._connected(write=True) as connection:
             # Taking the row's lock first makes writers queue up on every database, so that positions follow commits.
             connection.execute(update(state_table).values(position=state_table.c.position))
             position = connection.execute(select(state_table.c.position)).scalar_one()
-            shown = insert_new(connection, impression_table, impressions, position)
+            shown = insert_new(connection, impression_table, impressions, position, repeated)
             done = insert_new(connection, event_table, events, position + shown)
             redelivered = len(impressions) + len(events) - shown - done
             connection.execute(

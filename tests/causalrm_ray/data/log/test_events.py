@@ -13,7 +13,7 @@ from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Thresholds
 from causalrm_ray.data.log.import_log import import_log
 from causalrm_ray.data.log.store import FeedbackLog
-from causalrm_ray.errors import ConfigError
+from causalrm_ray.errors import ConfigError, InputError
 
 SIGNALS = {"upvote": 1, "copy": 1, "downvote": 0, "stars": Thresholds(low=2, high=4)}
 VOTES_FIRST = [["upvote", "downvote"]]
@@ -57,6 +57,21 @@ def test_events_come_before_their_impression_in_its_row_and_in_a_list(tmp_path: 
     later = [{"signal": "upvote", "time": 5}, {"signal": "downvote", "time": 4}]
     rows = [shown("a", signal="copy", events=later), shown("b"), shown("c", label=1, events=[{"label": 0, "time": 1}])]
     assert labels(tmp_path, [did("b", "downvote", 1)], rows) == {"a": 1, "b": 0, "c": 0}
+
+
+def test_a_row_an_event_repeats_the_answer_at_the_times_of_the_events(tmp_path: Path) -> None:
+    copied, disliked = shown("a", signal="copy", time=5), shown("a", signal="downvote", time=25)
+    source, other = tmp_path / "in.jsonl", tmp_path / "other.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [shown("a"), copied, disliked, shown("b")]))
+    other.write_text(json.dumps({**disliked, "response": "another"}) + "\n" + json.dumps(shown("b", time=9)) + "\n")
+    with closing(FeedbackLog(f"sqlite:///{tmp_path}/log.db", SIGNALS)) as log:
+        report = import_log(str(source), log, tmp_path / "bad.jsonl")
+        assert (report.impressions, report.duplicate_impressions, report.events, report.quarantined) == (2, 2, 2, 0)
+        assert import_log(str(source), log, tmp_path / "bad.jsonl").duplicate_impressions == 4
+        found = {row["impression_id"]: (row["label"], row["time"]) for row in log.snapshot()}
+        assert found == {"a": (0, 0.0), "b": (None, 0.0)}  # the time of the first row
+        with pytest.raises(InputError, match="2 bad rows of 2"):  # another answer, and another time without an event
+            import_log(str(other), log, tmp_path / "bad.jsonl")
 
 
 def test_a_withdrawn_vote_counts_no_more_in_whatever_order_it_comes(tmp_path: Path) -> None:
