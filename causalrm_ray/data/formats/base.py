@@ -67,6 +67,16 @@ class LoggedImpression:
     events: Sequence[LoggedEvent] = ()
 
 
+def content_of(logged: LoggedImpression | LoggedEvent) -> dict[str, Any]:
+    """The fields of a record as values that JSON keeps."""
+    found = {name: getattr(logged, name) for name in logged.__slots__}
+    if isinstance(logged, LoggedImpression):
+        if isinstance(logged.prompt, Conversation):
+            found["prompt"] = {"json": logged.prompt.json}
+        found["events"] = [content_of(event) for event in logged.events]
+    return found
+
+
 class Format(Protocol):
     """A format of logs. Its class is what `registry.FORMATS` holds; each import makes an instance, without arguments.
 

@@ -7,7 +7,6 @@ source --LogSource--> RawRow --Format.read--> Logged{Impression, Event} --> Impr
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrm_ray.conversation import Conversation, ConversationError
-from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
+from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression, content_of
 from causalrm_ray.data.log.bulk import ConflictError
 from causalrm_ray.data.log.labels import check_labels
 from causalrm_ray.data.log.reactions import Reactions
@@ -149,7 +148,7 @@ class _Import:
             if isinstance(logged, RowError):
                 self._refuse(RawRow(source, 0, "", None), logged)
             else:
-                content = dataclasses.asdict(logged)
+                content = content_of(logged)
                 row = RawRow(source, 0, None, content)
                 self._keep(row, lambda logged=logged, content=content: self._records([logged], content))
 

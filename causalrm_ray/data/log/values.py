@@ -13,6 +13,7 @@ from causalrm_ray.data.formats.parts.values import UNITS
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
 
+_LAST_DATE_S = 250_000_000_000  # that Python can write: year 9892
 _AHEAD_S = 86_400.0  # clocks are wrong, and texts without a zone are up to 14 hours off
 
 
@@ -58,7 +59,10 @@ class Values:
                 break
         if self._latest < number < math.inf:
             self._future += 1
-            raise RowError(f"time must not be in the future, got {datetime.fromtimestamp(number, UTC):%Y-%m-%d %H:%M} UTC")
+            shown = (
+                f"{datetime.fromtimestamp(number, UTC):%Y-%m-%d %H:%M} UTC" if number < _LAST_DATE_S else f"{number:g} seconds"
+            )
+            raise RowError(f"time must not be in the future, got {shown}")
         return number
 
     def number(self, value: Any) -> Any:

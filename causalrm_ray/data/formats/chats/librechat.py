@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import LoggedImpression
 from causalrm_ray.data.formats.chats.tree import shown_answers
 from causalrm_ray.data.formats.parts.ratings import ratings
 from causalrm_ray.data.formats.parts.reader import Found, Reader
 from causalrm_ray.data.formats.parts.values import mapping, must, name, parsed, seconds
-from causalrm_ray.data.rows import RowError
 
 _KEPT = {"messageId", "conversationId", "parentMessageId", "user", "model", "isCreatedByUser", "text", "content", "createdAt"}
 _KNOWN = {"_id", "__v", "sender", "updatedAt", "endpoint", "feedback", "error", "unfinished", "messages", "tokenCount"}
@@ -43,26 +44,26 @@ class LibreChat(Reader):
             tree = {
                 identity: {**row, "before": row.get("parentMessageId"), **_message(row)} for identity, row in messages.items()
             }
-            for found in shown_answers(tree, self.ignored):
-                if isinstance(found, RowError):
-                    yield found
-                    continue
-                identity, prompt, text = found
-                row = messages[identity]
-                if row.get("error"):
-                    self.ignored["errors in the place of answers"] += 1
-                    continue
-                impression = LoggedImpression(
-                    prompt=prompt,
-                    response=text,
-                    id=identity,
-                    time=seconds(row.get("createdAt"), "createdAt"),
-                    user=name(row, "user"),
-                    conversation_id=conversation,
-                    model=name(row, "model"),
-                )
-                yield from self.scores.rate(impression, list(ratings({"feedback": row.get("feedback")}, self.ignored)))
+            yield from shown_answers(tree, self.ignored, partial(self._answer, messages, conversation))
         yield from super().finish()
+
+    def _answer(
+        self, messages: Mapping[str, Mapping[str, Any]], conversation: str, identity: str, prompt: Conversation, text: str
+    ) -> Iterator[LoggedImpression]:
+        row = messages[identity]
+        if row.get("error"):
+            self.ignored["errors in the place of answers"] += 1
+            return
+        impression = LoggedImpression(
+            prompt=prompt,
+            response=text,
+            id=identity,
+            time=seconds(row.get("createdAt"), "createdAt"),
+            user=name(row, "user"),
+            conversation_id=conversation,
+            model=name(row, "model"),
+        )
+        yield from self.scores.rate(impression, list(ratings({"feedback": row.get("feedback")}, self.ignored)))
 
     @classmethod
     def matches(cls, columns: frozenset[str], rows: Sequence[Mapping[str, Any]]) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import LoggedImpression
 from causalrm_ray.data.formats.chats.tree import shown_answers
 from causalrm_ray.data.formats.parts.ratings import OURS, RATINGS, ratings
 from causalrm_ray.data.formats.parts.reader import Found, Reader
 from causalrm_ray.data.formats.parts.values import must, name, seconds
-from causalrm_ray.data.rows import RowError
 
 _TREES = ("message_tree_id", "conversation_id")
 
@@ -42,22 +43,22 @@ class Oasst(Reader):
                 }
                 for identity, row in messages.items()
             }
-            for found in shown_answers(tree, self.ignored):
-                if isinstance(found, RowError):
-                    yield found
-                    continue
-                identity, prompt, text = found
-                row = messages[identity]
-                impression = LoggedImpression(
-                    prompt=prompt,
-                    response=text,
-                    id=identity,
-                    time=seconds(row.get("created_date", row.get("created_at"))),
-                    conversation_id=conversation,
-                    model=name(row, "model_name"),
-                )
-                yield from self.scores.rate(impression, list(ratings(row, self.ignored)))
+            yield from shown_answers(tree, self.ignored, partial(self._answer, messages, conversation))
         yield from super().finish()
+
+    def _answer(
+        self, messages: Mapping[str, Mapping[str, Any]], conversation: str, identity: str, prompt: Conversation, text: str
+    ) -> Iterator[LoggedImpression]:
+        row = messages[identity]
+        impression = LoggedImpression(
+            prompt=prompt,
+            response=text,
+            id=identity,
+            time=seconds(row.get("created_date", row.get("created_at"))),
+            conversation_id=conversation,
+            model=name(row, "model_name"),
+        )
+        yield from self.scores.rate(impression, list(ratings(row, self.ignored)))
 
     @classmethod
     def matches(cls, columns: frozenset[str], rows: Sequence[Mapping[str, Any]]) -> float:

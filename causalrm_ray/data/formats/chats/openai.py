@@ -14,7 +14,7 @@ from causalrm_ray.data.formats.parts.values import dig, mapping, name, parsed, s
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import kind_of
 
-_BODIES = ("request", "response", "request_body", "response_body", "body")
+_BODIES = {"request", "response", "request_body", "response_body", "body"}
 _USERS = ("user", "user_id", "userId", "safety_identifier")
 _CONVERSATIONS = ("conversation_id", "conversationId", "session_id", "sessionId", "thread_id", "chat_id")
 
@@ -35,7 +35,7 @@ class OpenAi(Reader):
     def read(self, fields: Mapping[str, Any]) -> Iterator[LoggedImpression]:
         """The answer of a row. Raises RowError."""
         request, response = dict(fields), dict(fields)
-        for column in _BODIES:
+        for column in fields.keys() & _BODIES:
             body = mapping(dig(fields, column, "body") or fields.get(column))
             (response if "choices" in body else request).update(body)
         choices = parsed(response.get("choices"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
 from causalrm_ray.data.formats.chats.tree import shown_answers
 from causalrm_ray.data.formats.parts.reader import Found, Reader
@@ -12,7 +13,6 @@ from causalrm_ray.data.formats.parts.values import dig, mapping, must, name, par
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
 
-_VOTES = {1: 1.0, -1: 0.0}
 _MESSAGE = {"id", "parentId", "childrenIds", "role", "content", "model", "timestamp", "annotation", "feedbackId"}
 _STATE = {
     "done",
@@ -50,21 +50,22 @@ class OpenWebUi(Reader):
             return []
         chat, message = must(name(meta, "chat_id"), "meta.chat_id"), must(name(meta, "message_id"), "meta.message_id")
         rating = data.get("rating")
-        if rating not in (None, 1, -1) or isinstance(rating, bool):
+        label = _label(rating)
+        if rating is not None and label is None:
             raise RowError(f"rating in data must be 1 or -1, got {brief(rating)}")
         for key in data.keys() - {"rating", "model_id"}:
             self.ignore(f"data.{key}", data[key])
         times = seconds(fields.get("updated_at")), seconds(fields.get("created_at"))
         time = times[0] if times[0] is not None else times[1]
-        if rating is None:
+        if label is None:
             self.ignore("feedback without a rating")
         else:
             self._rated += 1
             identity = f"{must(name(fields, 'id'), 'id')}@{time or 0:.0f}"  # a vote that is changed later keeps its id
-            self.shelf.put("vote", chat, {"message": message, "label": _VOTES[rating], "id": identity, "time": time})
+            self.shelf.put("vote", chat, {"message": message, "label": label, "id": identity, "time": time})
         if snapshot := mapping(dig(fields, "snapshot", "chat", "chat")):
             self._keep(chat, user, snapshot, time, is_whole=False)
-        elif rating is not None:
+        elif label is not None:
             self.shelf.put("chat", chat, {"messages": {}, "user": user, "time": time, "whole": False})
         return []
 
@@ -112,15 +113,11 @@ class OpenWebUi(Reader):
         for message in messages.values():
             for key in message.keys() - _MESSAGE - _STATE:
                 self.ignore(f"messages.{key}", message[key])
-        tree = {key: {**message, "before": message.get("parentId")} for key, message in messages.items()}
-        for found in shown_answers(tree, self.ignored):
-            if isinstance(found, RowError):
-                yield RowError(f"chat {brief(chat)}: {found}")
-                continue
-            identity, prompt, text = found
+
+        def made(identity: str, prompt: Conversation, text: str) -> Iterator[LoggedImpression]:
             message = messages[identity]
-            events = votes.pop(identity, [])
-            label = _VOTES.get(mapping(message.get("annotation")).get("rating", 0))
+            events = votes.get(identity, [])
+            label = _label(mapping(message.get("annotation")).get("rating"))
             if not events and label is not None:
                 events = [LoggedEvent(label=label, id=name(message, "feedbackId"))]
             yield LoggedImpression(
@@ -133,6 +130,11 @@ class OpenWebUi(Reader):
                 model=name(message, "model"),
                 events=events,
             )
+            votes.pop(identity, None)
+
+        tree = {key: {**message, "before": message.get("parentId")} for key, message in messages.items()}
+        for found in shown_answers(tree, self.ignored, made):
+            yield RowError(f"chat {brief(chat)}: {found}") if isinstance(found, RowError) else found
 
     @classmethod
     def matches(cls, columns: frozenset[str], rows: Sequence[Mapping[str, Any]]) -> float:
@@ -143,3 +145,9 @@ class OpenWebUi(Reader):
             if mapping(row.get("chat")).keys() & {"history", "messages"}:
                 return 1.0
         return 0.0
+
+
+def _label(rating: Any) -> float | None:
+    """That of a vote: 1 or -1."""
+    is_vote = isinstance(rating, int | float) and not isinstance(rating, bool) and rating in (1, -1)
+    return float(rating == 1) if is_vote else None

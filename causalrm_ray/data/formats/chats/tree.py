@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.formats.base import LoggedImpression
 from causalrm_ray.data.formats.parts.exchange import conversation_of
 from causalrm_ray.data.formats.parts.messages import turns, why_no_answer
 from causalrm_ray.data.rows import RowError
@@ -15,12 +16,13 @@ from causalrm_ray.errors import brief
 Messages = Mapping[
     str, Mapping[str, Any]
 ]  # by id, each with "before", the id of the one before it, and a message's role, content
+Made = Callable[[str, Conversation, str], Iterable[LoggedImpression]]
 
 
-def shown_answers(messages: Messages, ignored: Counter[str]) -> Iterator[tuple[str, Conversation, str] | RowError]:
-    """(id, messages before it, text) of every answer of a conversation; regenerated answers reply to the same messages.
+def shown_answers(messages: Messages, ignored: Counter[str], made: Made) -> Iterator[LoggedImpression | RowError]:
+    """What `made` makes of (id, messages before it, text) of every answer of a conversation. Regenerated ones reply to the same.
 
-    An answer that cannot be read is a RowError that names it.
+    An answer that cannot be read, or of which `made` raises a RowError, is one that names it.
     """
     quiet = Counter[str]()  # a message is on many paths, but is counted once
     for leaf, message in messages.items():
@@ -33,19 +35,24 @@ def shown_answers(messages: Messages, ignored: Counter[str]) -> Iterator[tuple[s
             if (why := why_no_answer(read, len(read) - 1)) is not None:
                 ignored[why] += 1
             else:
-                yield leaf, conversation_of(read[:-1]), read[-1]["content"]
+                yield from list(made(leaf, conversation_of(read[:-1]), read[-1]["content"]))
         except RowError as error:
             yield RowError(f"message {brief(leaf)}: {error}")
 
 
 def _path_to(messages: Messages, leaf: str, ignored: Counter[str]) -> list[str]:
     """Ids of the messages from the first to `leaf`. One that names a message that is not there is the first."""
-    path = [leaf]
-    while (before := messages[path[-1]].get("before")) in messages and before not in path:
-        path.append(str(before))
-    if before and str(before).strip("0-"):  # a UUID of zeros is LibreChat's "none"
-        ignored["messages before one that is missing"] += 1
+    path, before = [leaf], _before(messages[leaf])
+    while before in messages and before not in path:
+        path.append(before)
+        before = _before(messages[before])
+    if before.strip("0-"):  # a UUID of zeros is LibreChat's "none"
+        ignored["messages before one that is missing"] += before not in messages
     return path[::-1]
+
+
+def _before(message: Mapping[str, Any]) -> str:
+    return str(message.get("before") or "")
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from causalrm_ray.conversation import Conversation, ConversationError
@@ -11,6 +11,7 @@ from causalrm_ray.data.formats.parts.messages import Turn, content_text, turns
 from causalrm_ray.data.formats.parts.values import parsed
 from causalrm_ray.data.rows import RowError
 
+_SHAPES = ("role", "messages", "choices", "generations", "kwargs", "lc", "parts", "output_messages")  # of what libraries log
 _LISTS = ("messages", "chat_history", "history", "input_messages", "prompt")
 _QUESTIONS = (
     "input",
@@ -43,7 +44,7 @@ _ANSWERS = (
 def prompt_of(given: Any, ignored: Counter[str] | None = None) -> list[Turn] | None:
     """The messages in an input: a text, a list of messages, or an object with either under a usual name; None where there is
     neither. Raises RowError for messages that cannot be read."""
-    given = parsed(given)
+    given = _unpacked(given, {*_SHAPES, *_LISTS, *_QUESTIONS})
     if isinstance(given, str):
         return [{"role": "user", "content": given}] if given.strip() else None
     if isinstance(given, list):
@@ -74,7 +75,7 @@ def prompt_of(given: Any, ignored: Counter[str] | None = None) -> list[Turn] | N
 def answer_of(given: Any, ignored: Counter[str] | None = None) -> Turn | None:
     """The last message of the assistant in an output: a text, a message, messages, choices or generations, or an object with one
     of them under a usual name; None where there is none. Raises RowError for a message that cannot be read."""
-    given = parsed(given)
+    given = _unpacked(given, _SHAPES)
     if isinstance(given, str):
         return {"role": "assistant", "content": given}
     if isinstance(given, list):
@@ -98,6 +99,19 @@ def answer_of(given: Any, ignored: Counter[str] | None = None) -> Turn | None:
     if found is None and len(given) == 1:
         return answer_of(next(iter(given.values())), ignored)
     return found
+
+
+def _unpacked(given: Any, names: Collection[str]) -> Any:
+    """What a JSON text holds, if that is messages or has one of `names`; a text of any other JSON may be what somebody wrote."""
+    found = parsed(given)
+    if not isinstance(given, str) or isinstance(found, str):
+        return found
+    parts = found if isinstance(found, list) else [found]
+    while parts and isinstance(parts[0], list):
+        parts = parts[0]
+    objects = [part for part in parts if isinstance(part, Mapping)]
+    known = _SHAPES if isinstance(found, list) else names
+    return found if objects and len(objects) == len(parts) and not objects[0].keys().isdisjoint(known) else given
 
 
 def conversation_of(messages: Sequence[Turn], tools: Any = None) -> Conversation:

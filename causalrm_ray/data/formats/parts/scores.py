@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
-from causalrm_ray.data.formats.parts.shelf import Shelf, packed, unpacked_event, unpacked_impression
+from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression, content_of
+from causalrm_ray.data.formats.parts.shelf import Shelf, unpacked_event, unpacked_impression
 
 _LIKED = """true yes up thumb_up thumbs_up thumbsup thumbup upvote upvoted like liked love loved positive good helpful correct
     accepted accept 👍 :thumbsup: :+1:"""
@@ -67,7 +67,7 @@ class Scores:
     def add(self, event: LoggedEvent) -> None:
         """Let an event of its own row wait."""
         self.see(event)
-        self._shelf.put("event", "", packed(event))
+        self._shelf.put("event", "", content_of(event))
 
     def rate(self, impression: LoggedImpression, events: Sequence[LoggedEvent]) -> Iterator[LoggedImpression]:
         """`impression` with its events at once, or, where one of them is a score without a label, at the end."""
@@ -77,7 +77,7 @@ class Scores:
         if all(event.score is None or event.label is not None for event in events):
             yield impression
             return
-        self._shelf.put("rated", "", packed(impression))
+        self._shelf.put("rated", "", content_of(impression))
 
     def see(self, event: LoggedEvent) -> None:
         """Remember the value of an event that waits elsewhere, or of a vote in words: they show what a 0 is."""

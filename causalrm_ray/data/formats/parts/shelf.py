@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -26,18 +25,18 @@ class Shelf:
 
     def put(self, kind: str, key: str, value: Any) -> None:
         """Add `value` to those of `kind` and `key`."""
-        self._waiting.append((kind, key, json.dumps(value, default=str)))
+        self._waiting.append((kind, _storable(key), json.dumps(value, default=str)))
         if len(self._waiting) >= _WAITING:
             self._flush()
 
     def get(self, kind: str, key: str) -> list[Any]:
         """The values of `kind` and `key` in the order in which they came."""
-        rows = self._read("SELECT value FROM parts WHERE kind = ? AND key = ? ORDER BY number", kind, key)
+        rows = self._read("SELECT value FROM parts WHERE kind = ? AND key = ? ORDER BY number", kind, _storable(key))
         return [json.loads(value) for (value,) in rows]
 
     def has(self, kind: str, key: str) -> bool:
         """Whether there is any value of `kind` and `key`."""
-        return self._read("SELECT 1 FROM parts WHERE kind = ? AND key = ? LIMIT 1", kind, key).fetchone() is not None
+        return self._read("SELECT 1 FROM parts WHERE kind = ? AND key = ? LIMIT 1", kind, _storable(key)).fetchone() is not None
 
     def scan(self, kind: str) -> Iterator[Any]:
         """The values of `kind`, whatever their key, in the order in which they came."""
@@ -70,18 +69,18 @@ class Shelf:
         return self._parts
 
 
-def packed(logged: LoggedImpression | LoggedEvent) -> dict[str, Any]:
-    """A record as values that JSON keeps."""
-    return dataclasses.asdict(logged)
+def _storable(key: str) -> str:
+    """`key`, with half surrogate pairs, which JSON lets through and SQLite does not, written out."""
+    return key if key.isascii() else key.encode(errors="backslashreplace").decode()
 
 
 def unpacked_event(fields: dict[str, Any]) -> LoggedEvent:
-    """The event that `packed` was given."""
+    """The event whose `content_of` this is."""
     return LoggedEvent(**fields)
 
 
 def unpacked_impression(fields: dict[str, Any]) -> LoggedImpression:
-    """The impression that `packed` was given; its prompt must have been a Conversation or text."""
+    """The impression whose `content_of` this is; its prompt must have been a Conversation or text."""
     prompt, events = fields.pop("prompt"), fields.pop("events")
     return LoggedImpression(
         prompt=Conversation(prompt["json"]) if isinstance(prompt, dict) else prompt,

@@ -11,6 +11,7 @@ from uuid import UUID
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
 
+_JSON = ("{", "[", '"', " ", "\n")  # how the JSON text of an object, a list or a string begins
 UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"))  # 1e11 s is the year 5138
 
 
@@ -79,7 +80,7 @@ def must(found: str | None, column: str) -> str:
 
 def parsed(value: Any) -> Any:
     """What a JSON text of an object, a list or a string holds; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[", '"'):
+    if isinstance(value, str) and value[:1] in _JSON:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
@@ -97,6 +98,8 @@ def dig(value: Any, *path: str) -> Any:
 
 def mapping(value: Any) -> Mapping[str, Any]:
     """A mapping, or that of a JSON text or of a list of pairs, as Parquet gives maps; anything else is an empty one."""
+    if type(value) is dict:
+        return value
     value = parsed(value)
     if isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
         value = dict(value)

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
+from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression, content_of
 from causalrm_ray.data.formats.parts.exchange import answer_of, conversation_of, prompt_of
 from causalrm_ray.data.formats.parts.messages import Turn
 from causalrm_ray.data.formats.parts.reader import Found, Reader
 from causalrm_ray.data.formats.parts.scores import scored
-from causalrm_ray.data.formats.parts.shelf import packed, unpacked_event
+from causalrm_ray.data.formats.parts.shelf import unpacked_event
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
 
@@ -53,7 +53,7 @@ class Traces(Reader):
 
     def span(self, span: Span) -> None:
         """Keep a step of a trace."""
-        self.shelf.put("span", span.trace, dataclasses.asdict(span))
+        self.shelf.put("span", span.trace, {name: getattr(span, name) for name in span.__slots__})
         for target in {span.id, span.trace, *span.aliases}:
             self.shelf.put("target", target, span.trace)
 
@@ -67,7 +67,7 @@ class Traces(Reader):
             self.ignore(f"signal {name}")
             return
         self.scores.see(event)
-        self.shelf.put("score", target, {"trace": trace, "event": packed(event)})
+        self.shelf.put("score", target, {"trace": trace, "event": content_of(event)})
         if trace is not None:
             self.shelf.put("scored", trace, target)
 

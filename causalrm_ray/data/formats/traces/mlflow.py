@@ -44,8 +44,8 @@ class MlFlow(Traces):
         first = Span(  # the trace itself: its request and response are those of its first span
             id=trace,
             trace=trace,
-            given=_first(row, data, "request") or known.get("mlflow.traceInputs") or info.get("request_preview"),
-            gave=_first(row, data, "response") or known.get("mlflow.traceOutputs") or info.get("response_preview"),
+            given=parsed(_first(row, data, "request") or known.get("mlflow.traceInputs") or info.get("request_preview")),
+            gave=parsed(_first(row, data, "response") or known.get("mlflow.traceOutputs") or info.get("response_preview")),
             is_llm=False,
             time=seconds(next((info[key] for key in ("request_time", "timestamp_ms") if info.get(key) is not None), None)),
             user=name(known, "mlflow.trace.user") or name(tags, "user_id", "user"),

@@ -13,6 +13,10 @@ from causalrm_ray.data.formats.traces.assembly import Span, Traces
 from causalrm_ray.data.formats.traces.attributes import attributes, nested, unread
 
 _OTLP = ("resourceSpans", "resourceLogs", "resource_spans", "resource_logs")
+_SCOPES = (
+    *(("scopeSpans", "spans"), ("scope_spans", "spans")),
+    *(("scopeLogs", "logRecords"), ("scope_logs", "log_records")),
+)
 _IDS = (
     "traceId",
     "trace_id",
@@ -130,18 +134,19 @@ class OpenTelemetry(Traces):
 
 def _rows(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Spans and log records of OTLP's envelopes, or the row itself."""
-    envelopes = [mapping(part) for key in _OTLP for part in parsed(fields.get(key)) or []]
+    envelopes = [part for key in _OTLP for part in _objects(fields.get(key))]
     if not envelopes:
         yield fields
     for envelope in envelopes:
-        for key, inner in (
-            ("scopeSpans", "spans"),
-            ("scope_spans", "spans"),
-            ("scopeLogs", "logRecords"),
-            ("scope_logs", "log_records"),
-        ):
-            for scope in envelope.get(key, []):
-                yield from map(mapping, scope.get(inner, []))
+        for key, inner in _SCOPES:
+            for scope in _objects(envelope.get(key)):
+                yield from _objects(scope.get(inner))
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects in a list, or in its JSON text."""
+    value = parsed(value)
+    return [part for part in map(parsed, value) if isinstance(part, Mapping)] if isinstance(value, list) else []
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,8 +154,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _events(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = parsed(row.get("events", row.get("Events")))
-    return [mapping(event) for event in found] if isinstance(found, list) else []
+    return _objects(row.get("events", row.get("Events")))
 
 
 def _id(row: Mapping[str, Any], what: str) -> str | None:

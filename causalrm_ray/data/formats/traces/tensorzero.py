@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression
+from causalrm_ray.data.formats.base import LoggedEvent, LoggedImpression, content_of
 from causalrm_ray.data.formats.parts.exchange import conversation_of
 from causalrm_ray.data.formats.parts.messages import content_text, turns
 from causalrm_ray.data.formats.parts.reader import Found, Reader
 from causalrm_ray.data.formats.parts.scores import scored
-from causalrm_ray.data.formats.parts.shelf import packed, unpacked_event
+from causalrm_ray.data.formats.parts.shelf import unpacked_event
 from causalrm_ray.data.formats.parts.values import dig, mapping, must, name, parsed, seconds, seconds_of_uuid
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
@@ -80,7 +80,7 @@ class TensorZero(Reader):
             self.ignore(f"signal {metric}")
             return
         self.scores.see(event)
-        self.shelf.put("metric", must(name(row, "target_id"), "target_id"), packed(event))
+        self.shelf.put("metric", must(name(row, "target_id"), "target_id"), content_of(event))
 
     def finish(self) -> Iterator[Found]:
         """The events of all metrics."""

@@ -147,6 +147,21 @@ def test_the_answer_of_a_trace_is_what_its_first_span_gave_and_steps_are_counted
     assert found.report.ignored["calls of models inside of a trace that are not its answer"] == 2
 
 
+def test_an_answer_that_is_json_stays_the_text_that_it_is(tmp_path: Path) -> None:
+    rows = [
+        {**observation(GARDEN[0]), "input": '{"plant": "rose"}', "output": '{"edible": true}'},
+        {**observation(GARDEN[1]), "input": "[1, 2]", "output": '{"answer": "two"}'},
+        {**observation(GARDEN[2]), "input": json.dumps([said("user", "hi")]), "output": json.dumps(said("assistant", "hello"))},
+    ]
+    found = imported(tmp_path, {"a.json": rows})
+    texts = {name: (found.messages(name), row["response"]) for name, row in found.rows.items()}
+    assert texts == {
+        "a1": ([said("user", '{"plant": "rose"}')], '{"edible": true}'),
+        "a2": ([said("user", "[1, 2]")], '{"answer": "two"}'),
+        "a3": ([said("user", "hi")], "hello"),
+    }
+
+
 def test_turns_inside_of_one_trace_that_later_ones_quote_were_shown(tmp_path: Path) -> None:
     first, second = observation(GARDEN[0]), observation(GARDEN[1])
     second["traceId"] = "a1"
