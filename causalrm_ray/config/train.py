@@ -134,6 +134,13 @@ class FeedbackConfig(Section):
         return {**SIGNALS, **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
+    def _what_reads_a_source_has_one(self) -> FeedbackConfig:
+        for name in ("query", "events", "columns"):
+            if getattr(self, name) and not self.source:
+                raise ValueError(f"feedback.{name} needs feedback.source, the log that it belongs to, got none")
+        return self
+
+    @model_validator(mode="after")
     def _order_is_of_known_signals(self) -> FeedbackConfig:
         check_order(self.order, [signal for signal, meaning in self.signals.items() if meaning is not None])
         return self

@@ -40,6 +40,8 @@ def parts(
         if not isinstance(source, str) or not is_database(source):
             raise SourceError(f"{option} asks a database: feedback.source must be its SQLAlchemy URL, such as sqlite:///log.db")
         return [SqlPart(source, query, option)]
+    if not source:
+        raise SourceError("feedback.source must name a source, got none")
     found: list[Part] = []
     for name in [source] if isinstance(source, str) else source:
         found += _parts(name, split)

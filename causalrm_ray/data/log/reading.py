@@ -18,6 +18,7 @@ from causalrm_ray.data.formats.native import seconds
 from causalrm_ray.data.log.values import Values
 from causalrm_ray.data.mapping import ColumnMap
 from causalrm_ray.data.readers.part import Part
+from causalrm_ray.data.readers.remote import without_secrets
 from causalrm_ray.data.rows import RawRow, RowError, SourceError, row_fields
 from causalrm_ray.data.sources import parts
 from causalrm_ray.errors import InputError, brief
@@ -56,7 +57,8 @@ class Origin:
 
     def __str__(self) -> str:
         named = [self.source] if isinstance(self.source, str) else list(self.source)
-        return f"{named[0]} and {len(named) - 1} more" if len(named) > 1 else named[0]
+        first = without_secrets(named[0]) if "://" in named[0] else named[0]
+        return f"{first} and {len(named) - 1} more" if len(named) > 1 else first
 
 
 @dataclass(frozen=True)

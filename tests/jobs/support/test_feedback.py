@@ -10,6 +10,7 @@ import pytest
 
 from causalrm_ray.config.options import dump_config, load_config
 from causalrm_ray.data.log.store import open_log
+from causalrm_ray.errors import ConfigError
 from causalrm_ray.world.grammar import train_prompts
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
 from jobs.support.feedback import import_feedback, origin
@@ -41,3 +42,11 @@ def test_options_of_the_command_line_read_a_log_of_ones_own(tmp_path: Path, caps
     with closing(open_log(config)) as log:
         assert {row["impression_id"]: row["label"] for row in log.snapshot()} == {"0": 1, "1": 0, "2": None, "3": None}
     assert "4 times were milliseconds, by their size, and are read so" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["query=SELECT 1", "events=votes.csv", "columns.prompt=q"])
+def test_what_reads_a_source_is_not_passed_over_where_there_is_none(option: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"feedback\.{option[:5]}.* needs feedback\.source, the log that it belongs to, got none"
+    ):
+        load_config(None, [f"feedback.{option}"])

@@ -86,6 +86,11 @@ def test_a_query_and_a_query_of_events_are_read_from_one_database(log: FeedbackL
     assert (report.impressions, report.events, labels(log)) == (4, 3, EXPECTED)
 
 
+def test_a_source_is_named_without_its_password() -> None:
+    assert str(Origin("postgresql://me:hush@host/shop", query="SELECT 1")) == "postgresql://host/shop"
+    assert str(Origin(["https://me:hush@host/a.csv?key=hush", "b.csv"])) == "https://host/a.csv and 1 more"
+
+
 def test_a_log_of_their_own_is_read_by_columns(log: FeedbackLog, tmp_path: Path) -> None:
     rows = [
         {"q": "why?", "choices": [{"message": {"content": "so"}}], "meta": {"who": "u1"}, "key": "a", "thumb": "true", "cost": 1},

@@ -142,6 +142,8 @@ def test_a_folder_with_a_file_that_cannot_be_read_is_refused(name: str, message:
 def test_an_empty_folder_and_a_file_named_twice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"must hold files of rows .* got none"):
         parts(str(tmp_path))
+    with pytest.raises(SourceError, match="must name a source, got none"):
+        parts([])
     (tmp_path / "1.jsonl").write_text("{}\n")
     with pytest.raises(SourceError, match=r"must name each file once, got .*1\.jsonl several times"):
         parts([str(tmp_path), str(tmp_path / "1.jsonl")])
