@@ -1,9 +1,11 @@
-"""What all tests share: one Ray cluster per session, for a process can join one only; and the order of their files."""
+"""What all tests share: one Ray cluster per session, for a process can join one only; one PostgreSQL; the files' order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,10 +14,14 @@ from hypothesis import settings
 from actors.cluster import runtime
 from causalrm_ray.config.base import ClusterConfig
 
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
+
 torch.set_num_threads(1)  # a process per core: with two threads each they spin, and one test took 40 times as long
 settings.register_profile("any machine", deadline=None)  # that a machine is busy is no fault of the code
 settings.load_profile("any machine")
 TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # postgres_server
 LONGEST = ("jobs/lab/test_chaos.py", "jobs/test_end_to_end.py")  # minutes each, on clusters of their own
 
 
@@ -35,3 +41,34 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ray on this machine, with a token of its own, for as long as the session lasts."""
     with runtime.ray_cluster(ClusterConfig(), tmp_path_factory.mktemp("ray")):
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of this session's own. Fails, and says what to install, where there is none."""
+    from postgres_server import PostgresServer
+
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def new_log_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
+    """Gives at each call the URL of a database without a log, of each kind in turn; on PostgreSQL the one before is dropped."""
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path_factory.mktemp('log')}/log.db"
+    server: PostgresServer = request.getfixturevalue("postgres")
+
+    def emptied() -> str:  # a new database takes 10 times as long
+        with server.connect() as connection:
+            connection.execute("DROP SCHEMA IF EXISTS causalrm CASCADE")
+        return server.url()
+
+    return emptied
+
+
+@pytest.fixture
+def log_url(new_log_url: Callable[[], str]) -> str:
+    """The URL of a database without a log, of each kind in turn."""
+    return new_log_url()

@@ -430,25 +430,18 @@ def test_a_row_of_a_rollout_that_lacks_a_value_is_refused(tmp_path: Path) -> Non
             read_rollout(path)
 
 
-def test_rows_of_a_log_from_before_there_were_digests_are_read_and_new_ones_are_guarded(tmp_path: Path) -> None:
-    path = tmp_path / "old.db"
+def test_a_row_that_was_altered_in_a_whole_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.db"
     _make_log(path)
-    before = _read_log(path)
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript("ALTER TABLE impressions DROP COLUMN digest; ALTER TABLE events DROP COLUMN digest;")
-    assert _read_log(path) == before
-    log = FeedbackLog(f"sqlite:///{path}", SIGNALS)
-    log.append([Impression("new", Conversation.user("why"), "so", 0, 99.0)])
-    log.close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE impressions SET response = 'other' WHERE id = 'new'")
-    with pytest.raises(InputError, match=r"old\.db is damaged: impressions 'new' is not as it was written"):
+        connection.execute("UPDATE causalrm_impressions SET response = 'other' WHERE id = 'i7'")
+    with pytest.raises(InputError, match=r"log\.db is damaged: causalrm_impressions 'i7' is not as it was written"):
         _read_log(path)
 
 
 def test_a_log_that_lost_rows_is_refused(tmp_path: Path) -> None:
     _make_log(tmp_path / "log.db")
     with contextlib.closing(sqlite3.connect(tmp_path / "log.db")) as connection, connection:
-        connection.execute("DELETE FROM events WHERE id = 'e2'")
+        connection.execute("DELETE FROM causalrm_events WHERE id = 'e2'")
     with pytest.raises(InputError, match="must hold 64 rows, got 63"):
         _read_log(tmp_path / "log.db")

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, insert, select
 
-from causalrm_ray.data.log.schema import digested_columns, row_digest
+from causalrm_ray.data.log.tables import digested_columns, row_digest
 from causalrm_ray.errors import InputError, brief, kind_of
 
 _IDS_PER_QUERY = 500
@@ -44,7 +44,8 @@ def insert_new(
                 for name, old in zip(names, before, strict=True)
                 if old != row[name]
             ]
-            raise ConflictError(f"{table.name}: id {brief(row['id'])} must keep its content, got {', '.join(parts)}")
+            kind = table.name.removeprefix("causalrm_")
+            raise ConflictError(f"{kind}: id {brief(row['id'])} must keep its content, got {', '.join(parts)}")
     if new:
         _insert(connection, table, new, position)
     return len(new)

@@ -1,9 +1,10 @@
-"""The feedback log's database: opened, created where there is none, and verified.
+"""The feedback log's database: opened, its tables made or brought up to date, and verified.
 
-Any database that SQLAlchemy supports will do; open a new one once before several processes share it (SQLite needs no such care).
+Any database that SQLAlchemy supports will do. Several processes may open a new one at once on SQLite and PostgreSQL; elsewhere
+open it once before. PostgreSQL is reached through psycopg 3 (`pip install 'causalrm-ray[postgres]'`).
 SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing that was committed; a power cut may lose the last
-commits, but never part of one. It keeps no checksums, so `verify` compares every row with its digest. Other databases check their
-own pages.
+commits, but never part of one. A file that others made keeps its own mode. SQLite keeps no checksums, so `verify` compares every
+row with its digest. Other databases check their own pages.
 """
 
 from __future__ import annotations
@@ -11,65 +12,86 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+import zlib
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import DDL, Connection, Engine, create_engine, event, func, insert, inspect, select
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from causalrm_ray.data.log.schema import digested_columns, event_table, impression_table, metadata, row_digest, state_table
+from causalrm_ray.data.log.migrations import needs_upgrade, upgrade
+from causalrm_ray.data.log.tables import digested_columns, log_tables, row_digest
 from causalrm_ray.errors import InputError, brief
 
 _BUSY_TIMEOUT_S = 60.0
+_UPGRADE_LOCK = zlib.crc32(b"causalrm_ray tables")  # of PostgreSQL, by number
 
 
 def open_database(url: str) -> Engine:
-    """The engine behind an SQLAlchemy URL, its tables created. Raises InputError that names the URL without its password."""
+    """The engine behind an SQLAlchemy URL, its tables there. Raises InputError that names the URL without its password."""
     try:
-        parsed = make_url(url)
+        parsed = _with_driver(make_url(url))
         if parsed.get_backend_name() == "sqlite":
             if not parsed.database or parsed.database.startswith((":memory:", "file:")):
                 raise InputError(f"feedback.url must name a file by its path, so that the log is kept; got {url!r}")
             _create_file(parsed, Path(parsed.database))
         engine = _engine(parsed)
-        _create_tables(engine)
+        _upgrade_tables(engine)
     except (SQLAlchemyError, ImportError, OSError) as error:  # no such dialect, no driver, no server, no right to write
         shown = make_url(url).render_as_string(hide_password=True) if "://" in url else url
         raise InputError(f"feedback.url must open a database, got {shown!r}: {error}") from error
     return engine
 
 
-def verify(connection: Connection, position: int, shown: str) -> None:
+def verify(connection: Connection, shown: str) -> None:
     """Raise InputError unless an SQLite log is whole: its pages and indexes, the number of its rows, and each row's digest."""
-    fault = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one()
-    if fault != "ok":
-        raise InputError(f"feedback.url: the log {shown} is damaged: {fault}")
-    tables = (impression_table, event_table)
-    rows = sum(connection.execute(select(func.count()).select_from(table)).scalar_one() for table in tables)
-    if rows != position:
-        raise InputError(f"feedback.url: the log {shown} is damaged: it must hold {position} rows, got {rows}")
-    for table in tables:
+    tables = log_tables("sqlite")
+    _check_pages(connection, shown)
+    position, forgotten = connection.execute(select(tables.state.c.position, tables.state.c.forgotten)).one()
+    both = (tables.impressions, tables.events)
+    rows = sum(connection.execute(select(func.count()).select_from(table)).scalar_one() for table in both)
+    if rows != position - forgotten:
+        raise InputError(f"feedback.url: the log {shown} is damaged: it must hold {position - forgotten} rows, got {rows}")
+    for table in both:
         altered = select(table.c.id).where(table.c.digest != func.row_digest(*digested_columns(table))).limit(1)
         if (row := connection.execute(altered).first()) is not None:
             raise InputError(f"feedback.url: the log {shown} is damaged: {table.name} {brief(row.id)} is not as it was written")
 
 
+def _check_pages(connection: Connection, shown: str) -> None:
+    fault = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one()
+    if fault != "ok":
+        raise InputError(f"feedback.url: the log {shown} is damaged: {fault}")
+
+
+def _with_driver(url: URL) -> URL:
+    """A URL of PostgreSQL that names no driver gets psycopg 3; `postgres` is how many services write it."""
+    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url
+
+
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
-        return create_engine(url)
-    engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
+        try:
+            return create_engine(url, hide_parameters=True, pool_pre_ping=True)
+        except ImportError as error:
+            if url.drivername == "postgresql+psycopg":
+                raise ImportError(f"{error}; install it with: pip install 'causalrm-ray[postgres]'") from error
+            raise
+    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": _BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver would otherwise begin and commit where it sees fit
-        connection.execute("PRAGMA synchronous=NORMAL")
+        if connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+            connection.execute("PRAGMA synchronous=NORMAL")  # safe in this mode only
+        connection.execute("PRAGMA secure_delete=ON")  # what is forgotten leaves no trace in free pages
         connection.create_function("row_digest", -1, row_digest, deterministic=True)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
     return engine
 
@@ -90,17 +112,25 @@ def _create_file(url: URL, path: Path) -> None:
         with closing(sqlite3.connect(temporary)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # stays with the file
         engine = _engine(url.set(database=str(temporary)))
-        _create_tables(engine)
+        _upgrade_tables(engine)
         engine.dispose()
         with suppress(FileExistsError):
             os.link(temporary, path)
 
 
-def _create_tables(engine: Engine) -> None:
-    with engine.begin() as connection:
-        metadata.create_all(connection)
-        for table in (impression_table, event_table):
-            if "digest" not in {column["name"] for column in inspect(connection).get_columns(table.name)}:
-                connection.execute(DDL(f"ALTER TABLE {table.name} ADD COLUMN digest VARCHAR(16)"))
-        if connection.execute(select(state_table.c.id)).first() is None:
-            connection.execute(insert(state_table).values(id=1, position=0, redelivered=0))
+def _upgrade_tables(engine: Engine) -> None:
+    """Make the tables, or bring them up to date, in one transaction that no other process shares."""
+    shown = engine.url.render_as_string(hide_password=True)
+    try:
+        with engine.connect() as connection:
+            if not needs_upgrade(connection):
+                return
+        with engine.connect().execution_options(begin="BEGIN IMMEDIATE") as connection, connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.execute(select(func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
+            if needs_upgrade(connection):  # no other process did it meanwhile
+                if engine.dialect.name == "sqlite":
+                    _check_pages(connection, shown)
+                upgrade(connection)
+    except InputError as error:
+        raise InputError(f"feedback.url: the log {shown} cannot be used: {error}") from error

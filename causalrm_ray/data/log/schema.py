@@ -1,103 +1,21 @@
-"""The feedback log's tables, and the rules a record must meet to become a row of one.
+"""The rules a record must meet to become a row of the feedback log, and the signals that have a fixed meaning.
 
-    impressions   one row per response shown            key: the impression's id
-    events        one row per thing a user did about it key: the event's id; its impression may be missing still
-    log_state     one row: the position of the newest row, and how many repeated deliveries were ignored
-
-`seq` is one counter over both tables, given out while the writer holds the row of `log_state`: a row with a lower `seq` was
-committed no later, so that "everything up to position p" never changes again. `digest` shows whether a row is still the one
-that was written: SQLite keeps no checksums.
+Impression, FeedbackEvent --rules--> the columns of a row, without `seq` and `digest` | RecordError
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
-
+from causalrm_ray.data.log.tables import MAX_ID_CHARS
 from causalrm_ray.errors import InputError, brief
 from causalrm_ray.types import LABEL_SIGNALS, FeedbackEvent, Impression, Meaning
 
 RETRACT = "retract"  # the signal of an event that withdraws another
-MAX_ID_CHARS = 255
-
-# Ids are compared byte by byte on every database: a language's collation would change the order of ties.
-Identifier = (
-    String(MAX_ID_CHARS)
-    .with_variant(String(MAX_ID_CHARS, collation="C"), "postgresql")
-    .with_variant(String(MAX_ID_CHARS, collation="utf8mb4_bin"), "mysql", "mariadb")
-)
-
-metadata = MetaData()
-
-
-def row_digest(*columns: Any) -> str:
-    """A hash of the columns of a row, as they are written and as a database gives them back (-0.0 comes back as 0.0)."""
-    values = [value + 0.0 if isinstance(value, float) else value for value in columns]
-    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
-
-
-def digested_columns(table: Table) -> list[Column[Any]]:
-    """The columns that `row_digest` hashes, in their order."""
-    return [column for column in table.c if column.name != "digest"]
-
-
-def _digest_column() -> Column[str]:
-    """Computed on insertion; NULL in rows of logs from before there was one."""
-
-    def digest(context: Any) -> str:
-        row = context.get_current_parameters()
-        return row_digest(*(row[column.name] for column in digested_columns(context.current_column.table)))
-
-    return Column("digest", String(16), default=digest)
-
-
-impression_table = Table(
-    "impressions",
-    metadata,
-    Column("id", Identifier, primary_key=True),
-    Column("seq", BigInteger, nullable=False, unique=True),
-    Column("prompt", Text, nullable=False),
-    Column("response", Text, nullable=False),
-    Column("policy_version", BigInteger, nullable=False),
-    Column("time", Double, nullable=False),
-    Column("user", Text),
-    Column("context", Text, nullable=False),
-    Column("conversation_id", Text),
-    Column("model", Text),
-    Column("logprob", Double),
-    Column("asked_for_feedback", Integer),
-    _digest_column(),
-)
-
-event_table = Table(
-    "events",
-    metadata,
-    Column("id", Identifier, primary_key=True),
-    Column("seq", BigInteger, nullable=False, unique=True),
-    Column("impression_id", Identifier, nullable=False),
-    Column("signal", Identifier, nullable=False),
-    Column("value", Double, nullable=False),
-    Column("time", Double, nullable=False),
-    Column("retracts", Identifier),
-    _digest_column(),
-)
-Index("events_by_impression", event_table.c.impression_id, event_table.c.time, event_table.c.id)
-_withdraws = event_table.c.retracts.is_not(None)
-Index("events_by_retracts", event_table.c.retracts, sqlite_where=_withdraws, postgresql_where=_withdraws)
-
-state_table = Table(
-    "log_state",
-    metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("position", BigInteger, nullable=False),
-    Column("redelivered", BigInteger, nullable=False),
-)
 
 
 _Of = tuple[str, Any] | None  # what record a field is of: its kind and id

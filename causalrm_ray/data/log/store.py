@@ -34,16 +34,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.bulk import insert_new
 from causalrm_ray.data.log.database import open_database, verify
-from causalrm_ray.data.log.schema import (
-    RETRACT,
-    check_signals,
-    event_row,
-    event_table,
-    impression_row,
-    impression_table,
-    state_table,
-)
+from causalrm_ray.data.log.schema import RETRACT, check_signals, event_row, impression_row
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, as_dataset
+from causalrm_ray.data.log.tables import LogTables, log_tables
 from causalrm_ray.errors import InputError
 from causalrm_ray.types import FeedbackEvent, Impression, Meaning
 
@@ -89,6 +82,7 @@ class FeedbackLog:
         self.left_out = signals.keys() - self.signals.keys()
         self._order = order
         self._engine = open_database(url)
+        self._tables = log_tables(self._engine.dialect.name)
         self._shown = self._engine.url.render_as_string(hide_password=True)
 
     @contextmanager
@@ -118,33 +112,35 @@ class FeedbackLog:
 
         `repeated` are ids of impressions that may be in the log at another time, which stays.
         """
+        state = self._tables.state
         with self._connected(write=True) as connection:
             # Taking the row's lock first makes writers queue up on every database, so that positions follow commits.
-            connection.execute(update(state_table).values(position=state_table.c.position))
-            position = connection.execute(select(state_table.c.position)).scalar_one()
-            shown = insert_new(connection, impression_table, impressions, position, repeated)
-            done = insert_new(connection, event_table, events, position + shown)
+            connection.execute(update(state).values(position=state.c.position))
+            position = connection.execute(select(state.c.position)).scalar_one()
+            shown = insert_new(connection, self._tables.impressions, impressions, position, repeated)
+            done = insert_new(connection, self._tables.events, events, position + shown)
             redelivered = len(impressions) + len(events) - shown - done
             connection.execute(
-                update(state_table).values(position=position + shown + done, redelivered=state_table.c.redelivered + redelivered)
+                update(state).values(position=position + shown + done, redelivered=state.c.redelivered + redelivered)
             )
         return Written(impressions=shown, events=done)
 
     def counts(self) -> LogCounts:
         """What the log holds now."""
-        other = event_table.alias()
-        shown = exists().where(impression_table.c.id == event_table.c.impression_id)
-        target = exists().where(other.c.id == event_table.c.retracts, other.c.impression_id == event_table.c.impression_id)
-        retraction = event_table.c.signal == RETRACT
-        known = event_table.c.signal.in_([*self.signals, RETRACT])
+        impressions, events, state = self._tables.impressions, self._tables.events, self._tables.state
+        other = events.alias()
+        shown = exists().where(impressions.c.id == events.c.impression_id)
+        target = exists().where(other.c.id == events.c.retracts, other.c.impression_id == events.c.impression_id)
+        retraction = events.c.signal == RETRACT
+        known = events.c.signal.in_([*self.signals, RETRACT])
         columns = [
-            _count(impression_table),
-            _count(event_table),
-            _count(event_table, ~shown),
-            _count(event_table, retraction),
-            _count(event_table, retraction, ~target),
-            _count(event_table, ~known),
-            select(state_table.c.redelivered).scalar_subquery(),
+            _count(impressions),
+            _count(events),
+            _count(events, ~shown),
+            _count(events, retraction),
+            _count(events, retraction, ~target),
+            _count(events, ~known),
+            select(state.c.redelivered).scalar_subquery(),
         ]
         with self._connected() as connection:
             return LogCounts(*connection.execute(select(*columns)).one())
@@ -152,7 +148,7 @@ class FeedbackLog:
     def position(self) -> int:
         """The `seq` of the newest row; 0 for an empty log."""
         with self._connected() as connection:
-            return connection.execute(select(state_table.c.position)).scalar_one()
+            return connection.execute(select(self._tables.state.c.position)).scalar_one()
 
     def snapshot(self, as_of: float | None = None, upto: int | None = None) -> Dataset:
         """What was known at time `as_of` (seconds; None: no limit), from the rows up to position `upto` (None: all).
@@ -167,19 +163,20 @@ class FeedbackLog:
         if as_of is not None and math.isnan(as_of):
             raise ValueError(f"as_of must be a time in seconds, got {as_of}")
         with self._connected() as connection:
-            newest = connection.execute(select(state_table.c.position)).scalar_one()
+            newest = connection.execute(select(self._tables.state.c.position)).scalar_one()
             if connection.dialect.name == "sqlite":
-                verify(connection, newest, self._shown)
+                verify(connection, self._shown)
             if upto is not None and not 0 <= upto <= newest:
                 raise ValueError(f"upto must be a position in [0, {newest}], got {upto}")
-            query = _snapshot_query(self.signals, self._order, as_of, newest if upto is None else upto)
+            query = _snapshot_query(self._tables, self.signals, self._order, as_of, newest if upto is None else upto)
             result = connection.execution_options(yield_per=_ROWS_PER_PAGE).execute(query)
             batches = [_snapshot_batch(page) for page in result.partitions()]
         return as_dataset(batches)
 
     def stream(self, after: int = 0, limit: int | None = None) -> Iterator[tuple[int, FeedbackEvent]]:
         """Events logged after position `after` as (seq, event), in order of `seq`, at most `limit` of them (None: all)."""
-        seq, columns = event_table.c.seq, [event_table.c[field.name] for field in fields(FeedbackEvent)]
+        events = self._tables.events
+        seq, columns = events.c.seq, [events.c[field.name] for field in fields(FeedbackEvent)]
         left = math.inf if limit is None else limit
         while left > 0:
             size = int(min(left, _ROWS_PER_PAGE))
@@ -205,11 +202,11 @@ def _count(table: Table, *conditions: ColumnElement[bool]) -> Any:
     return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
 
 
-def _label(signals: Mapping[str, Meaning]) -> ColumnElement[int | None]:
+def _label(events: Table, signals: Mapping[str, Meaning]) -> ColumnElement[int | None]:
     """The label that an event means; NULL for one of an unknown signal, or between its thresholds."""
-    value, branches = event_table.c.value, []
+    value, branches = events.c.value, []
     for name, meaning in signals.items():
-        of_signal = event_table.c.signal == name
+        of_signal = events.c.signal == name
         if isinstance(meaning, int):
             branches.append((of_signal, meaning))
             continue
@@ -220,38 +217,41 @@ def _label(signals: Mapping[str, Meaning]) -> ColumnElement[int | None]:
     return case(*branches, else_=None)
 
 
-def _rank(order: Sequence[Sequence[str]]) -> ColumnElement[int]:
+def _rank(events: Table, order: Sequence[Sequence[str]]) -> ColumnElement[int]:
     """The place of an event's signal in `order`, from 0."""
     ranks = {name: place for place, names in enumerate(order) for name in names}
-    return case(ranks, value=event_table.c.signal, else_=len(order)) if ranks else literal(0)
+    return case(ranks, value=events.c.signal, else_=len(order)) if ranks else literal(0)
 
 
-def _snapshot_query(signals: Mapping[str, Meaning], order: Sequence[Sequence[str]], as_of: float | None, upto: int) -> Select:
+def _snapshot_query(
+    tables: LogTables, signals: Mapping[str, Meaning], order: Sequence[Sequence[str]], as_of: float | None, upto: int
+) -> Select:
     """The rows of a snapshot, their columns in the order of SNAPSHOT_SCHEMA."""
+    events = tables.events
 
     def known(table: Any) -> ColumnElement[bool]:
         recorded = table.c.seq <= upto
         return recorded if as_of is None else and_(recorded, table.c.time <= as_of)
 
-    withdrawal = event_table.alias("withdrawal")
+    withdrawal = events.alias("withdrawal")
     withdrawn = exists().where(
-        withdrawal.c.retracts == event_table.c.id, withdrawal.c.impression_id == event_table.c.impression_id, known(withdrawal)
+        withdrawal.c.retracts == events.c.id, withdrawal.c.impression_id == events.c.impression_id, known(withdrawal)
     )
-    first = (_rank(order), event_table.c.time.desc(), event_table.c.id.desc())
-    place, meant = func.row_number().over(partition_by=event_table.c.impression_id, order_by=first), _label(signals)
+    first = (_rank(events, order), events.c.time.desc(), events.c.id.desc())
+    place, meant = func.row_number().over(partition_by=events.c.impression_id, order_by=first), _label(events, signals)
     ranked = (
-        select(event_table.c.impression_id, event_table.c.signal, meant.label("label"), place.label("place"))
-        .where(meant.is_not(None), known(event_table), ~withdrawn)
+        select(events.c.impression_id, events.c.signal, meant.label("label"), place.label("place"))
+        .where(meant.is_not(None), known(events), ~withdrawn)
         .subquery()
     )
-    shown, signal, label = impression_table.c, ranked.c.signal, ranked.c.label
+    shown, signal, label = tables.impressions.c, ranked.c.signal, ranked.c.label
     observed = cast(signal.is_not(None), Integer)
     return (
         select(shown.id, shown.prompt, shown.response, observed, label, signal)
         .add_columns(shown.policy_version, shown.time, shown.user, shown.context)
         .add_columns(shown.conversation_id, shown.model, shown.logprob, shown.asked_for_feedback)
-        .select_from(impression_table.outerjoin(ranked, and_(ranked.c.impression_id == shown.id, ranked.c.place == 1)))
-        .where(known(impression_table))
+        .select_from(tables.impressions.outerjoin(ranked, and_(ranked.c.impression_id == shown.id, ranked.c.place == 1)))
+        .where(known(tables.impressions))
         .order_by(shown.time, shown.id)
     )
 

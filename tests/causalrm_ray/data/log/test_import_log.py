@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -27,8 +27,8 @@ GOOD = {"prompt": "p", "response": "r"}
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[FeedbackLog]:
-    with closing(FeedbackLog(f"sqlite:///{tmp_path}/log/log.db", SIGNALS)) as log:
+def log(log_url: str) -> Iterator[FeedbackLog]:
+    with closing(FeedbackLog(log_url, SIGNALS)) as log:
         yield log
 
 
@@ -159,11 +159,11 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.just(True), ROWS) | st.tuples(st.just(False), CORRUPTIONS), max_size=12), ROWS)
-def test_numbers_add_up_and_nothing_is_lost_under_any_corruption(rows: list[tuple], first: dict):
+def test_numbers_add_up_and_nothing_is_lost_under_any_corruption(new_log_url: Callable[[], str], rows: list[tuple], first: dict):
     rows = [(True, {**first, "topic": "é"}), *rows]  # which shows that the file is in UTF-8
-    with tempfile.TemporaryDirectory() as name, closing(FeedbackLog(f"sqlite:///{name}/log/log.db", SIGNALS)) as log:
+    with tempfile.TemporaryDirectory() as name, closing(FeedbackLog(new_log_url(), SIGNALS)) as log:
         folder = Path(name)
         report = import_log(jsonl(folder / "in.jsonl", *(row for _, row in rows)), log, folder / "bad.jsonl", limit=LIMIT)
         counts = log.counts()

@@ -6,8 +6,8 @@ import random
 import signal as os_signal
 import subprocess
 import sys
-import tempfile
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,15 +37,9 @@ def did(name: str, impression: str, signal: str = "upvote", time: float = 2.0, r
     return FeedbackEvent(name, impression, signal, value, time, retracts)
 
 
-@contextmanager
-def fresh_log():
-    with tempfile.TemporaryDirectory() as folder, closing(FeedbackLog(f"sqlite:///{folder}/log.db", SIGNALS, ORDER)) as log:
-        yield log
-
-
 @pytest.fixture
-def log():
-    with fresh_log() as log:
+def log(log_url: str):
+    with closing(FeedbackLog(log_url, SIGNALS, ORDER)) as log:
         yield log
 
 
@@ -98,12 +92,14 @@ def histories(draw):
 
 @SLOW
 @given(histories(), st.randoms(use_true_random=False), st.sampled_from([0.0, 1.0, 2.5, 9.0]))
-def test_snapshot_equals_naive_rule_under_any_redelivery_order_and_split(history, rng: random.Random, as_of: float):
+def test_snapshot_equals_naive_rule_under_any_redelivery_order_and_split(
+    new_log_url: Callable[[], str], history, rng: random.Random, as_of: float
+):
     impressions, events = history
     deliveries = [*impressions, *events]
     deliveries += rng.choices(deliveries, k=len(deliveries)) if deliveries else []
     rng.shuffle(deliveries)
-    with fresh_log() as log:
+    with closing(FeedbackLog(new_log_url(), SIGNALS, ORDER)) as log:
         while deliveries:
             size = rng.randint(1, len(deliveries))
             batch, deliveries = deliveries[:size], deliveries[size:]
@@ -125,9 +121,9 @@ def test_snapshot_equals_naive_rule_under_any_redelivery_order_and_split(history
 
 @SLOW
 @given(histories(), st.integers(0, 10))
-def test_snapshot_upto_a_position_never_changes(history, cut: int):
+def test_snapshot_upto_a_position_never_changes(new_log_url: Callable[[], str], history, cut: int):
     impressions, events = history
-    with fresh_log() as log:
+    with closing(FeedbackLog(new_log_url(), SIGNALS, ORDER)) as log:
         log.append(impressions[:cut], events[:cut])
         position, before = log.position(), log.snapshot().to_list()
         log.append(impressions[cut:], events[cut:])
@@ -209,11 +205,10 @@ def test_orphans_and_foreign_withdrawals_are_counted_and_withdraw_nothing(log: F
     assert labels(log) == {"a": (1, 1, "upvote")}
 
 
-def test_another_mapping_over_the_same_log_relabels_it(tmp_path: Path):
-    url = f"sqlite:///{tmp_path}/deep/er/log.db"
-    with closing(FeedbackLog(url, SIGNALS)) as log:
+def test_another_mapping_over_the_same_log_relabels_it(log_url: str):
+    with closing(FeedbackLog(log_url, SIGNALS)) as log:
         log.append([shown("a")], [did("e", "a", "copy", time=2.0), did("f", "a", "upvote", time=3.0)])
-    with closing(FeedbackLog(url, {"copy": 0})) as log:
+    with closing(FeedbackLog(log_url, {"copy": 0})) as log:
         assert labels(log) == {"a": (1, 0, "copy")}
         assert log.counts().unmapped == 1
 
@@ -327,16 +322,15 @@ def start_writer(url: str, name: str, batches: int, size: int) -> subprocess.Pop
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_writers_at_once_lose_and_repeat_nothing(tmp_path: Path):
-    url = f"sqlite:///{tmp_path}/log.db"
-    writers = [start_writer(url, name, batches=40, size=5) for name in ("a", "b")]
+def test_writers_at_once_lose_and_repeat_nothing(log_url: str):
+    writers = [start_writer(log_url, name, batches=40, size=5) for name in ("a", "b")]
     for writer in writers:
         writer.stdin.write("go\n")
         writer.stdin.flush()
     for writer in writers:
         writer.communicate(timeout=60)
         assert writer.returncode == 0
-    with closing(FeedbackLog(url, SIGNALS)) as log:
+    with closing(FeedbackLog(log_url, SIGNALS)) as log:
         assert log.counts() == LogCounts(400, 400, 0, 0, 0, 0, redelivered=0)
         assert log.position() == 800
         positions = [seq for seq, _ in log.stream()]
@@ -344,16 +338,16 @@ def test_writers_at_once_lose_and_repeat_nothing(tmp_path: Path):
         assert all(row["label"] == 1 for row in log.snapshot())
 
 
-def test_killed_writer_leaves_every_reported_batch_and_no_half_one(tmp_path: Path):
-    url, size = f"sqlite:///{tmp_path}/log.db", 400
-    writer = start_writer(url, "a", batches=100_000, size=size)
+def test_killed_writer_leaves_every_reported_batch_and_no_half_one(log_url: str):
+    size = 400
+    writer = start_writer(log_url, "a", batches=100_000, size=size)
     writer.stdin.write("go\n")
     writer.stdin.flush()
     reported = [writer.stdout.readline() for _ in range(3)]
     writer.send_signal(os_signal.SIGKILL)
     reported += writer.stdout.readlines()
     writer.communicate(timeout=60)
-    with closing(FeedbackLog(url, SIGNALS)) as log:
+    with closing(FeedbackLog(log_url, SIGNALS)) as log:
         counts = log.counts()
         assert counts.impressions == counts.events
         assert counts.impressions % size == 0
