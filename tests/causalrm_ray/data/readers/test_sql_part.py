@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import sqlite3
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from causalrm_ray.data.readers.sql_part import SqlPart
-from causalrm_ray.data.rows import SourceError
+from causalrm_ray.data.rows import RawRow, SourceError
 from causalrm_ray.data.sources import parts
 
 
@@ -70,3 +74,53 @@ def test_passwords_are_never_shown() -> None:
     with pytest.raises(SourceError) as caught:
         parts("postgresql://me:hush@127.0.0.1:1/shop")
     assert "hush" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    server = pytest.importorskip("postgres_server").PostgresServer()
+    yield server
+    server.close()
+
+
+ROWS = """
+CREATE TABLE chats
+(id uuid DEFAULT gen_random_uuid(), question text, meta jsonb, at timestamptz, day date, stars numeric(3, 1));
+INSERT INTO chats (question, meta, at, day, stars)
+SELECT 'q ' || n, jsonb_build_object('user', 'u' || n % 7), to_timestamp(n), '2026-01-02', n % 5
+FROM generate_series(1, 30000) n;
+CREATE FUNCTION wipe() RETURNS void LANGUAGE sql AS 'DELETE FROM chats'"""
+
+
+@pytest.mark.postgres
+def test_postgresql_is_read_in_a_stream_and_never_changed(server: Any) -> None:
+    url = server.new_database()
+    with server.connect(url.rsplit("/", 1)[1]) as database:
+        database.execute(ROWS)
+
+        def read(query: str) -> list[RawRow]:
+            return list(SqlPart(url, query, "feedback.query").rows())
+
+        query = "SELECT *, 7 % 4 AS rest FROM chats WHERE question LIKE 'q %' AND meta ->> 'user' <> 'a:b'"
+        rows = read(f"{query} AND day = '2026-01-02'::date ORDER BY at")
+        assert len(rows) == 30_000
+        assert {name: value for name, value in (rows[0].fields or {}).items() if name != "id"} == {
+            **{"question": "q 1", "meta": {"user": "u1"}, "at": datetime.fromtimestamp(1, UTC), "day": "2026-01-02"},
+            **{"stars": 1.0, "rest": 3},
+        }
+        for change in ("WITH gone AS (DELETE FROM chats RETURNING *) SELECT * FROM gone", "SELECT wipe()"):
+            with pytest.raises(SourceError, match=r"must give rows, but after 0 of them the database says"):
+                read(change)
+        with pytest.raises(SourceError, match="a value does not fit its type") as caught:
+            read("SELECT question::int FROM chats")
+        assert "q 1" not in str(caught.value)
+        tables = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'public'"
+        assert database.execute(f"SELECT (SELECT count(*) FROM chats), ({tables})").fetchone() == (30_000, 1)
+
+
+@pytest.mark.postgres
+def test_rows_of_postgresql_are_streamed(server: Any) -> None:
+    """The first rows of a query that would never end come at once."""
+    url = server.new_database()
+    part = SqlPart(url, "SELECT generate_series(1, 1000000000) AS id", "feedback.query")
+    assert [row.fields for row in itertools.islice(part.rows(), 2)] == [{"id": 1}, {"id": 2}]
