@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import re
 import sqlite3
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,13 +75,6 @@ def test_passwords_are_never_shown() -> None:
     assert "hush" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    server = pytest.importorskip("postgres_server").PostgresServer()
-    yield server
-    server.close()
-
-
 ROWS = """
 CREATE TABLE chats
 (id uuid DEFAULT gen_random_uuid(), question text, meta jsonb, at timestamptz, day date, stars numeric(3, 1));
@@ -93,9 +85,9 @@ CREATE FUNCTION wipe() RETURNS void LANGUAGE sql AS 'DELETE FROM chats'"""
 
 
 @pytest.mark.postgres
-def test_postgresql_is_read_in_a_stream_and_never_changed(server: Any) -> None:
-    url = server.new_database()
-    with server.connect(url.rsplit("/", 1)[1]) as database:
+def test_postgresql_is_read_in_a_stream_and_never_changed(postgres: Any) -> None:
+    url = postgres.new_database()
+    with postgres.connect(url.rsplit("/", 1)[1]) as database:
         database.execute(ROWS)
 
         def read(query: str) -> list[RawRow]:
@@ -119,8 +111,8 @@ def test_postgresql_is_read_in_a_stream_and_never_changed(server: Any) -> None:
 
 
 @pytest.mark.postgres
-def test_rows_of_postgresql_are_streamed(server: Any) -> None:
+def test_rows_of_postgresql_are_streamed(postgres: Any) -> None:
     """The first rows of a query that would never end come at once."""
-    url = server.new_database()
+    url = postgres.new_database()
     part = SqlPart(url, "SELECT generate_series(1, 1000000000) AS id", "feedback.query")
     assert [row.fields for row in itertools.islice(part.rows(), 2)] == [{"id": 1}, {"id": 2}]
