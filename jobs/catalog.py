@@ -65,6 +65,9 @@ GROUPS = {
         "chaos": Job("jobs.lab.chaos", "kill roles, drivers and nodes of a small run, and audit the rest", "chaos:ChaosConfig"),
     },
     "Prepare and operate": {
+        "check-log": Job(
+            "jobs.check_log", "what a log holds, what is not read and why", "check:CheckConfig", ("feedback", "model"), "none"
+        ),
         "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, what to install", MAIN, ("cluster", "rollout"), "none"),
         "plan": Job("jobs.plan", "memory, time and cost of a training run, and what is slowest", "plan:PlanConfig"),
         "embed": Job("jobs.embed", "a graded data set through a frozen backbone, for the benchmark", "embed:EmbedConfig"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from actors.system import Roles
@@ -13,6 +14,7 @@ from causalrm_ray.data.log.import_log import LengthLimit, import_log
 from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import open_log
+from causalrm_ray.data.log.summary import summarise_log
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import LengthBound, encode_pair
 from jobs.support.log import warn
@@ -27,20 +29,29 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     log = open_log(config)
     report = None
     if config.feedback.source is not None:
-        limit = LengthLimit(
-            lambda prompt, response: len(encode_pair(tokenizer, prompt, response)),
-            config.model.max_length,
-            LengthBound(tokenizer),
-        )
         quarantine = config.run.path / "quarantine.jsonl"
-        report = asdict(import_log(origin(config), log, quarantine, limit=limit))
+        report = asdict(import_log(origin(config), log, quarantine, limit=length_limit(config, tokenizer)))
         if report["quarantined"]:
             warn(f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}")
         for note in report["warnings"]:
             warn(note)
-    check_log(log.snapshot())
+    snapshot = log.snapshot()
     log.close()
+    found = summarise_log(snapshot)
+    Console().print(
+        f"log: {found.impressions} impressions, {found.observed} with feedback, {found.liked} of them liked, {found.users} users,"
+        f" at most {found.max_turns} turns",
+        soft_wrap=True,
+    )
+    check_log(snapshot)
     return report
+
+
+def length_limit(config: Config, tokenizer: PreTrainedTokenizerBase) -> LengthLimit:
+    """Refuses rows of more than model.max_length tokens; only what could be too long is tokenized."""
+    return LengthLimit(
+        lambda prompt, response: len(encode_pair(tokenizer, prompt, response)), config.model.max_length, LengthBound(tokenizer)
+    )
 
 
 def origin(config: Config) -> Origin:

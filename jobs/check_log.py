@@ -1,0 +1,109 @@
+"""A log as a fit would read it, in figures: what it holds, what is not read and why, and whether it is enough."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from causalrm_ray.config.check import CheckConfig
+from causalrm_ray.config.train import EMBEDDED
+from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.log.import_log import ImportReport, import_log
+from causalrm_ray.data.log.snapshot import SnapshotError, check_log
+from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.log.summary import LogSummary, Refused, summarise_log, summarise_quarantine
+from causalrm_ray.errors import ConfigError
+from jobs.support.feedback import length_limit, origin
+
+MOST_LOST = 0.05  # share of the reactions that may be lost; above it the exit status is 1
+SHOWN = 3  # rows that are printed as the model reads them
+
+
+def run(config: CheckConfig) -> int:
+    """Print what there is; 1 if more than 5 % of the reactions would be lost, or no fit could use the log."""
+    if config.feedback.source is None:
+        raise ConfigError("feedback.source: check-log needs a log to read, got none")
+    tokenizer = None
+    if config.model.reward != EMBEDDED:
+        from causalrm_ray.models.text import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model.reward)
+    with tempfile.TemporaryDirectory(prefix="check-log-") as folder:
+        log = FeedbackLog(f"sqlite:///{folder}/log.db", config.feedback.signals, config.feedback.order)
+        quarantine = Path(folder) / "quarantine.jsonl"
+        report = import_log(origin(config), log, quarantine, limit=length_limit(config, tokenizer) if tokenizer else None)
+        snapshot, refused = log.snapshot(), summarise_quarantine(quarantine)
+        log.close()
+        found = describe(report, summarise_log(snapshot), refused, _enough(snapshot))
+        found["ignored"] = dict(report.ignored)
+        if config.json:
+            print(json.dumps(found, ensure_ascii=False))
+        else:
+            _print(found, _as_read(snapshot, tokenizer), tokenizer is None)
+    return int(found["enough"] is not True or found["lost"] > MOST_LOST)
+
+
+def describe(report: ImportReport, log: LogSummary, refused: Refused, enough: str | None) -> dict[str, Any]:
+    """All figures, as JSON. `lost` is the share of reactions that are not read; `enough` is true, or why no fit is possible."""
+    reactions = log.observed + refused.reactions
+    warnings = [*report.warnings, *log.concentration]
+    return {
+        "format": ", ".join(report.formats),
+        "rows": report.rows,
+        "events": report.events,
+        **{name: value for name, value in asdict(log).items() if name != "concentration"},
+        "quarantined": report.quarantined,
+        "quarantined_by_reason": refused.reasons,
+        "quarantined_reactions": refused.labels,
+        "lost": refused.reactions / reactions if reactions else 0.0,
+        "ignored_columns": list(report.ignored_columns),
+        "warnings": warnings,
+        "enough": enough or True,
+    }
+
+
+def _enough(snapshot: Dataset) -> str | None:
+    """Why no fit could use the log; None if one can."""
+    try:
+        check_log(snapshot)
+    except SnapshotError as error:
+        return str(error)
+    return None
+
+
+def _as_read(snapshot: Dataset, tokenizer: Any) -> list[str]:
+    """A few rows as the model reads them, or as they are kept where no model is given."""
+    rows = [snapshot[number] for number in range(min(SHOWN, len(snapshot)))]
+    if tokenizer is None:
+        return [f"{row['prompt']}\n-> {row['response']}" for row in rows]
+    from causalrm_ray.models.text import encode_pair
+
+    return [tokenizer.decode(encode_pair(tokenizer, Conversation(row["prompt"]), row["response"])) for row in rows]
+
+
+def _print(found: dict[str, Any], rows: list[str], no_model: bool) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("what", "found", box=None, pad_edge=False)
+    for name, value in found.items():
+        if name in ("warnings", "enough", "lost"):
+            continue
+        shown = "; ".join(f"{key}: {count}" for key, count in value.items()) if isinstance(value, dict) else value
+        table.add_row(name.replace("_", " "), ", ".join(shown) if isinstance(shown, list) else str(shown))
+    table.add_row("reactions lost", f"{found['lost']:.1%}")
+    console.print(table)
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    console.print(
+        "As kept; model.reward=MODEL shows them as it reads them, and checks their lengths:" if no_model else "As read:"
+    )
+    for row in rows:
+        console.print(row, markup=False, style="dim")
+    enough = found["enough"]
+    console.print("enough for a fit" if enough is True else f"not enough for a fit: {enough}", markup=False)
