@@ -1,10 +1,12 @@
-"""The feedback log's database: opened, its tables made or brought up to date, and verified.
+"""The feedback log's database: opened, its tables made or brought up to date, waited for where it goes away, and verified.
 
 Any database that SQLAlchemy supports will do. Several processes may open a new one at once on SQLite and PostgreSQL; elsewhere
 open it once before. PostgreSQL is reached through psycopg 3 (`pip install 'causalrm-ray[postgres]'`).
 SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing that was committed; a power cut may lose the last
 commits, but never part of one. A file that others made keeps its own mode. SQLite keeps no checksums, so `verify` compares every
 row with its digest. Other databases check their own pages.
+A server that goes away after the log was opened (restarted, failed over) is waited for, up to RECONNECT_S for each transaction,
+which is then repeated from its start.
 """
 
 from __future__ import annotations
@@ -12,20 +14,26 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+import time
 import zlib
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from causalrm_ray.data.log.migrations import needs_upgrade, upgrade
 from causalrm_ray.data.log.tables import digested_columns, log_tables, row_digest
 from causalrm_ray.errors import InputError, brief
 
+Result = TypeVar("Result")
+RECONNECT_S = 60.0
 _BUSY_TIMEOUT_S = 60.0
+_LONGEST_PAUSE_S = 2.0
+_TRANSIENT = ("57P01", "57P02", "57P03", "40001", "40P01")  # PostgreSQL: shutting down, starting up, a deadlock
 _UPGRADE_LOCK = zlib.crc32(b"causalrm_ray tables")  # of PostgreSQL, by number
 
 
@@ -43,6 +51,41 @@ def open_database(url: str) -> Engine:
         shown = make_url(url).render_as_string(hide_password=True) if "://" in url else url
         raise InputError(f"feedback.url must open a database, got {shown!r}: {error}") from error
     return engine
+
+
+def transact(engine: Engine, work: Callable[[Connection], Result]) -> Result:
+    """What `work` returns, in a transaction that is repeated while the server is away.
+
+    A server may go away between a commit and its answer: `work` must do no harm when it is done twice. Raises InputError where
+    the database cannot be used: it is away for RECONNECT_S, locked or damaged.
+    """
+    deadline, pause = time.monotonic() + RECONNECT_S, 0.1
+    while True:
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except (SQLAlchemyError, engine.dialect.loaded_dbapi.Error) as error:  # the latter: of what the driver did by itself
+            if not _is_away(engine, error) or time.monotonic() > deadline:
+                reason = str(error.orig if isinstance(error, DBAPIError) else error)
+                shown = engine.url.render_as_string(hide_password=True)
+                # The first line only: further ones may quote rows, which are people's.
+                raise InputError(f"feedback.url: the log {shown} cannot be used: {reason.partition(chr(10))[0]}") from error
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _is_away(engine: Engine, error: Exception) -> bool:
+    """Whether the server may be back soon: it closed the connection, or takes none."""
+    if engine.dialect.name == "sqlite":  # it waits for locks by itself
+        return False
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    refused = isinstance(error, OperationalError) and error.statement is None
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    state = getattr(cause, "sqlstate", None)
+    copying = (
+        not isinstance(error, SQLAlchemyError) and isinstance(cause, engine.dialect.loaded_dbapi.OperationalError) and not state
+    )
+    return refused or lost or copying or state in _TRANSIENT
 
 
 def verify(connection: Connection, shown: str) -> None:

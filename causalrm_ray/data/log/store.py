@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,15 +28,13 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.bulk import insert_new
-from causalrm_ray.data.log.database import open_database, verify
+from causalrm_ray.data.log.database import open_database, transact, verify
 from causalrm_ray.data.log.schema import RETRACT, check_signals, event_row, impression_row
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, as_dataset
 from causalrm_ray.data.log.tables import LogTables, log_tables
-from causalrm_ray.errors import InputError
 from causalrm_ray.types import FeedbackEvent, Impression, Meaning
 
 _ROWS_PER_PAGE = 10_000
@@ -85,21 +82,13 @@ class FeedbackLog:
         self._tables = log_tables(self._engine.dialect.name)
         self._shown = self._engine.url.render_as_string(hide_password=True)
 
-    @contextmanager
-    def _connected(self, write: bool = False) -> Iterator[Connection]:
-        """A connection for one transaction. Raises InputError where the database fails: it is gone, locked or damaged."""
-        try:
-            with self._engine.begin() if write else self._engine.connect() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            reason = error.orig if isinstance(error, DBAPIError) else error  # without the statement's rows: they are people's
-            raise InputError(f"feedback.url: the log {self._shown} cannot be used: {reason}") from error
-
     def append(self, impressions: Sequence[Impression] = (), events: Sequence[FeedbackEvent] = ()) -> Written:
         """Log a batch in one transaction: all of it is durable on return, or none of it if this raises or the process dies.
 
         A record whose id is logged already with equal content is ignored and counted as redelivered. Events may come before
-        their impression. Raises RecordError for a record that breaks a rule, ConflictError for an id with other content.
+        their impression. Where the server goes away the batch is written again when it is back; rows that were committed before
+        its answer was lost then count as redelivered. Raises RecordError for a record that breaks a rule, ConflictError for an id
+        with other content.
         """
         return self.append_rows(
             [impression_row(record) for record in impressions], [event_row(record, self.signals) for record in events]
@@ -113,7 +102,8 @@ class FeedbackLog:
         `repeated` are ids of impressions that may be in the log at another time, which stays.
         """
         state = self._tables.state
-        with self._connected(write=True) as connection:
+
+        def write(connection: Connection) -> Written:
             # Taking the row's lock first makes writers queue up on every database, so that positions follow commits.
             connection.execute(update(state).values(position=state.c.position))
             position = connection.execute(select(state.c.position)).scalar_one()
@@ -123,7 +113,9 @@ class FeedbackLog:
             connection.execute(
                 update(state).values(position=position + shown + done, redelivered=state.c.redelivered + redelivered)
             )
-        return Written(impressions=shown, events=done)
+            return Written(impressions=shown, events=done)
+
+        return transact(self._engine, write)
 
     def counts(self) -> LogCounts:
         """What the log holds now."""
@@ -142,13 +134,12 @@ class FeedbackLog:
             _count(events, ~known),
             select(state.c.redelivered).scalar_subquery(),
         ]
-        with self._connected() as connection:
-            return LogCounts(*connection.execute(select(*columns)).one())
+        return transact(self._engine, lambda connection: LogCounts(*connection.execute(select(*columns)).one()))
 
     def position(self) -> int:
         """The `seq` of the newest row; 0 for an empty log."""
-        with self._connected() as connection:
-            return connection.execute(select(self._tables.state.c.position)).scalar_one()
+        query = select(self._tables.state.c.position)
+        return transact(self._engine, lambda connection: connection.execute(query).scalar_one())
 
     def snapshot(self, as_of: float | None = None, upto: int | None = None) -> Dataset:
         """What was known at time `as_of` (seconds; None: no limit), from the rows up to position `upto` (None: all).
@@ -162,7 +153,8 @@ class FeedbackLog:
         """
         if as_of is not None and math.isnan(as_of):
             raise ValueError(f"as_of must be a time in seconds, got {as_of}")
-        with self._connected() as connection:
+
+        def read(connection: Connection) -> list[pa.RecordBatch]:
             newest = connection.execute(select(self._tables.state.c.position)).scalar_one()
             if connection.dialect.name == "sqlite":
                 verify(connection, self._shown)
@@ -170,8 +162,9 @@ class FeedbackLog:
                 raise ValueError(f"upto must be a position in [0, {newest}], got {upto}")
             query = _snapshot_query(self._tables, self.signals, self._order, as_of, newest if upto is None else upto)
             result = connection.execution_options(yield_per=_ROWS_PER_PAGE).execute(query)
-            batches = [_snapshot_batch(page) for page in result.partitions()]
-        return as_dataset(batches)
+            return [_snapshot_batch(page) for page in result.partitions()]
+
+        return as_dataset(transact(self._engine, read))
 
     def stream(self, after: int = 0, limit: int | None = None) -> Iterator[tuple[int, FeedbackEvent]]:
         """Events logged after position `after` as (seq, event), in order of `seq`, at most `limit` of them (None: all)."""
@@ -181,8 +174,7 @@ class FeedbackLog:
         while left > 0:
             size = int(min(left, _ROWS_PER_PAGE))
             query = select(seq, *columns).where(seq > after).order_by(seq).limit(size)
-            with self._connected() as connection:
-                page = connection.execute(query).all()
+            page = transact(self._engine, lambda connection, query=query: connection.execute(query).all())
             for position, *values in page:
                 after = position
                 yield position, FeedbackEvent(*values)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal as os_signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -297,60 +294,3 @@ def test_snapshot_limits_are_checked(log: FeedbackLog):
         log.snapshot(upto=1)
     with pytest.raises(ValueError, match="as_of must be a time in seconds, got nan"):
         log.snapshot(as_of=float("nan"))
-
-
-WRITER = """
-import sys
-from causalrm_ray.config.train import Thresholds
-from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.log.store import FeedbackLog
-from causalrm_ray.types import FeedbackEvent, Impression
-url, name, batches, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-sys.stdin.readline()
-log = FeedbackLog(url, {"upvote": 1})
-for batch in range(batches):
-    ids = [f"{name}-{batch}-{k}" for k in range(size)]
-    done = [FeedbackEvent(i, i, "upvote", 1.0, 1.0) for i in ids]
-    log.append([Impression(i, Conversation.user("p"), "r", 0, 0.0) for i in ids], done)
-    sys.stdout.write(f"{batch}\\n")
-    sys.stdout.flush()
-"""
-
-
-def start_writer(url: str, name: str, batches: int, size: int) -> subprocess.Popen:
-    command = [sys.executable, "-c", WRITER, url, name, str(batches), str(size)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_writers_at_once_lose_and_repeat_nothing(log_url: str):
-    writers = [start_writer(log_url, name, batches=40, size=5) for name in ("a", "b")]
-    for writer in writers:
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-    for writer in writers:
-        writer.communicate(timeout=60)
-        assert writer.returncode == 0
-    with closing(FeedbackLog(log_url, SIGNALS)) as log:
-        assert log.counts() == LogCounts(400, 400, 0, 0, 0, 0, redelivered=0)
-        assert log.position() == 800
-        positions = [seq for seq, _ in log.stream()]
-        assert len(set(positions)) == 400
-        assert all(row["label"] == 1 for row in log.snapshot())
-
-
-def test_killed_writer_leaves_every_reported_batch_and_no_half_one(log_url: str):
-    size = 400
-    writer = start_writer(log_url, "a", batches=100_000, size=size)
-    writer.stdin.write("go\n")
-    writer.stdin.flush()
-    reported = [writer.stdout.readline() for _ in range(3)]
-    writer.send_signal(os_signal.SIGKILL)
-    reported += writer.stdout.readlines()
-    writer.communicate(timeout=60)
-    with closing(FeedbackLog(log_url, SIGNALS)) as log:
-        counts = log.counts()
-        assert counts.impressions == counts.events
-        assert counts.impressions % size == 0
-        assert len(reported) <= counts.impressions // size <= len(reported) + 1
-        assert log.position() == 2 * counts.impressions
-        assert log.append([shown("after")]).impressions == 1
