@@ -5,6 +5,7 @@ newest checkpoint with rollouts after it --> learner;  its rollouts --> prepare,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -65,5 +66,6 @@ def find_rollouts(folder: Path) -> tuple[Path, list[int]]:
             except CheckpointError as error:
                 faults.append(str(error))
                 continue
-            return checkpoint, [later for later in kept if later >= step]
+            later = itertools.takewhile(lambda number: number in kept, itertools.count(step))  # up to a step that was forgotten
+            return checkpoint, list(later)
     raise InputError(f"{folder} holds no checkpoint that kept rollouts follow{'; '.join(['', *faults])}")

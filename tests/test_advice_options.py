@@ -12,6 +12,7 @@ import pytest
 from causalrm_ray.config.benchmark import BenchmarkConfig, NoiseStudyConfig
 from causalrm_ray.config.chaos import ChaosConfig
 from causalrm_ray.config.embed import EmbedConfig
+from causalrm_ray.config.forget import ForgetConfig
 from causalrm_ray.config.options import options
 from causalrm_ray.config.perf import PerfConfig
 from causalrm_ray.config.plan import PlanConfig
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("causalrm_ray", "actors", "jobs")
 TREES = (
     *(Config, BenchmarkConfig, NoiseStudyConfig, ChaosConfig, EmbedConfig),
-    *(PerfConfig, PlanConfig, SubmitConfig, SubmittedConfig),
+    *(ForgetConfig, PerfConfig, PlanConfig, SubmitConfig, SubmittedConfig),
 )
 DOTTED = re.compile(r"(?<![\w./-])[a-z]\w*(?:\.[a-z]\w*)+(?![\w/(])")
 FILES = re.compile(r"\.(csv|db|html|json|jsonl|log|md|parquet|png|safetensors|txt|yaml)$")

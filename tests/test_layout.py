@@ -47,7 +47,7 @@ ROOMS = (
     "actors.lab",
     "jobs.support",
     "jobs.train_policy",
-    "jobs.lab jobs",
+    "jobs.lab jobs.log jobs",
 )
 
 # The project's former dialect, which readers had to learn. Whole words, also inside snake_case, in upper and lower case.

@@ -1,13 +1,16 @@
-"""Many rows at once into a table of the log: what is known already is compared, what is new goes in as fast as it can."""
+"""Many rows at once into a table of the log, or out of it: what is known already is compared, what is new goes in fast.
+
+What was forgotten leaves a hash of the impression's id: neither the impression nor events about it come in again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Table, insert, select
+from sqlalchemy import Connection, Table, delete, exists, insert, select
 
-from causalrm_ray.data.log.tables import digested_columns, row_digest
+from causalrm_ray.data.log.tables import LogTables, digested_columns, id_hash, row_digest
 from causalrm_ray.errors import InputError, brief, kind_of
 
 _IDS_PER_QUERY = 500
@@ -29,8 +32,7 @@ def insert_new(
     names = [column.name for column in table.c if column.name not in ("seq", "digest")]
     query = select(*(table.c[name] for name in names))
     known: dict[str, tuple[Any, ...]] = {}
-    for start in range(0, len(rows), _IDS_PER_QUERY):
-        ids = [row["id"] for row in rows[start : start + _IDS_PER_QUERY]]
+    for ids in _pages([row["id"] for row in rows]):
         known |= {row[0]: tuple(row) for row in connection.execute(query.where(table.c.id.in_(ids)))}
     new = []
     for row in rows:
@@ -49,6 +51,34 @@ def insert_new(
     if new:
         _insert(connection, table, new, position)
     return len(new)
+
+
+def forgotten_of(connection: Connection, tables: LogTables, ids: Collection[str]) -> set[str]:
+    """Those of the ids of impressions that were forgotten."""
+    if not connection.execute(select(exists(select(tables.forgotten.c.id_hash)))).scalar_one():
+        return set()
+    hashes, found = {id_hash(name): name for name in ids}, set()
+    for page in _pages(list(hashes)):
+        found |= set(connection.execute(select(tables.forgotten.c.id_hash).where(tables.forgotten.c.id_hash.in_(page))).scalars())
+    return {hashes[found_hash] for found_hash in found}
+
+
+def remove(connection: Connection, tables: LogTables, ids: Sequence[str], time: float) -> tuple[int, int]:
+    """Delete impressions and all events about them, and keep hashes of their ids; returns the numbers of both that there were."""
+    impressions, events = 0, 0
+    known = forgotten_of(connection, tables, ids)
+    new = [name for name in dict.fromkeys(ids) if name not in known]
+    if new:
+        connection.execute(insert(tables.forgotten), [{"id_hash": id_hash(name), "time": time} for name in new])
+    for page in _pages(ids):
+        impressions += connection.execute(delete(tables.impressions).where(tables.impressions.c.id.in_(page))).rowcount
+        events += connection.execute(delete(tables.events).where(tables.events.c.impression_id.in_(page))).rowcount
+    return impressions, events
+
+
+def _pages(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(ids), _IDS_PER_QUERY):
+        yield ids[start : start + _IDS_PER_QUERY]
 
 
 def _without_time(names: Sequence[str], content: Sequence[Any]) -> list[Any]:

@@ -26,7 +26,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from causalrm_ray.data.log.migrations import needs_upgrade, upgrade
-from causalrm_ray.data.log.tables import digested_columns, log_tables, row_digest
+from causalrm_ray.data.log.tables import LogTables, digested_columns, log_tables, row_digest
 from causalrm_ray.errors import InputError, brief
 
 Result = TypeVar("Result")
@@ -86,6 +86,17 @@ def _is_away(engine: Engine, error: Exception) -> bool:
         not isinstance(error, SQLAlchemyError) and isinstance(cause, engine.dialect.loaded_dbapi.OperationalError) and not state
     )
     return refused or lost or copying or state in _TRANSIENT
+
+
+def sweep(engine: Engine, tables: LogTables) -> None:
+    """Leave nothing of deleted rows in the database's files: SQLite's journal is emptied, PostgreSQL's dead rows are removed."""
+    if engine.dialect.name == "sqlite":
+        with engine.connect().execution_options(begin="SELECT 1") as connection:  # a checkpoint needs no transaction around it
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    elif engine.dialect.name == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for table in (tables.impressions, tables.events):
+                connection.exec_driver_sql(f"VACUUM {connection.dialect.identifier_preparer.format_table(table)}")
 
 
 def verify(connection: Connection, shown: str) -> None:

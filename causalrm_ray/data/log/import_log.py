@@ -37,13 +37,14 @@ Records = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # rows of the log's
 class ImportReport:
     """Where every row of a source went.
 
-    rows = impressions + duplicate_impressions + quarantined        in a format with one answer a row and no rows of events
+    rows = impressions + duplicate_impressions + quarantined + forgotten    in a format with one answer a row, no rows of events
 
     `impressions` and `events` are new in the log, the duplicates were there already (or twice in the source).
     `without_feedback` are answers whose own row brought none.
     `ignored_columns` were in the source and mean nothing to the format, `ignored` are parts of the others, and feedback of
     signals that are left out, by name: how often. `warnings` are about the whole source: what was converted, how files were
-    read, what the format says. `formats` are those that were given or recognised.
+    read, what the format says. `formats` are those that were given or recognised. `forgotten` are impressions that were removed
+    from the log for ever: they, and events about them, stay out.
     """
 
     rows: int
@@ -57,6 +58,7 @@ class ImportReport:
     ignored: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    forgotten: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,7 @@ class _Import:
             ignored=dict(sorted((self._reactions.ignored + Counter(self._source.ignored())).items())),
             warnings=(*self._source.notes(), *self._reactions.notes(), *self._values.notes()),
             formats=self._source.formats,
+            forgotten=self._counts["forgotten"],
         )
 
     def _append(self, rows: Sequence[Records]) -> None:
@@ -189,9 +192,10 @@ class _Import:
         repeated = {impression["id"] for impressions, events in rows if events for impression in impressions}
         written = self._log.append_rows(shown, done, repeated)
         self._counts["impressions"] += written.impressions
-        self._counts["duplicate_impressions"] += len(shown) - written.impressions
+        self._counts["duplicate_impressions"] += len(shown) - written.impressions - written.forgotten_impressions
         self._counts["events"] += written.events
-        self._counts["duplicate_events"] += len(done) - written.events
+        self._counts["duplicate_events"] += len(done) - written.events - written.forgotten_events
+        self._counts["forgotten"] += written.forgotten_impressions
         for impressions, events in rows:
             reacted = {event["impression_id"] for event in events}
             self._counts["without_feedback"] += sum(impression["id"] not in reacted for impression in impressions)

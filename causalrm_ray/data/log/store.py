@@ -30,8 +30,8 @@ from sqlalchemy import (
 )
 
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.log.bulk import insert_new
-from causalrm_ray.data.log.database import open_database, transact, verify
+from causalrm_ray.data.log.bulk import forgotten_of, insert_new, remove
+from causalrm_ray.data.log.database import open_database, sweep, transact, verify
 from causalrm_ray.data.log.schema import RETRACT, check_signals, event_row, impression_row
 from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, as_dataset
 from causalrm_ray.data.log.tables import LogTables, log_tables
@@ -42,10 +42,21 @@ _ROWS_PER_PAGE = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """How many records of a batch were new; the rest were in the log already."""
+    """How many records of a batch were new, and how many are about impressions that were forgotten; the rest were in the log
+    already."""
 
     impressions: int
     events: int
+    forgotten_impressions: int = 0
+    forgotten_events: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the log holds of a user, or of one impression: its ids and prompts (Conversation.json)."""
+
+    ids: tuple[str, ...]
+    prompts: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ class LogCounts:
 
     `orphans`: events whose impression has not arrived; `retractions`: events that withdraw another, `dangling_retractions` of
     them one that has not arrived for that impression; `unmapped`: events of a signal that this log gives no label;
-    `redelivered`: repeated deliveries that were ignored since the log was created.
+    `redelivered`: repeated deliveries that were ignored since the log was created; `forgotten`: rows that were removed for ever.
     """
 
     impressions: int
@@ -64,6 +75,7 @@ class LogCounts:
     dangling_retractions: int
     unmapped: int
     redelivered: int
+    forgotten: int
 
 
 class FeedbackLog:
@@ -99,7 +111,7 @@ class FeedbackLog:
     ) -> Written:
         """As `append`, for what `schema.impression_row` and `event_row` made of records.
 
-        `repeated` are ids of impressions that may be in the log at another time, which stays.
+        `repeated` are ids of impressions that may be in the log at another time, which stays. What was forgotten stays out.
         """
         state = self._tables.state
 
@@ -107,15 +119,44 @@ class FeedbackLog:
             # Taking the row's lock first makes writers queue up on every database, so that positions follow commits.
             connection.execute(update(state).values(position=state.c.position))
             position = connection.execute(select(state.c.position)).scalar_one()
-            shown = insert_new(connection, self._tables.impressions, impressions, position, repeated)
-            done = insert_new(connection, self._tables.events, events, position + shown)
-            redelivered = len(impressions) + len(events) - shown - done
+            named = {row["id"] for row in impressions} | {row["impression_id"] for row in events}
+            gone = forgotten_of(connection, self._tables, named)
+            kept = [row for row in impressions if row["id"] not in gone]
+            about = [row for row in events if row["impression_id"] not in gone]
+            shown = insert_new(connection, self._tables.impressions, kept, position, repeated)
+            done = insert_new(connection, self._tables.events, about, position + shown)
+            redelivered = len(kept) + len(about) - shown - done
             connection.execute(
                 update(state).values(position=position + shown + done, redelivered=state.c.redelivered + redelivered)
             )
-            return Written(impressions=shown, events=done)
+            return Written(shown, done, len(impressions) - len(kept), len(events) - len(about))
 
         return transact(self._engine, write)
+
+    def find(self, user: str | None = None, impression: str | None = None) -> Found:
+        """What there is of a user, or of an impression, to forget; an impression that is not there is found by its id alone."""
+        shown = self._tables.impressions
+        query = select(shown.c.id, shown.c.prompt).where(shown.c.user == user if impression is None else shown.c.id == impression)
+        rows = transact(self._engine, lambda connection: connection.execute(query.order_by(shown.c.id)).all())
+        ids = [row.id for row in rows] or ([] if impression is None else [impression])
+        return Found(tuple(ids), frozenset(row.prompt for row in rows))
+
+    def forget(self, ids: Sequence[str], time: float) -> tuple[int, int]:
+        """Remove impressions and all events about them for ever; returns the numbers of both that there were.
+
+        A hash of each id is kept with `time`, so that neither comes in again. Positions of other rows stay what they are.
+        """
+        state = self._tables.state
+
+        def write(connection: Connection) -> tuple[int, int]:
+            connection.execute(update(state).values(position=state.c.position))
+            impressions, events = remove(connection, self._tables, ids, time)
+            connection.execute(update(state).values(forgotten=state.c.forgotten + impressions + events))
+            return impressions, events
+
+        removed = transact(self._engine, write)
+        sweep(self._engine, self._tables)
+        return removed
 
     def counts(self) -> LogCounts:
         """What the log holds now."""
@@ -133,6 +174,7 @@ class FeedbackLog:
             _count(events, retraction, ~target),
             _count(events, ~known),
             select(state.c.redelivered).scalar_subquery(),
+            select(state.c.forgotten).scalar_subquery(),
         ]
         return transact(self._engine, lambda connection: LogCounts(*connection.execute(select(*columns)).one()))
 
@@ -149,7 +191,7 @@ class FeedbackLog:
         as_of withdraws. Of the signals of the highest rank among them (the first of `order`; others come last, together) it is
         that of the newest event, by (time, event id). Without an event that counts an impression is unobserved. A retraction
         counts only for its own impression and is final. Late events change the snapshot of a past `as_of`; the one of a given
-        `upto` never changes. Raises InputError for a damaged log.
+        `upto` never changes, but for what is forgotten. Raises InputError for a damaged log.
         """
         if as_of is not None and math.isnan(as_of):
             raise ValueError(f"as_of must be a time in seconds, got {as_of}")

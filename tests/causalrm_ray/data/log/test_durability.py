@@ -28,7 +28,7 @@ def test_writers_at_once_lose_and_repeat_nothing(log_url: str):
         writer.communicate(timeout=60)
         assert writer.returncode == 0
     with closing(FeedbackLog(log_url, SIGNALS)) as log:
-        assert log.counts() == LogCounts(400, 400, 0, 0, 0, 0, redelivered=0)
+        assert log.counts() == LogCounts(400, 400, 0, 0, 0, 0, redelivered=0, forgotten=0)
         assert log.position() == 800
         positions = [seq for seq, _ in log.stream()]
         assert len(set(positions)) == 400

@@ -160,7 +160,7 @@ def test_append_counts_only_what_is_new(log: FeedbackLog):
     assert log.append([shown("a"), shown("c")]).impressions == 1
     assert log.append(events=[did("e", "a")]).events == 1
     assert log.append([shown("a")], [did("e", "a"), did("f", "b")]) == Written(0, 1)
-    assert log.counts() == LogCounts(3, 2, 0, 0, 0, 0, redelivered=4)
+    assert log.counts() == LogCounts(3, 2, 0, 0, 0, 0, redelivered=4, forgotten=0)
 
 
 @pytest.mark.parametrize("delivered_together", [True, False])
@@ -198,7 +198,9 @@ def test_tie_in_time_goes_to_the_higher_event_id(log: FeedbackLog):
 
 def test_orphans_and_foreign_withdrawals_are_counted_and_withdraw_nothing(log: FeedbackLog):
     log.append([shown("a")], [did("e", "a"), did("lost", "nowhere"), did("undo", "nowhere", RETRACT, retracts="e")])
-    assert log.counts() == LogCounts(1, 3, orphans=2, retractions=1, dangling_retractions=1, unmapped=0, redelivered=0)
+    assert log.counts() == LogCounts(
+        1, 3, orphans=2, retractions=1, dangling_retractions=1, unmapped=0, redelivered=0, forgotten=0
+    )
     assert labels(log) == {"a": (1, 1, "upvote")}
 
 
