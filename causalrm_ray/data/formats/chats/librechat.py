@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import LoggedImpression
-from causalrm_ray.data.formats.chats.tree import shown_answers
+from causalrm_ray.data.formats.chats.tree import TreeReader
 from causalrm_ray.data.formats.parts.ratings import ratings
-from causalrm_ray.data.formats.parts.reader import Found, Reader
 from causalrm_ray.data.formats.parts.values import mapping, must, name, parsed, seconds
 
 _KEPT = {"messageId", "conversationId", "parentMessageId", "user", "model", "isCreatedByUser", "text", "content", "createdAt"}
 _KNOWN = {"_id", "__v", "sender", "updatedAt", "endpoint", "feedback", "error", "unfinished", "messages", "tokenCount"}
 
 
-class LibreChat(Reader):
+class LibreChat(TreeReader):
     """A message a row, with `parentMessageId` and `isCreatedByUser`; `feedback.rating` is thumbsUp or thumbsDown.
 
     Also a file of one conversation, whose messages are a list under `messages`. Messages that are errors are no answers.
@@ -37,32 +35,21 @@ class LibreChat(Reader):
             self.shelf.put("message", conversation, {key: row[key] for key in row.keys() & {*_KEPT, "feedback", "error"}})
         return []
 
-    def finish(self) -> Iterator[Found]:
-        """The answers of all conversations, each with its feedback."""
-        for conversation, rows in self.shelf.groups("message"):
-            messages = {str(row["messageId"]): row for row in rows}
-            tree = {
-                identity: {**row, "before": row.get("parentMessageId"), **_message(row)} for identity, row in messages.items()
-            }
-            yield from shown_answers(tree, self.ignored, partial(self._answer, messages, conversation))
-        yield from super().finish()
+    def identity(self, row: Mapping[str, Any]) -> str:
+        """`messageId`."""
+        return str(row["messageId"])
 
-    def _answer(
-        self, messages: Mapping[str, Mapping[str, Any]], conversation: str, identity: str, prompt: Conversation, text: str
-    ) -> Iterator[LoggedImpression]:
-        row = messages[identity]
+    def message(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row, and what it says by whom."""
+        return {**row, "before": row.get("parentMessageId"), **_message(row)}
+
+    def answer(self, row: Mapping[str, Any], given: LoggedImpression) -> Iterator[LoggedImpression]:
+        """With time, user, model and vote; nothing for an error in the place of an answer."""
         if row.get("error"):
             self.ignored["errors in the place of answers"] += 1
             return
-        impression = LoggedImpression(
-            prompt=prompt,
-            response=text,
-            id=identity,
-            time=seconds(row.get("createdAt"), "createdAt"),
-            user=name(row, "user"),
-            conversation_id=conversation,
-            model=name(row, "model"),
-        )
+        time = seconds(row.get("createdAt"), "createdAt")
+        impression = replace(given, time=time, user=name(row, "user"), model=name(row, "model"))
         yield from self.scores.rate(impression, list(ratings({"feedback": row.get("feedback")}, self.ignored)))
 
     @classmethod

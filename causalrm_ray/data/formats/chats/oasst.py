@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import LoggedImpression
-from causalrm_ray.data.formats.chats.tree import shown_answers
+from causalrm_ray.data.formats.chats.tree import TreeReader
 from causalrm_ray.data.formats.parts.ratings import OURS, RATINGS, ratings
-from causalrm_ray.data.formats.parts.reader import Found, Reader
 from causalrm_ray.data.formats.parts.values import must, name, seconds
 
 _TREES = ("message_tree_id", "conversation_id")
 
 
-class Oasst(Reader):
+class Oasst(TreeReader):
     """A message a row: `message_id`, `parent_id`, `role`, `text` (`content`). It has no votes; those in columns of the log's own
     (`rating`, `feedback`, ...) are read."""
 
@@ -31,33 +29,18 @@ class Oasst(Reader):
         self.shelf.put("message", must(name(fields, *_TREES), "message_tree_id"), dict(fields))
         return []
 
-    def finish(self) -> Iterator[Found]:
-        """The answers of all trees."""
-        for conversation, rows in self.shelf.groups("message"):
-            messages = {str(name(row, "message_id")): row for row in rows}
-            tree = {
-                identity: {
-                    "role": row.get("role"),
-                    "content": row.get("text", row.get("content")),
-                    "before": row.get("parent_id"),
-                }
-                for identity, row in messages.items()
-            }
-            yield from shown_answers(tree, self.ignored, partial(self._answer, messages, conversation))
-        yield from super().finish()
+    def identity(self, row: Mapping[str, Any]) -> str:
+        """`message_id`."""
+        return str(name(row, "message_id"))
 
-    def _answer(
-        self, messages: Mapping[str, Mapping[str, Any]], conversation: str, identity: str, prompt: Conversation, text: str
-    ) -> Iterator[LoggedImpression]:
-        row = messages[identity]
-        impression = LoggedImpression(
-            prompt=prompt,
-            response=text,
-            id=identity,
-            time=seconds(row.get("created_date", row.get("created_at"))),
-            conversation_id=conversation,
-            model=name(row, "model_name"),
-        )
+    def message(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Role and text, under any of their names."""
+        return {"role": row.get("role"), "content": row.get("text", row.get("content")), "before": row.get("parent_id")}
+
+    def answer(self, row: Mapping[str, Any], given: LoggedImpression) -> Iterator[LoggedImpression]:
+        """With time, model, and votes in columns of the log's own."""
+        time = seconds(row.get("created_date", row.get("created_at")))
+        impression = replace(given, time=time, model=name(row, "model_name"))
         yield from self.scores.rate(impression, list(ratings(row, self.ignored)))
 
     @classmethod

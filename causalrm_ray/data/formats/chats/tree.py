@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.formats.base import LoggedImpression
 from causalrm_ray.data.formats.parts.exchange import conversation_of
 from causalrm_ray.data.formats.parts.messages import turns, why_no_answer
+from causalrm_ray.data.formats.parts.reader import Found, Reader
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
 
@@ -38,6 +40,35 @@ def shown_answers(messages: Messages, ignored: Counter[str], made: Made) -> Iter
                 yield from list(made(leaf, conversation_of(read[:-1]), read[-1]["content"]))
         except RowError as error:
             yield RowError(f"message {brief(leaf)}: {error}")
+
+
+class TreeReader(Reader):
+    """A format of a message a row, which puts its rows on the shelf as "message", by their conversation."""
+
+    def finish(self) -> Iterator[Found]:
+        """The answers of all conversations, each with its feedback."""
+        for conversation, rows in self.shelf.groups("message"):
+            messages = {self.identity(row): row for row in rows}
+            tree = {identity: self.message(row) for identity, row in messages.items()}
+            yield from shown_answers(tree, self.ignored, partial(self._made, messages, conversation))
+        yield from super().finish()
+
+    def identity(self, row: Mapping[str, Any]) -> str:
+        """The message's id."""
+        raise NotImplementedError
+
+    def message(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Its role, content, and under "before" the id of the message before it."""
+        raise NotImplementedError
+
+    def answer(self, row: Mapping[str, Any], given: LoggedImpression) -> Iterator[LoggedImpression]:
+        """The answer of a row, with what the format knows of it besides `given`: id, prompt, response and conversation."""
+        raise NotImplementedError
+
+    def _made(
+        self, messages: Mapping[str, Mapping[str, Any]], conversation: str, identity: str, prompt: Conversation, text: str
+    ) -> Iterator[LoggedImpression]:
+        return self.answer(messages[identity], LoggedImpression(prompt, text, identity, conversation_id=conversation))
 
 
 def _path_to(messages: Messages, leaf: str, ignored: Counter[str]) -> list[str]:
