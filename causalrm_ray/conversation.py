@@ -36,7 +36,7 @@ class Conversation:
         """One turn of a user. Raises ConversationError for an empty text or one that cannot be stored."""
         if not isinstance(text, str) or not text or text.isspace() or not text.isascii():
             return cls.of([{"role": "user", "content": text}])
-        return cls(f'[{{"content":{encode_basestring(text)},"role":"user"}}]')  # what `of` writes, five times as fast
+        return cls(f'[{{"content":{encode_basestring(text)},"role":"user"}}]')  # what `of` writes, faster
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
@@ -60,17 +60,20 @@ class Conversation:
             raise ConversationError(f"messages must be valid Unicode: {error.reason}") from error
         return cls(written)
 
+    def parse(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages, as a chat template takes them, and the schemas of the tools, none without any."""
+        read = json.loads(self.json)
+        return (read["messages"], read["tools"]) if isinstance(read, dict) else (read, [])
+
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The messages, as a chat template takes them."""
-        read = json.loads(self.json)
-        return read["messages"] if isinstance(read, dict) else read
+        """The messages of `parse`."""
+        return self.parse()[0]
 
     @property
     def tools(self) -> list[dict[str, Any]]:
-        """Schemas of the tools; empty without any."""
-        read = json.loads(self.json)
-        return read["tools"] if isinstance(read, dict) else []
+        """The tools of `parse`."""
+        return self.parse()[1]
 
     @property
     def text(self) -> str:

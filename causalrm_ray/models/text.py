@@ -24,8 +24,9 @@ _PLAIN_KEYS = {"role", "content"}
 _PROBES = ("Hello", "yes, 1 of them", "- a", "sure")  # answers as they begin
 # What a saved template is made of: the model's own one renders what the answer replies to, the answer and its end come after.
 _BEFORE = "{% macro render_before(messages, add_generation_prompt) %}"
-_AFTER = (
-    "{% endmacro %}{% if add_generation_prompt or not messages or messages[-1]['role'] != 'assistant' %}"
+_AFTER = "{% endmacro %}"
+_ANSWER = (
+    "{% if add_generation_prompt or not messages or messages[-1]['role'] != 'assistant' %}"
     "{{ render_before(messages, add_generation_prompt) }}{% else %}"
     "{{ render_before(messages[:-1], true) + SEPARATOR + messages[-1]['content'] + END }}{% endif %}"
 )
@@ -76,7 +77,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> st
     knows no developers. Raises ConversationError where the chat template refuses it, or leaves a part of it out.
     """
     asked = Conversation.user(prompt) if isinstance(prompt, str) else prompt
-    messages, tools = [_with_objects(message) for message in asked.messages], asked.tools
+    written, tools = asked.parse()
+    messages = [_with_objects(message) for message in written]
     try:
         return _complete(tokenizer, messages, tools)
     except ConversationError:
@@ -93,15 +95,16 @@ def answer_template(tokenizer: PreTrainedTokenizerBase) -> str:
     whatever library; what ends in another message is rendered as the model's own template does.
     """
     own = _own_template(str(tokenizer.chat_template))
-    after = _AFTER.replace("SEPARATOR", json.dumps(_separator(tokenizer))).replace("END", json.dumps(str(tokenizer.eos_token)))
-    return _BEFORE + ("\n" if own.startswith("\n") else "") + own + after  # the first line break after a tag is dropped
+    answer = _ANSWER.replace("SEPARATOR", json.dumps(_separator(tokenizer))).replace("END", json.dumps(str(tokenizer.eos_token)))
+    first = "\n" if own.startswith("\n") else ""  # the first line break after a tag is dropped
+    return _BEFORE + first + own + _AFTER + answer
 
 
 def _own_template(template: str) -> str:
     """The template that `answer_template` was made of; one that it did not make as it is, but for a last line break, which
     means nothing at the end of a template."""
     if template.startswith(_BEFORE):
-        own = template[len(_BEFORE) :].rpartition(_AFTER[: _AFTER.index(" %}")])[0]
+        own = template[len(_BEFORE) :].rpartition(_AFTER)[0]
         return own[1:] if own.startswith("\n") else own
     return template.removesuffix("\n")
 
@@ -113,7 +116,7 @@ def _complete(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
         roles = ", ".join(message["role"] for message in messages)
         raise ConversationError(f"the model's chat template refuses messages of {roles}: {error}") from error
     for number, message in enumerate(messages, 1):
-        if message["role"] != "assistant" and message["content"].strip() not in text and message["role"] != "tool":
+        if message["role"] not in ("assistant", "tool") and message["content"].strip() not in text:
             raise ConversationError(f"the model's chat template leaves out message {number}, of the {message['role']}")
         for name in (call["function"]["name"] for call in message.get("tool_calls", ()) if "function" in call):
             if name not in text:
@@ -149,11 +152,10 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> str:
 @lru_cache(maxsize=32)
 def _separator_of(tokenizer: PreTrainedTokenizerBase, _template: str, end: str) -> str:
     before = render(tokenizer, "x")
-    ids = [*tokenizer.encode(before, add_special_tokens=False)]
+    ids = tokenizer.encode(before, add_special_tokens=False)
+    expected = [ids + tokenizer.encode(answer + end, add_special_tokens=False) for answer in _PROBES]
     for separator in ("", " "):
-        found = (tokenizer.encode(before + separator + answer + end, add_special_tokens=False) for answer in _PROBES)
-        expected = ([*ids, *tokenizer.encode(answer + end, add_special_tokens=False)] for answer in _PROBES)
-        if list(found) == list(expected):
+        if [tokenizer.encode(before + separator + answer + end, add_special_tokens=False) for answer in _PROBES] == expected:
             return separator
     return ""
 
@@ -201,8 +203,8 @@ class LengthBound:
         text = prompt.json
         if text.endswith(_ONE_TURN) and text.count('"role":') == 1:  # its JSON is longer than what it holds
             return _bytes(text) + _bytes(response) + self._around(("user",))
-        messages = prompt.messages
-        if prompt.tools or any(message.keys() - _PLAIN_KEYS for message in messages):
+        messages, tools = prompt.parse()
+        if tools or any(message.keys() - _PLAIN_KEYS for message in messages):
             return None
         around = self._around(tuple(message["role"] for message in messages))
         return sum(_bytes(message["content"]) for message in messages) + _bytes(response) + around

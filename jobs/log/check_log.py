@@ -42,7 +42,6 @@ def run(config: CheckConfig) -> int:
         snapshot, refused = log.snapshot(), summarise_quarantine(quarantine)
         log.close()
         found = describe(report, summarise_log(snapshot), refused, _enough(snapshot))
-        found["ignored"] = dict(report.ignored)
         if config.json:
             print(json.dumps(found, ensure_ascii=False))
         else:
@@ -53,7 +52,6 @@ def run(config: CheckConfig) -> int:
 def describe(report: ImportReport, log: LogSummary, refused: Refused, enough: str | None) -> dict[str, Any]:
     """All figures, as JSON. `lost` is the share of reactions that are not read; `enough` is true, or why no fit is possible."""
     reactions = log.observed + refused.reactions
-    warnings = [*report.warnings, *log.concentration]
     return {
         "format": ", ".join(report.formats),
         "rows": report.rows,
@@ -64,7 +62,8 @@ def describe(report: ImportReport, log: LogSummary, refused: Refused, enough: st
         "quarantined_reactions": refused.labels,
         "lost": refused.reactions / reactions if reactions else 0.0,
         "ignored_columns": list(report.ignored_columns),
-        "warnings": warnings,
+        "ignored": dict(report.ignored),
+        "warnings": [*report.warnings, *log.concentration],
         "enough": enough or True,
     }
 

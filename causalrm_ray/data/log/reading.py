@@ -81,6 +81,7 @@ class LogSource:
     def __init__(self, origin: Origin, signals: Mapping[str, Meaning], left_out: Collection[str] = ()) -> None:
         self.origin, self.map = origin, ColumnMap(origin.columns)
         self._signals, self._left_out = signals, left_out
+        self._values = Values(0.0)  # of columns that are named like signals
         graded = [name for name, meaning in signals.items() if not isinstance(meaning, int)]
         self._columns_of_signals = tuple(dict.fromkeys((*graded, *(name for name in origin.columns if name in signals))))
         self._formats: dict[str, Format] = {}
@@ -166,10 +167,9 @@ class LogSource:
         """The event of a column named like a signal; None where it is not there: null, and false or 0 of a plain signal."""
         if value is None:
             return None
-        values = Values(0.0)
         if isinstance(self._signals.get(signal), int):
-            return LoggedEvent(signal=signal) if values.label(value) else None
-        number = values.number(value)
+            return LoggedEvent(signal=signal) if self._values.label(value) else None
+        number = self._values.number(value)
         if isinstance(number, bool) or not isinstance(number, int | float):
             column = self.origin.columns.get(signal, signal)
             raise RowError(f"{column} must be a number, the value of the signal {signal!r}, got {brief(value)}")

@@ -77,7 +77,6 @@ def summarise_log(log: Dataset) -> LogSummary:
 class Refused:
     """What a quarantine holds: rows by reason, without their values, and the labels or signals of those that were reactions."""
 
-    rows: int
     reactions: int
     reasons: Mapping[str, int]
     labels: Mapping[str, int]
@@ -85,11 +84,10 @@ class Refused:
 
 def summarise_quarantine(path: Path) -> Refused:
     """Count the rows of a quarantine that an import wrote. A row is a reaction if it holds a value in a column of feedback."""
-    reasons, labels, rows, reactions = Counter[str](), Counter[str](), 0, 0
+    reasons, labels, reactions = Counter[str](), Counter[str](), 0
     with path.open(encoding="utf-8") as file:
         for line in file:
             entry = json.loads(line)
-            rows += 1
             reasons[_VALUES.sub("", entry["reason"])] += 1
             try:
                 fields = json.loads(entry["raw"])
@@ -99,7 +97,7 @@ def summarise_quarantine(path: Path) -> Refused:
             if given:
                 reactions += 1
                 labels[str(given[0])[:40] if isinstance(given[0], str | int | float) else "other"] += 1
-    return Refused(rows, reactions, dict(reasons.most_common()), dict(labels.most_common()))
+    return Refused(reactions, dict(reasons.most_common()), dict(labels.most_common()))
 
 
 def _turns(prompt: str) -> int:
