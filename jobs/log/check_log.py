@@ -88,7 +88,7 @@ def _as_read(snapshot: Dataset, tokenizer: Any) -> list[str]:
 
 
 def _print(found: dict[str, Any], rows: list[str], no_model: bool) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)  # names of columns may hold brackets
     table = Table("what", "found", box=None, pad_edge=False)
     for name, value in found.items():
         if name in ("warnings", "enough", "lost"):
@@ -98,11 +98,11 @@ def _print(found: dict[str, Any], rows: list[str], no_model: bool) -> None:
     table.add_row("reactions lost", f"{found['lost']:.1%}")
     console.print(table)
     for warning in found["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(f"warning: {warning}", style="yellow")
     console.print(
         "As kept; model.reward=MODEL shows them as it reads them, and checks their lengths:" if no_model else "As read:"
     )
     for row in rows:
-        console.print(row, markup=False, style="dim")
+        console.print(row, style="dim")
     enough = found["enough"]
-    console.print("enough for a fit" if enough is True else f"not enough for a fit: {enough}", markup=False)
+    console.print("enough for a fit" if enough is True else f"not enough for a fit: {enough}")

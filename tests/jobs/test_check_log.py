@@ -25,7 +25,12 @@ def rows(bad: int) -> list[dict[str, Any]]:
             "prompt": [*talk[: 2 * (number % 3)], turn("user", "and then?")],
             "response": f"answer {number}",
         }
-        row |= {"conversation_id": f"c{number // 3}", "user": "loud" if number < 12 else f"u{number % 5}", "mood": "fine"}
+        row |= {
+            "conversation_id": f"c{number // 3}",
+            "user": "loud" if number < 12 else f"u{number % 5}",
+            "mood": "fine",
+            "[bold]": 1,
+        }
         if number < 20:
             row["signal"] = ("upvote", "downvote")[number % 2]
         found.append(row)
@@ -47,7 +52,7 @@ def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (found["format"], found["rows"], found["impressions"], found["events"]) == ("native", 63, 60, 22)
     assert (found["observed"], found["liked"], found["quarantined"]) == (21, 10, 1)
     assert (found["conversations"], found["distinct_prompts"], found["turns"], found["max_turns"]) == (20, 41, 120, 3)
-    assert (found["users"], found["ignored_columns"]) == (6, ["mood"])
+    assert (found["users"], found["ignored_columns"]) == (6, ["[bold]", "mood"])
     assert found["reactions"] == {"downvote (disliked)": 11, "liked (liked)": 1, "upvote (liked)": 9}
     assert found["quarantined_by_reason"] == {"response must not be empty": 1}
     assert found["quarantined_reactions"] == {"upvote": 1}
@@ -62,6 +67,7 @@ def test_too_many_lost_reactions_are_an_error(tmp_path: Path, capsys: pytest.Cap
     assert "reactions lost" in out
     assert "8.7%" in out
     assert '"content":"and then?"' in out
+    assert "[bold], mood" in out  # as it is named, not as markup
 
 
 def test_a_log_that_no_fit_can_use_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
