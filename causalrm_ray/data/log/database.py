@@ -25,7 +25,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from causalrm_ray.data.log.migrations import needs_upgrade, upgrade
+from causalrm_ray.data.log.migrations import is_current, needs_upgrade, upgrade
 from causalrm_ray.data.log.tables import LogTables, digested_columns, log_tables, row_digest
 from causalrm_ray.errors import InputError, brief
 
@@ -177,7 +177,7 @@ def _upgrade_tables(engine: Engine) -> None:
     shown = engine.url.render_as_string(hide_password=True)
     try:
         with engine.connect() as connection:
-            if not needs_upgrade(connection):
+            if is_current(connection):
                 return
         with engine.connect().execution_options(begin="BEGIN IMMEDIATE") as connection, connection.begin():
             if engine.dialect.name == "postgresql":

@@ -21,8 +21,17 @@ from causalrm_ray.data.log.tables import VERSION_TABLE, log_tables, table_name, 
 from causalrm_ray.errors import InputError
 
 
+def is_current(connection: Connection) -> bool:
+    """Whether the tables are there and of this package's revision: the quick look, which says nothing of any others."""
+    return _context(connection).get_current_revision() == _scripts().get_current_head()
+
+
 def needs_upgrade(connection: Connection) -> bool:
-    """Whether the tables are missing or older than this package. Raises InputError where they are newer, or not ours."""
+    """Whether the tables are missing or older than this package. Raises InputError where they are newer, or not ours.
+
+    It takes more than one look: a caller that does not hold the lock under which tables are made could take those of another
+    process, just made, for foreign.
+    """
     revision = _context(connection).get_current_revision()
     if revision is None:
         dialect = connection.dialect.name

@@ -252,6 +252,21 @@ def test_several_processes_open_or_upgrade_one_database_at_once(database_url: st
     assert [found.get() for _ in processes] == [2 if old else 0] * 4
 
 
+def test_tables_that_another_process_makes_between_two_looks_are_ours(log_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = MigrationContext.get_current_revision
+
+    def other_process_first(context: MigrationContext) -> str | None:
+        revision = look(context)
+        if MigrationContext.get_current_revision is other_process_first:
+            monkeypatch.setattr(MigrationContext, "get_current_revision", look)
+            FeedbackLog(log_url, SIGNALS).close()
+        return revision
+
+    monkeypatch.setattr(MigrationContext, "get_current_revision", other_process_first)
+    FeedbackLog(log_url, SIGNALS).close()
+    assert MigrationContext.get_current_revision is look
+
+
 def test_postgresql_without_its_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise ImportError("No module named 'psycopg'")
