@@ -38,8 +38,7 @@ class Refitter:
         starts from models that serve where these pass on no label (see the roles).
         """
         position = self._wait(self._log.position.remote(), "snapshot the log")
-        snapshot = self._folder / "snapshots" / f"{name}.parquet"
-        self._wait(self._log.write_snapshot.remote(snapshot, as_of), "snapshot the log")
+        snapshot = self._wait(self._log.seal.remote(self._folder, name, as_of), "snapshot the log")
         folder = self._folder / "propensity" / name
         began = time.perf_counter()
         propensity = self._wait(self._propensity.fit.remote(snapshot, folder), "fit propensity")

@@ -24,7 +24,6 @@ from actors.cluster.place import Bundle, Placement, place, rendezvous, reserve
 from actors.cluster.resources import gpu_bytes, ray_resources
 from actors.cluster.telemetry import event, record
 from actors.cluster.wait import resolve
-from actors.feedback import FeedbackRole
 from actors.learner.group import LearnerGroup
 from actors.learner.rank import LearnerRank
 from actors.learner.shares import Sharder
@@ -40,6 +39,7 @@ from actors.streaming import RolloutStream
 from actors.users import UsersRole
 from actors.weights.publish import ByBroadcast, ByIpc, ByObject, Publisher
 from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.size import model_size
 from causalrm_ray.registry import ENGINES
@@ -129,7 +129,7 @@ def start_roles(
     log = users = propensity_role = reward_role = None
     if "log" in parts:
         beside_driver = Placement("log", beside_driver=True, restarts=restarts)
-        log = place(FeedbackRole, beside_driver, config.log_url, dict(config.feedback.signals), config.feedback.order)
+        log = place(FeedbackLog, beside_driver, config.log_url, dict(config.feedback.signals), config.feedback.order)
     if "users" in parts:
         users = place(UsersRole, Placement("users", restarts=restarts), config.world, config.run.seed)
     if "reward" in parts:

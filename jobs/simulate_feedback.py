@@ -9,7 +9,6 @@ from rich.console import Console
 from actors.cluster.runtime import ray_cluster
 from actors.system import start_roles
 from causalrm_ray.config.train import Config
-from causalrm_ray.data.log.snapshot import write_snapshot
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import ConfigError
 from jobs.support.feedback import simulate_feedback
@@ -31,7 +30,7 @@ def run(config: Config) -> int:
         progress.phase("filling the feedback log")
         simulate_feedback(config, task, roles)
     log = open_log(config)
-    write_snapshot(log.snapshot(), run.path / "feedback.parquet")
+    log.export(run.path / "feedback.parquet")
     counts = log.counts()
     run.summarise(asdict(counts))
     Console().print(

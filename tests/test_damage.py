@@ -35,11 +35,11 @@ from causalrm_ray.data.embeddings import load_embeddings, write_embeddings
 from causalrm_ray.data.graded import read_graded
 from causalrm_ray.data.log.import_log import import_log
 from causalrm_ray.data.log.reading import Origin
-from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, read_snapshot, write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import read_rollout, write_rollout
 from causalrm_ray.data.rows import Quarantine
 from causalrm_ray.data.shards import read_states, write_states
+from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, read_snapshot, write_snapshot
 from causalrm_ray.data.sources import read_prompts
 from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.models.identity import check_weights

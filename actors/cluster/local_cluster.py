@@ -17,7 +17,7 @@ TITLES = {  # how Ray names the process of a role
     "generator": "ray::Generator",
     "reward": "ray::RewardActor",
     "propensity": "ray::PropensityActor",
-    "log": "ray::FeedbackRole",
+    "log": "ray::FeedbackLog",
     "users": "ray::UsersRole",
     "train worker": "ray::RayTrainWorker",
     "learner": "ray::LearnerRank",

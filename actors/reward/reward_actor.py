@@ -23,7 +23,7 @@ from actors.reward.report import CandidateFit, RewardReport
 from actors.reward.trainer import RewardTrainer
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.config.train import RewardConfig
-from causalrm_ray.data.log.snapshot import check_snapshot
+from causalrm_ray.data.snapshots.table import check_snapshot
 from causalrm_ray.estimators.core.training import Shard
 from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
 from causalrm_ray.models.text import load_tokenizer

@@ -8,11 +8,11 @@ Nothing is kept of a row but numbers, about a hundred bytes and four for each to
 from __future__ import annotations
 
 import json
+import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.collate import TokenRows
-from causalrm_ray.data.log.snapshot import check_counts, read_batches, read_columns
+from causalrm_ray.data.snapshots.table import check_counts, read_batches, read_columns, value_at
 from causalrm_ray.data.users.clusters import LEVELS, digest, mixed, split, who
 from causalrm_ray.data.users.concentration import HEAVY, Share, cap, keep, largest_share
 from causalrm_ray.errors import InputError, brief
@@ -43,7 +43,8 @@ READ = ("impression_id", "prompt", "response", "context", "signal", "label")
 class SnapshotRows:
     """N impressions: `token_rows`, prompt, response and end of each; `observations` o [N] and r [N].
 
-    `kept` [N] are their row numbers in the snapshot, which has more where a user's are thinned (see data.users.concentration).
+    They are ordered by (time, id), whatever the snapshot's order is. `kept` [N] are their row numbers in the snapshot, which has
+    more where a user's are thinned (see data.users.concentration).
     `heldout` are the row numbers that reward fits never train on: about a fifth, by a hash of the user, else the conversation,
     else the prompt, so that these stay on their side in every later snapshot, and a gate compares models on rows of which
     neither has seen any. `fold` [N] is likewise the propensity model that never trains on a row, 0 or 1, or that none does, -1.
@@ -70,37 +71,40 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
     """Token rows and observations of a snapshot, no user of which counts for more than `per_user` rows with feedback (see
     data.users.concentration).
 
-    Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshot), InputError that names the
+    Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshots.table), InputError that names the
     impression for a row of more than `max_length` tokens.
     """
-    keys, observed, label = _scan(snapshot)
+    keys, observed, label, order = _scan(snapshot)
     check_counts(len(observed), int(np.count_nonzero(observed)), int(np.count_nonzero(label)))
     user = who(keys)
     most = cap(per_user, user, observed)
     kept = np.ones(len(observed), dtype=bool) if most is None else keep(user, keys["impression_id"], observed, most)
-    warnings = _concentration(snapshot, keys, user, observed, kept, most)
+    warnings = _concentration(snapshot, keys, user, observed, kept, most, order)
     observed, label = observed[kept], label[kept]
     sides = split({level: keys[level][kept] for level in LEVELS}, observed, label)
     cluster = None if sides.cluster is None else torch.from_numpy(sides.cluster)
     observations = Observations(torch.from_numpy(observed), torch.from_numpy(label), cluster)
     del keys, user
+    rows, read = order[kept], np.empty_like(kept)
+    read[order] = kept
     texts = _Texts(tokenizer, max_length)
     start = 0
     for batch in read_columns(snapshot, READ):
-        texts.add(batch.filter(pa.array(kept[start : start + batch.num_rows])))
+        texts.add(batch.filter(pa.array(read[start : start + batch.num_rows])))
         start += batch.num_rows
-    bucket, names = length_buckets(torch.from_numpy(np.concatenate(texts.lengths)))
+    place = (np.cumsum(read) - 1)[rows]  # of the rows among those that were read
+    bucket, names = length_buckets(torch.from_numpy(np.concatenate(texts.lengths)[place]))
     return SnapshotRows(
-        TokenRows(*texts.tokens(), tokenizer.pad_token_id),
+        TokenRows(*texts.tokens(), tokenizer.pad_token_id).take(torch.from_numpy(place)),
         observations,
-        torch.from_numpy(np.flatnonzero(kept)),
+        torch.from_numpy(rows),
         torch.from_numpy(np.flatnonzero(sides.heldout)),
         torch.from_numpy(sides.fold),
         sides.by,
         (*warnings, *sides.warnings),
-        Groups(*merge_strata(*texts.traits.crossings(len(observed)), observations)),
+        Groups(*merge_strata(*texts.traits.crossings(place), observations)),
         Groups(*merge_strata(bucket, [f"length={name}" for name in names], observations)),
-        _signals(np.concatenate(texts.meaning), list(texts.meanings)),
+        _signals(np.concatenate(texts.meaning)[place], list(texts.meanings)),
     )
 
 
@@ -114,9 +118,11 @@ def read_clean_labels(path: Path) -> torch.Tensor:
     return torch.from_numpy(load_file(path)["labels"])
 
 
-def _scan(snapshot: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Digests [N] by LEVELS, and of each "answer", was feedback given [N], and what it said [N], 0 where none was."""
+def _scan(snapshot: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """Digests [N] by LEVELS, and of each "answer", was feedback given [N], and what it said [N], 0 where none was: by (time, id),
+    and the rows [N] of the snapshot in this order."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*LEVELS, "answer", "observed", "label")}
+    ordered, newest = True, (-1.0, "")
     for batch in read_batches(snapshot):
         found = {level: _digests(batch, level) for level in LEVELS}
         found["answer"] = mixed(_digests(batch, "response"), found["prompt"])
@@ -124,8 +130,22 @@ def _scan(snapshot: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray
         found["label"] = batch["label"].fill_null(0).to_numpy()
         for name, values in found.items():
             parts[name].append(values)
+        if ordered and batch.num_rows:
+            moments = [newest, *zip(batch["time"].to_pylist(), batch["impression_id"].to_pylist(), strict=True)]
+            ordered, newest = all(map(operator.lt, moments, moments[1:])), moments[-1]
     whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
-    return whole, whole.pop("observed"), whole.pop("label")
+    order = np.arange(len(whole["observed"]))
+    if not ordered:
+        order = _order(snapshot)
+        whole = {name: whole.pop(name)[order] for name in list(whole)}
+    return whole, whole.pop("observed"), whole.pop("label"), order
+
+
+def _order(snapshot: Path) -> np.ndarray:
+    """The rows [N] of a snapshot by (time, id)."""
+    moments = pa.Table.from_batches(read_columns(snapshot, ["time", "impression_id"]))
+    keys = [("time", "ascending"), ("impression_id", "ascending")]
+    return pc.call_function("sort_indices", [moments], pc.SortOptions(sort_keys=keys)).to_numpy().astype(np.int64)
 
 
 def _digests(batch: pa.RecordBatch, column: str) -> np.ndarray:
@@ -197,22 +217,22 @@ class _Traits:
                     del self._given[key]
             self._rows = number + 1
 
-    def crossings(self, rows: int) -> tuple[Tensor, list[str]]:
-        """The crossing of traits [N] of each row, numbered as they come, and their names."""
-        crossing, names = np.zeros(rows, dtype=np.int64), [""]
+    def crossings(self, order: np.ndarray) -> tuple[Tensor, list[str]]:
+        """The crossing of traits [N] of the rows `order` [N], numbered as they come, and their names."""
+        crossing, names = np.zeros(len(order), dtype=np.int64), [""]
         for key in sorted(self._given):
-            value = np.full(rows, -1, dtype=np.int64)
+            value = np.full(len(order), -1, dtype=np.int64)
             given, places = self._given[key]
             value[np.frombuffer(given, dtype=np.int64)] = np.frombuffer(places, dtype=np.int8)
             found, crossing = np.unique(crossing * (MOST_VALUES + 1) + value + 1, return_inverse=True)
             texts = ["?", *self._values[key]]
             pairs = (divmod(int(one), MOST_VALUES + 1) for one in found)
             names = [f"{names[before]}{', ' * bool(names[before])}{key}={texts[place]}" for before, place in pairs]
-        _, first, crossing = np.unique(crossing, return_index=True, return_inverse=True)
-        order = np.argsort(first)  # numbers of crossings in the order in which they come
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return torch.from_numpy(place[crossing]), [names[number] or "all" for number in order]
+        _, first, crossing = np.unique(crossing[order], return_index=True, return_inverse=True)
+        coming = np.argsort(first)  # numbers of crossings in the order in which they come
+        place = np.empty_like(coming)
+        place[coming] = np.arange(len(coming))
+        return torch.from_numpy(place[crossing]), [names[number] or "all" for number in coming]
 
 
 def _signals(meaning: np.ndarray, meanings: Sequence[tuple[str, int]]) -> Signals:
@@ -231,6 +251,7 @@ def _concentration(
     observed: np.ndarray,
     kept: np.ndarray,
     limit: int | None,
+    order: np.ndarray,
 ) -> list[str]:
     """Warnings about a user or an answer with much of the feedback, and about rows that are left out."""
     sentences = []
@@ -239,7 +260,7 @@ def _concentration(
         named = "user" if keys["user"][most.row] else "conversation_id"
         counted = int(observed[kept & (user == user[most.row])].sum())
         rule = "feedback.per_user caps this" if limit is None else f"by feedback.per_user, {counted} of them count"
-        sentences.append(f"{named} {brief(_value(snapshot, named, most.row))} gave {_figures(most)}: {rule}.")
+        sentences.append(f"{named} {brief(value_at(snapshot, named, order[most.row]))} gave {_figures(most)}: {rule}.")
     if not kept.all():
         sentences.append(
             f"{int((~kept).sum())} of {len(kept)} impressions, {int(observed[~kept].sum())} of them with feedback, are left out: "
@@ -247,7 +268,7 @@ def _concentration(
         )
     answer = largest_share(np.where(kept, keys["answer"], 0), observed * kept)
     if answer is not None and answer.share > HEAVY:
-        name = brief(_value(snapshot, "impression_id", answer.row))
+        name = brief(value_at(snapshot, "impression_id", order[answer.row]))
         sentences.append(
             f"One answer, that of impression {name}, has {_figures(answer)}: what is learned rests on it. If few users gave it, "
             "lower feedback.per_user, and log user where it is missing."
@@ -257,12 +278,3 @@ def _concentration(
 
 def _figures(most: Share) -> str:
     return f"{most.rows} of {most.total} reactions ({most.share:.0%})"
-
-
-def _value(snapshot: Path, column: str, row: int) -> Any:
-    """One value of a snapshot."""
-    for batch in read_columns(snapshot, [column]):
-        if row < batch.num_rows:
-            return batch[column][row].as_py()
-        row -= batch.num_rows
-    raise IndexError(f"row must be in the snapshot, got {row} beyond it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,12 @@ class TokenRows:
 
     def __len__(self) -> int:
         return self.lengths.shape[0]
+
+    def take(self, index: Tensor) -> TokenRows:
+        """The rows `index` [M], over the same ids in memory."""
+        rows = copy.copy(self)
+        rows.lengths, rows._start = self.lengths[index], self._start[index]
+        return rows
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """{"input_ids": [B, T], "lengths": [B]} of the rows `index` [B]; T is the longest of them."""

@@ -1,6 +1,7 @@
 """Copies of what users wrote, in the folder of a run, without those that are to be forgotten.
 
-folder, what to forget --> its snapshots and rollouts deleted, other Parquet, quarantine and answers in the summary rewritten
+folder, what to forget --> its snapshots, their segments and rollouts deleted, other Parquet, quarantine and answers in the
+                           summary rewritten
 
 A fit reads a snapshot row by row beside other files, and a replay needs every row of a step: these go as a whole. Each file is
 replaced or deleted at once; after an interruption the same call finds what is left. Weights of fitted models stay: fit again.
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.parquet import PARQUET_FAULTS, write_batches_as
+from causalrm_ray.data.snapshots.segments import SEGMENTS, drop_unused
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 
@@ -77,6 +79,7 @@ def erase_copies(folder: Path, forgotten: Forgotten) -> dict[str, int]:
         counts["unfinished files"] += 1
     for path in _parquet_files(folder):
         _erase_parquet(path, forgotten, counts)
+    counts["snapshots"] += drop_unused(folder)
     quarantine = folder / "quarantine.jsonl"
     if quarantine.exists():
         lines = quarantine.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -85,14 +88,14 @@ def erase_copies(folder: Path, forgotten: Forgotten) -> dict[str, int]:
             write_whole(quarantine, lambda unfinished: unfinished.write_text("".join(kept), encoding="utf-8"))
             counts["rows of the quarantine"] += len(lines) - len(kept)
     _erase_answers(folder, forgotten, counts)
-    return dict(counts)
+    return {what: count for what, count in counts.items() if count}
 
 
 def _erase_parquet(path: Path, forgotten: Forgotten, counts: Counter[str]) -> None:
     gone = sum(sum(_rows_gone(batch, forgotten)) for batch in _batches(path, ("impression_id", "user", "prompt")))
     if gone == 0:
         return
-    if path.parent.name in ("snapshots", "rollouts"):
+    if path.parent.name in ("snapshots", SEGMENTS, "rollouts"):
         path.unlink()
         path.with_suffix(".labels.safetensors").unlink(missing_ok=True)
         counts[path.parent.name] += 1

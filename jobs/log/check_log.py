@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
@@ -16,9 +16,9 @@ from causalrm_ray.config.check import CheckConfig
 from causalrm_ray.config.train import EMBEDDED
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.import_log import ImportReport, import_log
-from causalrm_ray.data.log.snapshot import SnapshotError, check_log
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.log.summary import LogSummary, Refused, summarise_log, summarise_quarantine
+from causalrm_ray.data.snapshots.table import SnapshotError, check_counts, read_columns
 from causalrm_ray.errors import ConfigError
 from jobs.support.feedback import length_limit, origin
 
@@ -39,9 +39,11 @@ def run(config: CheckConfig) -> int:
         log = FeedbackLog(f"sqlite:///{folder}/log.db", config.feedback.signals, config.feedback.order)
         quarantine = Path(folder) / "quarantine.jsonl"
         report = import_log(origin(config), log, quarantine, limit=length_limit(config, tokenizer) if tokenizer else None)
-        snapshot, refused = log.snapshot(), summarise_quarantine(quarantine)
+        snapshot = Path(folder) / "log.parquet"
+        log.export(snapshot)
         log.close()
-        found = describe(report, summarise_log(snapshot), refused, _enough(snapshot))
+        summary = summarise_log(snapshot)
+        found = describe(report, summary, summarise_quarantine(quarantine), _enough(summary))
         if config.json:
             print(json.dumps(found, ensure_ascii=False))
         else:
@@ -68,18 +70,19 @@ def describe(report: ImportReport, log: LogSummary, refused: Refused, enough: st
     }
 
 
-def _enough(snapshot: Dataset) -> str | None:
+def _enough(log: LogSummary) -> str | None:
     """Why no fit could use the log; None if one can."""
     try:
-        check_log(snapshot)
+        check_counts(log.impressions, log.observed, log.liked)
     except SnapshotError as error:
         return str(error)
     return None
 
 
-def _as_read(snapshot: Dataset, tokenizer: Any) -> list[str]:
+def _as_read(snapshot: Path, tokenizer: Any) -> list[str]:
     """A few rows as the model reads them, or as they are kept where no model is given."""
-    rows = [snapshot[number] for number in range(min(SHOWN, len(snapshot)))]
+    batches = read_columns(snapshot, ["prompt", "response"])
+    rows = [row for batch in itertools.islice(batches, 1) for row in batch.slice(0, SHOWN).to_pylist()]
     if tokenizer is None:
         return [f"{row['prompt']}\n-> {row['response']}" for row in rows]
     from causalrm_ray.models.text import encode_pair

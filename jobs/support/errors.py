@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -52,14 +53,18 @@ def discarding_refused_import(config: Config) -> Iterator[None]:
     kept, and so is any log that was there before or is elsewhere. The run must be locked.
     """
     run = config.run.path
-    names = ("feedback.db", "feedback.db-wal", "feedback.db-shm", "config.yaml") if config.feedback.source else ()
+    files = ("feedback.db", "feedback.db-wal", "feedback.db-shm", "config.yaml", "snapshots", "segments")
+    names = files if config.feedback.source else ()
     began = [run / name for name in names if not (run / name).exists()]
     try:
         yield
     except (ConfigError, InputError):
         if not any((run / mark).exists() for mark in ("checkpoints", "summary.json")):
             for path in began:
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # quarantine.jsonl, or what a user put there, stays
                 run.rmdir()
         raise

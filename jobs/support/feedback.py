@@ -12,9 +12,9 @@ from actors.system import Roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.import_log import LengthLimit, import_log
 from causalrm_ray.data.log.reading import Origin
-from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.data.log.summary import summarise_log
+from causalrm_ray.data.snapshots.table import check_counts
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import LengthBound, encode_pair
 from jobs.support.log import warn
@@ -35,7 +35,7 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
             warn(f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}")
         for note in report["warnings"]:
             warn(note)
-    snapshot = log.snapshot()
+    snapshot = log.seal(config.run.path, "log")
     log.close()
     found = summarise_log(snapshot)
     Console().print(
@@ -43,7 +43,7 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
         f" at most {found.max_turns} turns",
         soft_wrap=True,
     )
-    check_log(snapshot)
+    check_counts(found.impressions, found.observed, found.liked)
     return report
 
 
@@ -66,8 +66,8 @@ def simulate_feedback(config: Config, task: PromptSource, roles: Roles) -> int:
     Raises InputError if the log holds anything but this run's own impressions: real feedback is never mixed with simulated.
     """
     log = open_log(config)
-    foreign = [name for name in log.snapshot()["impression_id"] if not name.startswith(f"{config.run.name}/")]
+    foreign = log.count_others(f"{config.run.name}/")
     log.close()
     if foreign:
-        raise InputError(f"{config.log_url} must hold no impressions of others where users are simulated, got {len(foreign)}")
+        raise InputError(f"{config.log_url} must hold no impressions of others where users are simulated, got {foreign}")
     return roles.stream.fill_log(task.log_requests(), lambda done: task.impressions(done, EPOCH_S))

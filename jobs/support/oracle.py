@@ -13,8 +13,8 @@ import torch
 
 from causalrm_ray.config.train import Config
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.log.snapshot import read_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.snapshots.table import read_snapshot
 from causalrm_ray.metrics import auroc, r2
 from causalrm_ray.types import Completion, Impression, Scored
 from causalrm_ray.world.grammar import parse

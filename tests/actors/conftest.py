@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, write_snapshot
+from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, write_snapshot
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers of the tests of the learner

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from actors.cluster.in_process import Handle, enter_in_process
-from actors.feedback import FeedbackRole
 from actors.learner.group import LearnerGroup
 from actors.learner.shares import Sharder, Share, StepShare
 from actors.refitting import Refitter
@@ -22,6 +21,7 @@ from actors.streaming import RolloutStream
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Request
 
@@ -93,7 +93,7 @@ def impression(done: Completion) -> Impression:
 def test_a_rollout_is_scored_prepared_and_shown_in_micro_batches_and_comes_in_request_order(
     config: Config, generators: Generators, tmp_path: Path
 ) -> None:
-    scores, learns, log = Scores(), Learns(), FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
+    scores, learns, log = Scores(), Learns(), FeedbackLog(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
     learner = LearnerGroup([Handle(learns)], sharder(config), TIMEOUT_S)
     handles = {"reward": Handle(scores), "users": Handle(Reacts()), "log": Handle(log)}
     stream = RolloutStream(config.rollout, generators, learner, **handles, timeout_s=TIMEOUT_S)
@@ -129,7 +129,7 @@ def test_a_rollout_that_was_begun_must_be_the_next(config: Config, generators: G
 
 
 def test_the_log_is_filled_with_what_was_shown(config: Config, generators: Generators, tmp_path: Path) -> None:
-    log = FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
+    log = FeedbackLog(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1})
     handles = {"users": Handle(Reacts()), "log": Handle(log)}
     stream = RolloutStream(
         config.rollout, generators, LearnerGroup([], sharder(config), TIMEOUT_S), **handles, timeout_s=TIMEOUT_S
@@ -139,7 +139,7 @@ def test_the_log_is_filled_with_what_was_shown(config: Config, generators: Gener
 
 
 def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grown(backbone: str, tmp_path: Path) -> None:
-    log = FeedbackRole(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1, "downvote": 0})
+    log = FeedbackLog(f"sqlite:///{tmp_path / 'log.db'}", {"upvote": 1, "downvote": 0})
     shown = [
         Impression(
             f"i-{number}",

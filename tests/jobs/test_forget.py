@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import pytest
 from causalrm_ray.checkpoint import atomic_folder, write_json
 from causalrm_ray.config.options import dump_config, load_config
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.log.snapshot import read_snapshot, write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import kept_steps, rollout_path, write_rollout
+from causalrm_ray.data.snapshots.table import read_snapshot, write_snapshot
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Scored
 from jobs.__main__ import main
 from jobs.replay import find_rollouts
@@ -41,7 +42,7 @@ def run(tmp_path: Path) -> Path:
             ],
             [FeedbackEvent("x", "a", "upvote", 1.0, 3.0), FeedbackEvent("y", "b", "upvote", 1.0, 3.0)],
         )
-        write_snapshot(log.snapshot(), folder / "snapshots" / "log.parquet")
+        log.seal(folder, "log")
         write_snapshot(log.snapshot().filter(lambda row: row["user"] == "bob"), folder / "snapshots" / "bob.parquet")
         write_snapshot(log.snapshot(), folder / "feedback.parquet")
     (folder / "snapshots" / "log.labels.safetensors").touch()
@@ -107,8 +108,8 @@ def test_copies_of_another_run_on_the_same_log_are_found_by_what_they_hold(run: 
     log = f"sqlite:///{run / 'feedback.db'}"
     other = run.parent / "other"
     dump_config(load_config(None, [f"run.dir={run.parent}", "run.name=other", f"feedback.url={log}"]), other / "config.yaml")
-    (other / "snapshots").mkdir()
-    (other / "snapshots" / "log.parquet").write_bytes((run / "snapshots" / "log.parquet").read_bytes())
+    for kind in ("snapshots", "segments"):
+        shutil.copytree(run / kind, other / kind, ignore=shutil.ignore_patterns("bob.*"))
     write_rollout([answer(SECRET)], rollout_path(other, 0))
     assert forget(run, "user=ann") == 0
     assert forget(other, "user=ann") == 0

@@ -16,12 +16,13 @@ from pathlib import Path
 from actors.cluster.place import Placement, place
 from actors.cluster.runtime import ray_cluster
 from actors.cluster.wait import resolve
-from actors.feedback import FeedbackRole
+from actors.users import UsersRole
 from causalrm_ray.config.base import ClusterConfig
+from causalrm_ray.config.train import WorldConfig
 
 with ray_cluster(ClusterConfig(), Path("cache")):
-    log = place(FeedbackRole, Placement(), "sqlite:///log.db", {"upvote": 1})
-    print(resolve([log.counts.remote()], "count", 60.0))
+    users = place(UsersRole, Placement(), WorldConfig(), 0)
+    print(resolve([users.react_all.remote([])], "react", 60.0))
 """
 
 
@@ -57,7 +58,7 @@ def test_a_module_that_took_the_place_of_a_package_of_ours_is_named(folder: Path
 
 def test_roles_run_beside_a_module_with_the_name_of_a_package_of_ours(folder: Path) -> None:
     done = ended(folder, "-c", ROLE)
-    assert done.stdout.startswith("[LogCounts(impressions=0"), done.stderr
+    assert done.stdout.startswith("[[]]"), done.stderr
 
 
 def test_a_module_in_the_working_folder_may_be_named_by_import_path(folder: Path) -> None:

@@ -9,32 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Integer,
-    Select,
-    Table,
-    and_,
-    case,
-    cast,
-    exists,
-    func,
-    literal,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Table, exists, func, select, update
 
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.bulk import forgotten_of, insert_new, remove
 from causalrm_ray.data.log.database import open_database, sweep, transact, verify
 from causalrm_ray.data.log.schema import RETRACT, check_signals, event_row, impression_row
-from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, as_dataset
-from causalrm_ray.data.log.tables import LogTables, log_tables
+from causalrm_ray.data.log.sealing.queries import Known, LabelRule, snapshot_query
+from causalrm_ray.data.log.sealing.seal import Sealer, pages
+from causalrm_ray.data.log.tables import log_tables
+from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, as_dataset, write_batches
 from causalrm_ray.types import FeedbackEvent, Impression, Meaning
 
 _ROWS_PER_PAGE = 10_000
@@ -89,10 +78,9 @@ class FeedbackLog:
     def __init__(self, url: str, signals: Mapping[str, Meaning | None], order: Sequence[Sequence[str]] = ()) -> None:
         self.signals = check_signals({signal: meaning for signal, meaning in signals.items() if meaning is not None})
         self.left_out = signals.keys() - self.signals.keys()
-        self._order = order
+        self._rule = LabelRule(self.signals, order)
         self._engine = open_database(url)
         self._tables = log_tables(self._engine.dialect.name)
-        self._shown = self._engine.url.render_as_string(hide_password=True)
 
     def append(self, impressions: Sequence[Impression] = (), events: Sequence[FeedbackEvent] = ()) -> Written:
         """Log a batch in one transaction: all of it is durable on return, or none of it if this raises or the process dies.
@@ -178,6 +166,12 @@ class FeedbackLog:
         ]
         return transact(self._engine, lambda connection: LogCounts(*connection.execute(select(*columns)).one()))
 
+    def count_others(self, prefix: str) -> int:
+        """How many impressions have an id that does not begin with `prefix`."""
+        shown = self._tables.impressions
+        query = select(func.count()).where(~shown.c.id.startswith(prefix, autoescape=True))
+        return transact(self._engine, lambda connection: connection.execute(query).scalar_one())
+
     def position(self) -> int:
         """The `seq` of the newest row; 0 for an empty log."""
         query = select(self._tables.state.c.position)
@@ -193,20 +187,20 @@ class FeedbackLog:
         counts only for its own impression and is final. Late events change the snapshot of a past `as_of`; the one of a given
         `upto` never changes, but for what is forgotten. Raises InputError for a damaged log.
         """
-        if as_of is not None and math.isnan(as_of):
-            raise ValueError(f"as_of must be a time in seconds, got {as_of}")
+        return as_dataset(transact(self._engine, lambda connection: list(self._batches(connection, as_of, upto))))
 
-        def read(connection: Connection) -> list[pa.RecordBatch]:
-            newest = connection.execute(select(self._tables.state.c.position)).scalar_one()
-            if connection.dialect.name == "sqlite":
-                verify(connection, self._shown)
-            if upto is not None and not 0 <= upto <= newest:
-                raise ValueError(f"upto must be a position in [0, {newest}], got {upto}")
-            query = _snapshot_query(self._tables, self.signals, self._order, as_of, newest if upto is None else upto)
-            result = connection.execution_options(yield_per=_ROWS_PER_PAGE).execute(query)
-            return [_snapshot_batch(page) for page in result.partitions()]
+    def export(self, path: Path) -> None:
+        """Write the snapshot of all rows as one Parquet file, whole or not at all; a page of rows is in memory."""
+        transact(self._engine, lambda connection: write_batches(self._batches(connection, None, None), path))
 
-        return as_dataset(transact(self._engine, read))
+    def seal(self, folder: Path, name: str, as_of: float | None = None) -> Path:
+        """Write the snapshot as of a time (None: no limit) to `folder`/snapshots/`name`.parquet, and return its path.
+
+        Its texts are in `folder`/segments, which hold what earlier snapshots did: only new rows are read.
+        Rows are in the order of their positions. One process at a time may do this in a folder. Raises as `snapshot` does.
+        """
+        _check_time(as_of)
+        return Sealer(self._engine, self._tables, self._rule, folder).seal(name, as_of)
 
     def stream(self, after: int = 0, limit: int | None = None) -> Iterator[tuple[int, FeedbackEvent]]:
         """Events logged after position `after` as (seq, event), in order of `seq`, at most `limit` of them (None: all)."""
@@ -222,6 +216,16 @@ class FeedbackLog:
                 yield position, FeedbackEvent(*values)
             left = left - size if len(page) == size else 0
 
+    def _batches(self, connection: Connection, as_of: float | None, upto: int | None) -> Iterator[pa.RecordBatch]:
+        _check_time(as_of)
+        newest = connection.execute(select(self._tables.state.c.position)).scalar_one()
+        if connection.dialect.name == "sqlite":
+            verify(connection, self._engine.url.render_as_string(hide_password=True))
+        if upto is not None and not 0 <= upto <= newest:
+            raise ValueError(f"upto must be a position in [0, {newest}], got {upto}")
+        known = Known(newest if upto is None else upto, as_of)
+        yield from pages(connection, snapshot_query(self._tables, self._rule, known), SNAPSHOT_SCHEMA)
+
     def close(self) -> None:
         """Let go of the database's connections."""
         self._engine.dispose()
@@ -236,60 +240,6 @@ def _count(table: Table, *conditions: ColumnElement[bool]) -> Any:
     return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
 
 
-def _label(events: Table, signals: Mapping[str, Meaning]) -> ColumnElement[int | None]:
-    """The label that an event means; NULL for one of an unknown signal, or between its thresholds."""
-    value, branches = events.c.value, []
-    for name, meaning in signals.items():
-        of_signal = events.c.signal == name
-        if isinstance(meaning, int):
-            branches.append((of_signal, meaning))
-            continue
-        if meaning.high is not None:
-            branches.append((and_(of_signal, value >= meaning.high), 1))
-        if meaning.low is not None:
-            branches.append((and_(of_signal, value <= meaning.low), 0))
-    return case(*branches, else_=None)
-
-
-def _rank(events: Table, order: Sequence[Sequence[str]]) -> ColumnElement[int]:
-    """The place of an event's signal in `order`, from 0."""
-    ranks = {name: place for place, names in enumerate(order) for name in names}
-    return case(ranks, value=events.c.signal, else_=len(order)) if ranks else literal(0)
-
-
-def _snapshot_query(
-    tables: LogTables, signals: Mapping[str, Meaning], order: Sequence[Sequence[str]], as_of: float | None, upto: int
-) -> Select:
-    """The rows of a snapshot, their columns in the order of SNAPSHOT_SCHEMA."""
-    events = tables.events
-
-    def known(table: Any) -> ColumnElement[bool]:
-        recorded = table.c.seq <= upto
-        return recorded if as_of is None else and_(recorded, table.c.time <= as_of)
-
-    withdrawal = events.alias("withdrawal")
-    withdrawn = exists().where(
-        withdrawal.c.retracts == events.c.id, withdrawal.c.impression_id == events.c.impression_id, known(withdrawal)
-    )
-    first = (_rank(events, order), events.c.time.desc(), events.c.id.desc())
-    place, meant = func.row_number().over(partition_by=events.c.impression_id, order_by=first), _label(events, signals)
-    ranked = (
-        select(events.c.impression_id, events.c.signal, meant.label("label"), place.label("place"))
-        .where(meant.is_not(None), known(events), ~withdrawn)
-        .subquery()
-    )
-    shown, signal, label = tables.impressions.c, ranked.c.signal, ranked.c.label
-    observed = cast(signal.is_not(None), Integer)
-    return (
-        select(shown.id, shown.prompt, shown.response, observed, label, signal)
-        .add_columns(shown.policy_version, shown.time, shown.user, shown.context)
-        .add_columns(shown.conversation_id, shown.model, shown.logprob, shown.asked_for_feedback)
-        .select_from(tables.impressions.outerjoin(ranked, and_(ranked.c.impression_id == shown.id, ranked.c.place == 1)))
-        .where(known(tables.impressions))
-        .order_by(shown.time, shown.id)
-    )
-
-
-def _snapshot_batch(page: Sequence[Any]) -> pa.RecordBatch:
-    arrays = [pa.array(column, field.type) for column, field in zip(zip(*page, strict=True), SNAPSHOT_SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=SNAPSHOT_SCHEMA)
+def _check_time(as_of: float | None) -> None:
+    if as_of is not None and math.isnan(as_of):
+        raise ValueError(f"as_of must be a time in seconds, got {as_of}")

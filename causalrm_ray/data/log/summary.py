@@ -8,17 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.snapshots.table import read_batches, value_at
 from causalrm_ray.data.users.clusters import digest, mixed
 from causalrm_ray.data.users.concentration import HEAVY, largest_share
 from causalrm_ray.errors import brief
 
-_ROWS_PER_BATCH = 10_000
 _HASHED = ("user", "conversation_id", "prompt", "response")
 _FEEDBACK = ("signal", "label", "feedback", "rating", "stars", "thumb", "thumbs", "vote", "score", "value", "events", "retracts")
 _VALUES = re.compile(r", got .*|^(impression|event) '[^']*': ", re.DOTALL)  # what differs from row to row
@@ -45,12 +43,11 @@ class LogSummary:
     concentration: tuple[str, ...]
 
 
-def summarise_log(log: Dataset) -> LogSummary:
-    """Read a snapshot in batches; kept are numbers of each row, no texts."""
+def summarise_log(snapshot: Path) -> LogSummary:
+    """Read a snapshot in batches; kept are numbers of each row, no texts. Raises SnapshotError as read_batches does."""
     reactions = Counter[str]()
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*_HASHED, "turns", "observed", "label")}
-    batches: Iterator[Any] = log.with_format("arrow").iter(_ROWS_PER_BATCH)
-    for batch in batches:
+    for batch in read_batches(snapshot):
         for name in _HASHED:
             found[name].append(digest(name, batch[name].to_pylist()))
         found["turns"].append(np.fromiter(map(_turns, batch["prompt"].to_pylist()), dtype=np.int64))
@@ -60,7 +57,7 @@ def summarise_log(log: Dataset) -> LogSummary:
         reactions.update(f"{signal} ({('disliked', 'liked')[label]})" for signal, label in events if label is not None)
     rows = {name: np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64) for name, parts in found.items()}
     return LogSummary(
-        impressions=len(log),
+        impressions=len(rows["observed"]),
         observed=int((rows["observed"] == 1).sum()),
         liked=int(rows["label"].sum()),
         distinct_prompts=_distinct(rows["prompt"]),
@@ -69,7 +66,7 @@ def summarise_log(log: Dataset) -> LogSummary:
         max_turns=int(rows["turns"].max(initial=0)),
         users=_distinct(rows["user"]),
         reactions=dict(sorted(reactions.items())),
-        concentration=tuple(_concentration(log, rows)),
+        concentration=tuple(_concentration(snapshot, rows)),
     )
 
 
@@ -108,10 +105,10 @@ def _distinct(hashes: np.ndarray) -> int:
     return len(np.unique(hashes[hashes != 0]))
 
 
-def _concentration(log: Dataset, rows: Mapping[str, np.ndarray]) -> Iterator[str]:
+def _concentration(snapshot: Path, rows: Mapping[str, np.ndarray]) -> Iterator[str]:
     for key, what in ((rows["user"], "user"), (mixed(rows["response"], rows["prompt"]), "impression_id")):
         most = largest_share(key, rows["observed"]) if len(key) else None
         if most is not None and most.share > HEAVY:
-            name = brief(log[most.row][what])
+            name = brief(value_at(snapshot, what, most.row))
             thing = f"user {name}" if what == "user" else f"the answer of impression {name}"
             yield f"{thing} has {most.rows} of {most.total} reactions, {most.share:.0%}"

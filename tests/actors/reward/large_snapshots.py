@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from actors.reward.snapshot_rows import SnapshotRows, load_rows
-from causalrm_ray.data.log.snapshot import SNAPSHOT_SCHEMA, read_snapshot, write_batches, write_snapshot
+from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, read_snapshot, write_batches, write_snapshot
 from causalrm_ray.estimators.diagnostics.groups import diagnose_groups, diagnose_signals
 from causalrm_ray.estimators.nuisances.noise_rates import estimate_by_anchors, estimate_noise_rates
 from causalrm_ray.estimators.nuisances.propensity import calibrate

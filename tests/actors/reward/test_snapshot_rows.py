@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -143,3 +144,30 @@ def test_little_is_kept_of_a_row(backbone: str, make_snapshot: Callable[..., Pat
     assert len(gc.get_objects()) - objects < 400, "no object of Python for each row"
     assert log.token_rows._flat.element_size() == 4
     assert kept / 2000 < 80 + 4 * len(log.token_rows._flat) / 2000
+
+
+def test_the_order_of_a_snapshot_changes_nothing(backbone: str, make_snapshot: Callable[..., Path]) -> None:
+    path, tokenizer = flooded(make_snapshot(1000)), load_tokenizer(backbone)
+    table = pq.read_table(path)
+    contexts = [json.dumps({"style": ("plain", "flashy", "other")[number // 2 % 3]}) for number in range(1000)]
+    for name, column in {"context": contexts, "time": [float(number // 50) for number in range(1000)]}.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(column))
+    table = table.sort_by([("time", "ascending"), ("impression_id", "ascending")])
+    pq.write_table(table, path)
+    expected = load_rows(path, tokenizer, 64, "auto")
+    shuffled = np.random.default_rng(0).permutation(1000)
+    pq.write_table(table.take(shuffled), path)
+    found = load_rows(path, tokenizer, 64, "auto")
+    assert torch.equal(torch.from_numpy(shuffled)[found.kept], expected.kept)
+    index = torch.arange(len(expected))
+    for name, values in expected.token_rows.batch(index).items():
+        assert torch.equal(found.token_rows.batch(index)[name], values)
+    for name in ("o", "r", "cluster"):
+        assert torch.equal(getattr(found.observations, name), getattr(expected.observations, name))
+    for name in ("heldout", "fold"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for name in ("traits", "lengths"):
+        assert torch.equal(getattr(found, name).number, getattr(expected, name).number)
+        assert getattr(found, name).names == getattr(expected, name).names
+    assert torch.equal(found.signals.place, expected.signals.place)
+    assert (found.warnings, found.split_by) == (expected.warnings, expected.split_by)

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.import_log import ImportReport, LengthLimit, import_log
-from causalrm_ray.data.log.snapshot import write_snapshot
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rows import SourceError
+from causalrm_ray.data.snapshots.table import write_snapshot
 from causalrm_ray.data.sources import read_prompts
 
 SIGNALS = {"upvote": 1, "downvote": 0}

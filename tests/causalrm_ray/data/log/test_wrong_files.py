@@ -20,8 +20,8 @@ import pytest
 from causalrm_ray.data.formats.native import Native
 from causalrm_ray.data.log.import_log import import_log
 from causalrm_ray.data.log.reading import Origin
-from causalrm_ray.data.log.snapshot import check_log
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.snapshots.table import check_snapshot
 from causalrm_ray.data.sources import read_prompts
 from causalrm_ray.errors import InputError
 
@@ -202,7 +202,7 @@ def refusal(files: Files, options: Mapping[str, str], folder: Path) -> tuple[str
         message = ""
         try:
             import_log(Origin(str(source), columns=columns), log, folder / "db" / "bad.jsonl")
-            check_log(log.snapshot())
+            check_snapshot(log.seal(folder / "db", "log"))
         except InputError as error:
             message = str(error)
         return message, log.counts().impressions

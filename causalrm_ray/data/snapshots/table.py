@@ -1,6 +1,7 @@
 """Snapshots of the feedback log: one row per impression, as Arrow in memory and Parquet on disk.
 
 batches --write_batches--> Parquet --read_batches--> batches        each row is checked on both ways; no column is ever whole
+What reads a snapshot reads one that is made of segments (see data.snapshots.segments), too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from causalrm_ray.data.parquet import read_batches_of, write_batches_as
+from causalrm_ray.data.snapshots.segments import read_rows, snapshot_header
 from causalrm_ray.data.users.clusters import digest
 from causalrm_ray.errors import InputError
 
@@ -84,20 +86,28 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[pa.Record
     yield from _read(Path(path), columns)
 
 
-def check_log(dataset: Dataset) -> None:
-    """Raise SnapshotError unless a reward model can be fitted on this snapshot: some rows, some with feedback and some
-    without, both labels.
-    """
-    check_counts(*_counts(_batches(dataset.select_columns(["observed", "label"]))))
+def value_at(path: str | Path, column: str, row: int) -> Any:
+    """One value of a snapshot that was checked before."""
+    for batch in read_columns(path, [column]):
+        if row < batch.num_rows:
+            return batch[column][row].as_py()
+        row -= batch.num_rows
+    raise IndexError(f"row must be in the snapshot, got {row} beyond it")
 
 
 def check_snapshot(path: str | Path) -> None:
-    """`check_log` of a snapshot on disk; raises SnapshotError as read_snapshot too."""
-    check_counts(*_counts(read_batches(path)))
+    """Raise SnapshotError unless a reward model can be fitted on a snapshot: some rows, some with feedback and some without, both
+    labels; or as read_snapshot does."""
+    rows = observed = positive = 0
+    for batch in read_batches(path):
+        rows += batch.num_rows
+        observed += int(np.count_nonzero(batch["observed"].to_numpy()))
+        positive += int(np.count_nonzero(batch["label"].fill_null(0).to_numpy()))
+    check_counts(rows, observed, positive)
 
 
 def check_counts(rows: int, observed: int, positive: int) -> None:
-    """`check_log` of a log's counts: rows, those with feedback, and those of label 1."""
+    """`check_snapshot` of a log's counts: rows, those with feedback, and those of label 1."""
     if rows == 0:
         raise SnapshotError("the feedback log must hold impressions, got 0 rows")
     if observed == 0:
@@ -115,18 +125,10 @@ def check_counts(rows: int, observed: int, positive: int) -> None:
         )
 
 
-def _counts(batches: Iterable[pa.RecordBatch]) -> tuple[int, int, int]:
-    rows = observed = positive = 0
-    for batch in batches:
-        rows += batch.num_rows
-        observed += int(np.count_nonzero(batch["observed"].to_numpy()))
-        positive += int(np.count_nonzero(batch["label"].fill_null(0).to_numpy()))
-    return rows, observed, positive
-
-
 def _read(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     try:
-        yield from read_batches_of(path, columns, ROWS)
+        header = snapshot_header(path)
+        yield from read_rows(path, header, columns, ROWS) if header else read_batches_of(path, columns, ROWS)
     except InputError as error:
         raise SnapshotError(f"snapshot {error}") from error
 
