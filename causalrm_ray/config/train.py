@@ -307,6 +307,9 @@ class LoopConfig(Section):
 
     steps: int = Field(24, ge=1, description="policy steps")
     checkpoint_every: int = Field(8, ge=0, description="steps between checkpoints; 0 only at the end")
+    keep: Annotated[int, Field(ge=1)] | None = Field(
+        2, description="checkpoints that are kept, with the snapshots and models of the refits that they need; null: all"
+    )
     max_failures: int = Field(
         3, ge=0, description="deaths that are tolerated: of generators, and of the whole job, which continues from its checkpoint"
     )

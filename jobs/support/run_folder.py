@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ import psutil
 from rich.console import Console
 
 from actors.cluster.telemetry import event
-from causalrm_ray.checkpoint import newest_complete, write_json
+from causalrm_ray.checkpoint import newest_complete, read_json, write_json
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
+from causalrm_ray.data.snapshots.segments import drop_snapshot, drop_unused
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 from causalrm_ray.types import Scored
@@ -39,7 +41,7 @@ class Run:
     with `run.resume` it continues from its newest complete checkpoint."""
 
     def __init__(self, config: Config, fresh_start: bool = False, trackers: Trackers | None = None) -> None:
-        self.path = config.run.path
+        self.path, self._keep = config.run.path, config.loop.keep
         self._trackers = trackers or Trackers(())
         self.checkpoint: Path | None = None
         if config.run.resume:
@@ -54,7 +56,7 @@ class Run:
     @property
     def first_step(self) -> int:
         """The first step to do: 0, or the one after the checkpoint."""
-        return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
+        return _step(self.checkpoint) if self.checkpoint else 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, and log the same to the trackers."""
@@ -81,6 +83,28 @@ class Run:
                 event("warning", level=logging.WARNING, text=text)
         self._trackers.summarise(summary)
 
+    def retire(self) -> None:
+        """Delete all but the newest `loop.keep` checkpoints, and the refits that nothing needs any more.
+
+        Those that serve in a checkpoint are needed, the first, whose models the report compares, and the newest.
+        """
+        checkpoints = sorted((self.path / "checkpoints").glob("step-*"), key=_step)
+        if self._keep is None:
+            return
+        for path in checkpoints[: -self._keep]:
+            shutil.rmtree(path)
+        refits = sorted((self.path / "propensity").glob("step-*"), key=_step)
+        needed = {"log", *(path.name for path in refits[-1:])}
+        for path in checkpoints[-self._keep :]:
+            serving = read_json(path / "facts.json")["serving"]
+            needed |= {Path(serving["reward"]["folder"]).parts[1], Path(serving["propensity"]).name}
+        for path in refits:
+            if path.name not in needed:
+                shutil.rmtree(self.path / "reward" / path.name, ignore_errors=True)
+                drop_snapshot(self.path / "snapshots" / f"{path.name}.parquet")
+                shutil.rmtree(path)
+        drop_unused(self.path)
+
     def _find_checkpoint(self) -> None:
         self.checkpoint, skipped = newest_complete(self.path / "checkpoints")
         for reason in skipped:
@@ -97,6 +121,10 @@ class Run:
         kept = itertools.takewhile(lambda found: found[1]["step"] < step, _lines(file))
         text = "".join(line for line, _ in kept)
         write_whole(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -113,6 +113,7 @@ def test_asynchronous_steps_of_learning_rate_zero_drift_nowhere(tmp_path: Path) 
         "world.impressions=600",
         "reward.method=naive",
         "reward.compare=[oracle]",
+        "reward.rho=[0.2,0.1]",  # of so few reactions they cannot always be estimated
         "reward.workers=0",
         "reward.refit_every=0",
         "loop.steps=20",

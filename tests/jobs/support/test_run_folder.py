@@ -1,16 +1,19 @@
-"""Rollouts are written beside the update: nothing waits but a checkpoint, and an error reaches the user."""
+"""Rollouts are written beside the update, and errors reach the user; what no checkpoint needs any more is deleted."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from causalrm_ray.checkpoint import write_json
 from causalrm_ray.config.options import load_config
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.rollouts import kept_steps, read_rollout, rollout_path
-from causalrm_ray.types import Completion, Prompt, Scored
+from causalrm_ray.types import Completion, Impression, Prompt, Scored
 from jobs.support.run_folder import RolloutWriter, Run
 
 SCORED = [Scored(Completion(Prompt("a", Conversation.user("hi"), (1, 2)), "yes", (3,), (-0.5,), "stop", 1), 0.25, 1)]
@@ -51,3 +54,42 @@ def test_rollouts_since_the_previous_checkpoint_are_kept(run: Run) -> None:
                 rollouts.forget(checkpoint=step + 1)
     assert kept_steps(run.path) == [2, 3, 4]
     assert read_rollout(rollout_path(run.path, 4)) == SCORED
+
+
+def refit(folder: Path, log: FeedbackLog, name: str) -> None:
+    """What a refit leaves."""
+    log.append([Impression(name, Conversation.user("hi"), "yes", 0, 1.0)])
+    log.seal(folder, name).with_suffix(".labels.safetensors").touch()
+    for kind in ("propensity", "reward"):
+        (folder / kind / name).mkdir(parents=True)
+
+
+def save(folder: Path, step: int, reward: str, propensity: str) -> None:
+    """A checkpoint in which these refits' models serve."""
+    serving = {"reward": {"folder": f"reward/{reward}/auto"}, "propensity": f"propensity/{propensity}"}
+    write_json(folder / "checkpoints" / f"step-{step}" / "facts.json", {"serving": serving})
+
+
+def names(folder: Path, kind: str) -> list[str]:
+    return sorted(path.name.removesuffix(".parquet") for path in (folder / kind).iterdir() if path.suffix != ".safetensors")
+
+
+@pytest.mark.parametrize("keep", ["1", "2", "null"])
+def test_what_no_checkpoint_needs_is_deleted(keep: str, tmp_path: Path) -> None:
+    run = Run(load_config(None, [f"run.dir={tmp_path}", "run.name=mine", f"loop.keep={keep}"]))
+    with closing(FeedbackLog(f"sqlite:///{tmp_path / 'log.db'}", {})) as log:
+        for name in ("log", "step-2", "step-4", "step-6", "step-10"):
+            refit(run.path, log, name)
+    save(run.path, 2, "log", "log")
+    save(run.path, 4, "step-2", "step-2")
+    save(run.path, 8, "step-2", "step-6")  # the model of step-6 was refused
+    save(run.path, 10, "step-6", "step-6")
+    run.retire()
+    checkpoints = {"1": ["step-10"], "2": ["step-10", "step-8"], "null": ["step-10", "step-2", "step-4", "step-8"]}
+    assert names(run.path, "checkpoints") == checkpoints[keep]
+    refits = {"1": ["log", "step-10", "step-6"], "2": ["log", "step-10", "step-2", "step-6"]}
+    kept = refits.get(keep, ["log", "step-10", "step-2", "step-4", "step-6"])
+    for kind in ("propensity", "reward", "snapshots"):
+        assert names(run.path, kind) == kept
+    assert len(list((run.path / "segments").iterdir())) == len(kept)  # each of them made its own of so few rows
+    assert len(list((run.path / "snapshots").glob("*.safetensors"))) == len(kept)
