@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from actors.reward.snapshot_rows import load_rows
 from causalrm_ray.config.options import load_config
@@ -18,7 +21,7 @@ from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import encode_pair, encode_prompt, fit_pair, load_tokenizer
 from causalrm_ray.world.grammar import train_prompts
-from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
+from causalrm_ray.world.pretrain import PretrainSettings, llama_config, train_tokenizer
 from jobs.__main__ import main
 from jobs.support.feedback import import_feedback
 from jobs.support.prompts import Models, PromptSource
@@ -51,7 +54,10 @@ LOG = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(train_prompts(), PretrainSettings()).save_pretrained(folder)
+    settings = PretrainSettings(hidden=32, intermediate=32, layers=1, heads=1)
+    tokenizer = train_tokenizer(train_prompts(), settings)
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(llama_config(tokenizer, settings)).save_pretrained(folder)
     return str(folder)
 
 
@@ -167,3 +173,23 @@ def test_what_a_policy_was_asked_is_what_is_logged_and_fitted(
     assert fit_pair(tokenizer, Conversation.of(talk(3)), ANSWER, LIMIT, "oldest").prompt == Conversation.of(talk(1))
     with pytest.raises(InputError, match=r"^prompt 2 \(a text of 21 characters\) .* tokens \(model.truncation=oldest would"):
         PromptSource(configured(*options, "model.truncation=refuse"), Models(model, model))
+
+
+def test_fit_reward_reads_long_conversations_and_reports_what_it_left_out(model: str, tmp_path: Path) -> None:
+    rows = []
+    for number in range(300):
+        liked = number % 3 > 0
+        row = {"id": str(number), "prompt": talk(4 if number % 10 == 0 else 0), "response": ANSWER if liked else "no"}
+        rows.append(row | ({"signal": "upvote" if liked else "downvote"} if number % 2 else {}))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = ["cluster.address=in-process", "rollout.engine=hf", "rollout.generators=1", "learner.ranks=1", "reward.workers=0"]
+    fit = ["reward.method=naive", "reward.compare=[]", "reward.epochs=1", "reward.rho=[0.1,0.1]"]
+    limits = [f"model.reward={model}", f"model.max_length={LIMIT}", "rollout.max_new_tokens=40", "model.truncation=oldest"]
+    given = [f"run.dir={tmp_path}", "run.name=long", f"feedback.source={tmp_path / 'log.jsonl'}", "world.users=none"]
+    command = [sys.executable, "-m", "jobs", "fit-reward", *given, *alone, *fit, *limits]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sentence = f"30 of 300 impressions are longer than {LIMIT} tokens"
+    assert sentence in done.stderr
+    warnings = json.loads((tmp_path / "long" / "summary.json").read_text())["diagnostics"]["warnings"]
+    assert [warning for warning in warnings if sentence in warning and ": 0 liked, 0 disliked, 30 without feedback; " in warning]
