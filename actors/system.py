@@ -188,7 +188,8 @@ class _Allocated:
 def _start_reward(config: Config, model: str, allocated: _Allocated) -> tuple[Any, Any]:
     """The propensity and reward roles, which share a GPU where there is one."""
     options = {"env": compute_env(allocated.on_gpu), "restarts": config.loop.max_failures}
-    limits = {"max_length": config.model.max_length, "per_user": config.feedback.per_user}
+    length = {"max_length": config.model.max_length, "truncation": config.model.truncation}
+    limits = {**length, "per_user": config.feedback.per_user}
     common = {**limits, "device": "cuda" if allocated.on_gpu else "cpu"}
     seed, folder = config.run.seed, config.run.path
     propensity = place(

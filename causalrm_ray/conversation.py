@@ -14,6 +14,7 @@ from typing import Any
 from causalrm_ray.errors import brief, kind_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_INSTRUCTIONS = ("system", "developer")  # of no turn
 KEPT_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")  # what chat templates render
 
 
@@ -79,6 +80,25 @@ class Conversation:
     def text(self) -> str:
         """The last user's message: what the answer replies to, for a person to read."""
         return next((message["content"] for message in reversed(self.messages) if message["role"] == "user"), "")
+
+    @property
+    def num_turns(self) -> int:
+        """How many turns there are, at least 1: a turn is a user's message and all up to the next user's, and what comes before
+        the first of them is a turn, too."""
+        return len(_turn_starts(self.messages))
+
+    def latest(self, turns: int) -> Conversation:
+        """The last `turns` turns, at least 1, whole; all messages of the system and of developers, and the tools, stay."""
+        messages, tools = self.parse()
+        first = _turn_starts(messages)[-turns:][0]
+        kept = [message for number, message in enumerate(messages) if number >= first or message["role"] in _INSTRUCTIONS]
+        return Conversation(_dump({"messages": kept, "tools": tools} if tools else kept))
+
+
+def _turn_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The places of the messages with which turns begin."""
+    spoken = [number for number, message in enumerate(messages) if message["role"] not in _INSTRUCTIONS]
+    return spoken[:1] + [number for number in spoken[1:] if messages[number]["role"] == "user"]
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ ROOMS = (
     "causalrm_ray.errors",
     "causalrm_ray.conversation causalrm_ray.registry",
     "causalrm_ray.types",
-    "causalrm_ray.files causalrm_ray.checks",
+    "causalrm_ray.files causalrm_ray.checks causalrm_ray.truncation",
     "causalrm_ray.checkpoint causalrm_ray.config causalrm_ray.metrics causalrm_ray.losses causalrm_ray.data",
     "causalrm_ray.data.log",
     "causalrm_ray.rl",

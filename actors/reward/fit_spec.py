@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causalrm_ray.config.train import RewardConfig
-from causalrm_ray.types import PerUser
+from causalrm_ray.types import PerUser, Truncation
 
 LOSS = "bce"  # cross-entropy on the logit
 BATCH_SIZE = 64  # rows per optimizer step over all workers, of reward and propensity models
@@ -20,7 +20,8 @@ class FitSpec:
 
     `snapshot` of the log; `propensities`: folder of the propensity model's version, which holds those of the snapshot's rows;
     `clean_labels`: file with r* of the rows, for the method "oracle" only. `start` is the model that fits begin from, under a
-    blank head; `per_user` is that of `load_rows`; `serving` (with `serving_version`) is measured on the same held-out rows.
+    blank head; `per_user` and `truncation` are those of `load_rows`; `serving` (with `serving_version`) is measured on the same
+    held-out rows.
     Raises ValueError if `methods` lack the one that `config` lets serve, or a path does not exist.
     """
 
@@ -35,6 +36,7 @@ class FitSpec:
     config: RewardConfig
     max_length: int
     per_user: PerUser
+    truncation: Truncation
     seed: int
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ from causalrm_ray.estimators.nuisances.calibration import Calibration
 from causalrm_ray.estimators.nuisances.propensity import Propensity, calibrate, cross_fit
 from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import load_tokenizer
-from causalrm_ray.types import PerUser
+from causalrm_ray.types import PerUser, Truncation
 
 PROPENSITIES = "propensity.safetensors"
 
@@ -57,16 +57,18 @@ class PropensityActor:
         *,
         max_length: int,
         per_user: PerUser = None,
+        truncation: Truncation = "refuse",
         device: str = "cpu",
         memory: Path | None = None,
     ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens; `clip` in (0, 1) is the
-        lowest propensity used in a weight; `per_user` rows with feedback are what a user counts for at most (see `load_rows`).
+        lowest propensity used in a weight; `per_user` rows with feedback are what a user counts for at most, and
+        `truncation` says what becomes of longer rows (see `load_rows`).
         The file `memory` records what is served, for a role that restarts."""
         torch.set_num_threads(1)  # sums in one order, so that a repeated fit repeats its bits
         self._backbone = backbone
         self._settings, self._clip = settings, clip
-        self._max_length, self._per_user = max_length, per_user
+        self._max_length, self._per_user, self._truncation = max_length, per_user, truncation
         self._device = device
         self._tokenizer = load_tokenizer(backbone)
         self._serving: _Serving | None = None
@@ -86,7 +88,7 @@ class PropensityActor:
         snapshot, so none of them has seen the rows whose propensity it predicts. Raises InputError for a log that cannot be
         fitted (see `load_rows`).
         """
-        log = load_rows(snapshot, self._tokenizer, self._max_length, self._per_user)
+        log = load_rows(snapshot, self._tokenizer, self._max_length, self._per_user, self._truncation)
         o = log.observations.o
         warm = self._serving is not None and self._serving.report.split_by == log.split_by
         starts = [partial(copy.deepcopy, model) for model in self._serving.models] if self._serving and warm else ()

@@ -27,7 +27,7 @@ from causalrm_ray.data.snapshots.table import check_snapshot
 from causalrm_ray.estimators.core.training import Shard
 from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
 from causalrm_ray.models.text import load_tokenizer
-from causalrm_ray.types import PerUser
+from causalrm_ray.types import PerUser, Truncation
 
 SERVING = "serving.json"
 SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
@@ -46,19 +46,21 @@ class RewardActor:
         folder: Path,
         timeout_s: float,
         per_user: PerUser = None,
+        truncation: Truncation = "refuse",
         use_gpu: bool = False,
         device: str = "cpu",
     ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes.
 
-        `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most (see `load_rows`); `timeout_s`
-        bounds the start of the workers and each exchange between them; `use_gpu` gives each worker a GPU; `device` is where the
-        serving model lies. Raises ValueError for a tokenizer that cannot pad rows.
+        `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most, and `truncation` says what
+        becomes of longer rows (see `load_rows`); `timeout_s` bounds the start of the workers and each exchange between them;
+        `use_gpu` gives each worker a GPU; `device` is where the serving model lies. Raises ValueError for a tokenizer that cannot
+        pad rows.
         """
         torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
         self._backbone = backbone
         self._config = config
-        self._max_length, self._per_user = max_length, per_user
+        self._max_length, self._per_user, self._truncation = max_length, per_user, truncation
         self._seed = seed
         self._folder = folder.resolve()
         self._trainer = RewardTrainer(config.workers, self._folder / SCRATCH, use_gpu=use_gpu, timeout_s=timeout_s)
@@ -103,6 +105,7 @@ class RewardActor:
             config=self._config,
             max_length=self._max_length,
             per_user=self._per_user,
+            truncation=self._truncation,
             seed=self._seed,
         )
         started = time.perf_counter()

@@ -32,8 +32,9 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals
 from causalrm_ray.estimators.nuisances.strata import length_buckets, merge_strata
 from causalrm_ray.files import write_whole
-from causalrm_ray.models.text import encode_pair
-from causalrm_ray.types import PerUser
+from causalrm_ray.models.text import fit_pair
+from causalrm_ray.truncation import Cuts, TooLongError
+from causalrm_ray.types import PerUser, Truncation
 
 MOST_VALUES = 8  # of a trait; more, and it is an id
 READ = ("impression_id", "prompt", "response", "context", "signal", "label")
@@ -67,12 +68,18 @@ class SnapshotRows:
         return len(self.kept)
 
 
-def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, per_user: PerUser = None) -> SnapshotRows:
+def load_rows(
+    snapshot: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    per_user: PerUser = None,
+    truncation: Truncation = "refuse",
+) -> SnapshotRows:
     """Token rows and observations of a snapshot, no user of which counts for more than `per_user` rows with feedback (see
-    data.users.concentration).
+    data.users.concentration). What is longer than `max_length` tokens is without its oldest turns, if `truncation` is "oldest".
 
     Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshots.table), InputError that names the
-    impression for a row of more than `max_length` tokens.
+    impression for a row that is too long.
     """
     keys, observed, label, order = _scan(snapshot)
     check_counts(len(observed), int(np.count_nonzero(observed)), int(np.count_nonzero(label)))
@@ -87,7 +94,7 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
     del keys, user
     rows, read = order[kept], np.empty_like(kept)
     read[order] = kept
-    texts = _Texts(tokenizer, max_length)
+    texts = _Texts(tokenizer, max_length, truncation)
     start = 0
     for batch in read_columns(snapshot, READ):
         texts.add(batch.filter(pa.array(read[start : start + batch.num_rows])))
@@ -101,7 +108,7 @@ def load_rows(snapshot: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
         torch.from_numpy(np.flatnonzero(sides.heldout)),
         torch.from_numpy(sides.fold),
         sides.by,
-        (*warnings, *sides.warnings),
+        (*warnings, *texts.cuts.warnings(len(observed), f"{max_length} tokens (model.max_length)"), *sides.warnings),
         Groups(*merge_strata(*texts.traits.crossings(place), observations)),
         Groups(*merge_strata(bucket, [f"length={name}" for name in names], observations)),
         _signals(np.concatenate(texts.meaning)[place], list(texts.meanings)),
@@ -157,9 +164,10 @@ def _digests(batch: pa.RecordBatch, column: str) -> np.ndarray:
 class _Texts:
     """What is read of the rows' texts, batch by batch."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation) -> None:
+        self._tokenizer, self._max_length, self._truncation = tokenizer, max_length, truncation
         self._ids, self._rows = array("i"), array("i")
+        self.cuts = Cuts()
         self.traits = _Traits()
         self.lengths: list[np.ndarray] = []
         self.meanings: dict[tuple[str, int], int] = {}
@@ -167,16 +175,16 @@ class _Texts:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Read a batch of READ; raises InputError for a row that is too long."""
-        texts = zip(batch["prompt"].to_pylist(), batch["response"].to_pylist(), strict=True)
-        for number, (prompt, response) in enumerate(texts):
-            row = encode_pair(self._tokenizer, Conversation(prompt), response)
-            if len(row) > self._max_length:
-                name = batch["impression_id"][number].as_py()
-                raise InputError(
-                    f"impression {name!r} must have at most {self._max_length} tokens (model.max_length), got {len(row)}"
-                )
-            self._ids.extend(row)
-            self._rows.append(len(row))
+        texts = zip(*(batch[name].to_pylist() for name in ("impression_id", "prompt", "response", "label")), strict=True)
+        for name, prompt, response, label in texts:
+            try:
+                found = fit_pair(self._tokenizer, Conversation(prompt), response, self._max_length, self._truncation)
+            except TooLongError as error:
+                limit = f"{self._max_length} tokens (model.max_length)"
+                raise InputError(f"impression {name!r} must have at most {limit}{error}") from error
+            self.cuts.add(found, label)
+            self._ids.extend(found.ids)
+            self._rows.append(len(found.ids))
         self.lengths.append(pc.call_function("utf8_length", [batch["response"]]).to_numpy())
         self.traits.add(batch["context"].to_pylist())
         given = zip(batch["signal"].to_pylist(), batch["label"].to_pylist(), strict=True)

@@ -54,7 +54,7 @@ def fit_into(folder: Path, spec: FitSpec, shard: Shard, device: torch.device) ->
     torch.set_num_threads(1)  # sums in one order, and no workers fighting for a core
     started = time.perf_counter()
     tokenizer = load_tokenizer(spec.backbone)
-    log = load_rows(spec.snapshot, tokenizer, spec.max_length, spec.per_user)
+    log = load_rows(spec.snapshot, tokenizer, spec.max_length, spec.per_user, spec.truncation)
     inputs = log.token_rows
     propensity = read_propensities(spec.propensities)
     fits = _fit(spec, inputs, log, propensity, shard, device)

@@ -21,7 +21,7 @@ from causalrm_ray.config.base import (
     TrackerName,
 )
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS
-from causalrm_ray.types import LABEL_SIGNALS, NoiseEstimator, Sampling
+from causalrm_ray.types import LABEL_SIGNALS, NoiseEstimator, Sampling, Truncation
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
@@ -70,7 +70,10 @@ class ModelConfig(Section):
     policy: str = Field(EMBEDDED, description="causal language model to tune: folder, hub id or 'embedded'")
     reward: str = Field(EMBEDDED, description="backbone of the reward and propensity models: folder, hub id or 'embedded'")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of policy and engine weights")
-    max_length: int = Field(128, ge=8, description="longest prompt + response, tokens; longer ones are refused or quarantined")
+    max_length: int = Field(128, ge=8, description="longest prompt + response, tokens; longer ones: see truncation")
+    truncation: Truncation = Field(
+        "refuse", description="what is too long is refused or quarantined, or read without as many oldest turns as needed"
+    )
 
 
 class WorldConfig(Section):

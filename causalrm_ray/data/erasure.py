@@ -44,6 +44,12 @@ class Forgotten:
         return self.ids if self.user is None else self.ids | {self.user}
 
     @cached_property
+    def asked(self) -> frozenset[str]:
+        """The prompts, and all that model.truncation may have left of them: a policy was asked one or the other."""
+        talks = [Conversation(prompt) for prompt in self.prompts]
+        return frozenset(talk.latest(turns).json for talk in talks for turns in range(1, talk.num_turns)) | self.prompts
+
+    @cached_property
     def questions(self) -> frozenset[str]:
         """The last turns of the prompts."""
         return frozenset(Conversation(prompt).text for prompt in self.prompts)
@@ -114,7 +120,7 @@ def _rows_gone(batch: pa.RecordBatch, forgotten: Forgotten) -> list[bool]:
         return [
             key in forgotten.ids or (user is not None and user == forgotten.user) for key, user in zip(ids, users, strict=True)
         ]
-    return [prompt in forgotten.prompts for prompt in batch["prompt"].to_pylist()] if "prompt" in names else [False] * len(batch)
+    return [prompt in forgotten.asked for prompt in batch["prompt"].to_pylist()] if "prompt" in names else [False] * len(batch)
 
 
 def _parquet_files(folder: Path) -> list[Path]:

@@ -15,12 +15,13 @@ from rich.table import Table
 from causalrm_ray.config.check import CheckConfig
 from causalrm_ray.config.train import EMBEDDED
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.log.import_log import ImportReport, import_log
+from causalrm_ray.data.log.import_log import ImportReport, LengthLimit, import_log
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.log.summary import LogSummary, Refused, summarise_log, summarise_quarantine
 from causalrm_ray.data.snapshots.table import SnapshotError, check_counts, read_columns
 from causalrm_ray.errors import ConfigError
-from jobs.support.feedback import length_limit, origin
+from causalrm_ray.truncation import Cuts
+from jobs.support.feedback import count_cuts, cut_notes, length_limit, origin
 
 MOST_LOST = 0.05  # share of the reactions that may be lost; above it the exit status is 1
 SHOWN = 3  # rows that are printed as the model reads them
@@ -38,21 +39,24 @@ def run(config: CheckConfig) -> int:
     with tempfile.TemporaryDirectory(prefix="check-log-") as folder:
         log = FeedbackLog(f"sqlite:///{folder}/log.db", config.feedback.signals, config.feedback.order)
         quarantine = Path(folder) / "quarantine.jsonl"
-        report = import_log(origin(config), log, quarantine, limit=length_limit(config, tokenizer) if tokenizer else None)
+        limit = length_limit(config, tokenizer) if tokenizer else None
+        report = import_log(origin(config), log, quarantine, limit=limit)
         snapshot = Path(folder) / "log.parquet"
         log.export(snapshot)
         log.close()
-        summary = summarise_log(snapshot)
-        found = describe(report, summary, summarise_quarantine(quarantine), _enough(summary))
+        summary, cuts = summarise_log(snapshot), count_cuts(snapshot, limit) if limit else Cuts()
+        found = describe(report, summary, summarise_quarantine(quarantine), _enough(summary), cuts)
+        found["warnings"] += cut_notes(cuts, report.impressions, config)
         if config.json:
             print(json.dumps(found, ensure_ascii=False))
         else:
-            _print(found, _as_read(snapshot, tokenizer), tokenizer is None)
+            _print(found, _as_read(snapshot, tokenizer, limit), tokenizer is None)
     return int(found["enough"] is not True or found["lost"] > MOST_LOST)
 
 
-def describe(report: ImportReport, log: LogSummary, refused: Refused, enough: str | None) -> dict[str, Any]:
-    """All figures, as JSON. `lost` is the share of reactions that are not read; `enough` is true, or why no fit is possible."""
+def describe(report: ImportReport, log: LogSummary, refused: Refused, enough: str | None, cuts: Cuts) -> dict[str, Any]:
+    """All figures, as JSON. `lost` is the share of reactions that are not read; `truncated` is about rows that are read without
+    their oldest turns; `enough` is true, or why no fit is possible."""
     reactions = log.observed + refused.reactions
     return {
         "format": ", ".join(report.formats),
@@ -62,6 +66,7 @@ def describe(report: ImportReport, log: LogSummary, refused: Refused, enough: st
         "quarantined": report.quarantined,
         "quarantined_by_reason": refused.reasons,
         "quarantined_reactions": refused.labels,
+        "truncated": cuts.figures(),
         "lost": refused.reactions / reactions if reactions else 0.0,
         "ignored_columns": list(report.ignored_columns),
         "ignored": dict(report.ignored),
@@ -79,15 +84,14 @@ def _enough(log: LogSummary) -> str | None:
     return None
 
 
-def _as_read(snapshot: Path, tokenizer: Any) -> list[str]:
+def _as_read(snapshot: Path, tokenizer: Any, limit: LengthLimit | None) -> list[str]:
     """A few rows as the model reads them, or as they are kept where no model is given."""
     batches = read_columns(snapshot, ["prompt", "response"])
     rows = [row for batch in itertools.islice(batches, 1) for row in batch.slice(0, SHOWN).to_pylist()]
-    if tokenizer is None:
+    if limit is None:
         return [f"{row['prompt']}\n-> {row['response']}" for row in rows]
-    from causalrm_ray.models.text import encode_pair
-
-    return [tokenizer.decode(encode_pair(tokenizer, Conversation(row["prompt"]), row["response"])) for row in rows]
+    pairs = [(Conversation(row["prompt"]), row["response"]) for row in rows]
+    return [tokenizer.decode(found.ids if (found := limit.fit(*pair)) else limit.encode(*pair)) for pair in pairs]
 
 
 def _print(found: dict[str, Any], rows: list[str], no_model: bool) -> None:

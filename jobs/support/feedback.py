@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,13 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.system import Roles
 from causalrm_ray.config.train import Config
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.import_log import LengthLimit, import_log
 from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.data.log.summary import summarise_log
-from causalrm_ray.data.snapshots.table import check_counts
+from causalrm_ray.data.rows import RowError
+from causalrm_ray.data.snapshots.table import check_counts, read_columns
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import LengthBound, encode_pair
+from causalrm_ray.truncation import Cuts
 from jobs.support.log import warn
 from jobs.support.prompts import EPOCH_S, PromptSource
 
@@ -26,11 +32,11 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
 
     Returns the import's report; None where nothing is imported.
     """
-    log = open_log(config)
+    log, limit = open_log(config), length_limit(config, tokenizer)
     report = None
     if config.feedback.source is not None:
         quarantine = config.run.path / "quarantine.jsonl"
-        report = asdict(import_log(origin(config), log, quarantine, limit=length_limit(config, tokenizer)))
+        report = asdict(import_log(origin(config), log, quarantine, limit=limit))
         if report["quarantined"]:
             warn(f"{report['quarantined']} of {report['rows']} rows are unusable; see {quarantine}")
         for note in report["warnings"]:
@@ -38,6 +44,8 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     snapshot = log.seal(config.run.path, "log")
     log.close()
     found = summarise_log(snapshot)
+    for note in cut_notes(count_cuts(snapshot, limit), found.impressions, config):
+        warn(note)
     Console().print(
         f"log: {found.impressions} impressions, {found.observed} with feedback, {found.liked} of them liked, {found.users} users,"
         f" at most {found.max_turns} turns",
@@ -48,10 +56,25 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
 
 
 def length_limit(config: Config, tokenizer: PreTrainedTokenizerBase) -> LengthLimit:
-    """Refuses rows of more than model.max_length tokens; only what could be too long is tokenized."""
-    return LengthLimit(
-        lambda prompt, response: len(encode_pair(tokenizer, prompt, response)), config.model.max_length, LengthBound(tokenizer)
-    )
+    """Refuses rows of more than model.max_length tokens, by model.truncation; only what could be too long is tokenized."""
+    limits = config.model
+    return LengthLimit(partial(encode_pair, tokenizer), limits.max_length, LengthBound(tokenizer), limits.truncation)
+
+
+def count_cuts(snapshot: Path, limit: LengthLimit) -> Cuts:
+    """What a fit would read without its oldest turns, of a snapshot; none where `limit` drops no turns."""
+    cuts, columns = Cuts(), ("prompt", "response", "label")
+    for batch in read_columns(snapshot, columns) if limit.truncation == "oldest" else ():
+        for prompt, response, label in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+            with suppress(RowError):  # of a log that was not imported here: the fit refuses it by its id
+                if found := limit.fit(Conversation(prompt), response):
+                    cuts.add(found, label)
+    return cuts
+
+
+def cut_notes(cuts: Cuts, impressions: int, config: Config) -> list[str]:
+    """What is to be said of rows without their oldest turns."""
+    return cuts.warnings(impressions, f"{config.model.max_length} tokens (model.max_length)")
 
 
 def origin(config: Config) -> Origin:

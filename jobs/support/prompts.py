@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.train import EMBEDDED, Config
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.sources import read_prompts
-from causalrm_ray.errors import InputError
+from causalrm_ray.errors import InputError, kind_of
 from causalrm_ray.models.identity import check_weights
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
+from causalrm_ray.truncation import Cuts, TooLongError, fit
 from causalrm_ray.types import Completion, Impression, Prompt, Request
 from causalrm_ray.world.grammar import evaluation_prompts, style_of, train_prompts
 from causalrm_ray.world.pretrain import Progress, ensure_policy
+from jobs.support.log import warn
 
 EPOCH_S = 1_767_225_600.0  # the simulated clock's zero and the time of the first log's impressions: 2026-01-01
 STEP_S = 30.0  # simulated seconds between policy steps; users react within 60, so some feedback arrives after a refit
@@ -116,12 +119,20 @@ class PromptSource:
         ]
 
     def _encode(self, prompts: Sequence[Conversation]) -> list[tuple[Conversation, tuple[int, ...]]]:
+        """Each prompt as the policy reads it, with its ids: what was dropped of it is in no record of its answers either, so that
+        fits read the ids that were sampled from and scored, however short the answer."""
         room = self._config.model.max_length - self._config.rollout.max_new_tokens - 1  # the log appends an end token
-        encoded = [(prompt, encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
-        for number, (prompt, token_ids) in enumerate(encoded, start=1):
-            if len(token_ids) > room:
-                limit = f"model.max_length - rollout.max_new_tokens - 1 = {room} tokens"
-                raise InputError(f"prompt {number} ({prompt.text[:40]!r}) must have at most {limit}, got {len(token_ids)}")
+        limit = f"model.max_length - rollout.max_new_tokens - 1 = {room} tokens"
+        encoded, cuts = [], Cuts()
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                found = fit(prompt, partial(encode_prompt, self.tokenizer), room, self._config.model.truncation)
+            except TooLongError as error:
+                raise InputError(f"prompt {number} ({kind_of(prompt.text)}) must have at most {limit}{error}") from error
+            cuts.add(found)
+            encoded.append((found.prompt, found.ids))
+        for note in cuts.warnings(len(prompts), limit, "prompts"):
+            warn(note)
         return encoded
 
     def clock(self, step: int) -> float:

@@ -95,6 +95,18 @@ def test_others_stay(run: Path) -> None:
         assert log.snapshot()["impression_id"][:] == ["b"]
 
 
+def test_what_replies_to_a_part_of_a_conversation_goes_too(run: Path) -> None:
+    """The part that model.truncation leaves, of which no log knows."""
+    turns = [("user", SECRET), ("assistant", "so?"), ("user", SECRET + "!"), ("assistant", "so?"), ("user", "and now?")]
+    talk = [{"role": role, "content": text} for role, text in turns]
+    with closing(FeedbackLog(f"sqlite:///{run / 'feedback.db'}", SIGNALS)) as log:
+        log.append([Impression("c", Conversation.of(talk), "so", 0, 1.0, "ann")])
+    prompt = Prompt("p", Conversation.of(talk[2:]), (1,))
+    write_rollout([Scored(Completion(prompt, "so", (3,), (-0.5,), "stop", 0), 0.1, 1)], rollout_path(run, 3))
+    assert forget(run, "user=ann") == 0
+    assert kept_steps(run) == [0, 2]
+
+
 def test_again_it_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert forget(run, "user=ann") == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and not path.name.startswith("feedback.db")}

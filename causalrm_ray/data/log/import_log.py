@@ -26,7 +26,8 @@ from causalrm_ray.data.log.schema import RETRACT, RecordError, event_row, impres
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.log.values import Values
 from causalrm_ray.data.rows import Quarantine, RawRow, RowError, SourceError, conversation
-from causalrm_ray.types import FeedbackEvent, Impression
+from causalrm_ray.truncation import Fitting, TooLongError, fit
+from causalrm_ray.types import FeedbackEvent, Impression, Truncation
 
 _COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
 _ROWS_PER_TRANSACTION = 4_000
@@ -63,22 +64,26 @@ class ImportReport:
 
 @dataclass(frozen=True, slots=True)
 class LengthLimit:
-    """Refuses rows with `length_of(prompt, response)` above `longest` (tokens, or what `length_of` counts).
+    """Refuses rows that `encode(prompt, response)` makes longer than `longest`, with "oldest" only those that stay so without all
+    of their earlier turns (see causalrm_ray.truncation). The log keeps every row as it came.
 
-    `at_most` is a bound of `length_of` that is quick to find, None where there is none: most rows need nothing else.
+    `at_most` is a bound of the length that is quick to find, None where there is none: most rows need nothing else.
     """
 
-    length_of: Callable[[Conversation, str], int]
+    encode: Callable[[Conversation, str], Sequence[Any]]
     longest: int
     at_most: Callable[[Conversation, str], int | None] | None = None
+    truncation: Truncation = "refuse"
 
-    def check(self, prompt: Conversation, response: str) -> None:
-        """Raise RowError for a row that is too long."""
+    def fit(self, prompt: Conversation, response: str) -> Fitting[Sequence[Any]] | None:
+        """What is read of a row; None for one that is short enough by its bound. Raises RowError for one that is too long."""
         bound = self.at_most(prompt, response) if self.at_most else None
         if bound is not None and bound <= self.longest:
-            return
-        if (length := self.length_of(prompt, response)) > self.longest:
-            raise RowError(f"prompt and response must have a length of at most {self.longest}, got {length}")
+            return None
+        try:
+            return fit(prompt, lambda kept: self.encode(kept, response), self.longest, self.truncation)
+        except TooLongError as error:
+            raise RowError(f"prompt and response must have a length of at most {self.longest}{error}") from error
 
 
 def import_log(
@@ -236,7 +241,7 @@ class _Import:
             )
         )
         if self._limit:
-            self._limit.check(prompt, logged.response)
+            self._limit.fit(prompt, logged.response)
         return row
 
     def _events(self, found: Iterable[LoggedEvent], impression_id: str, default_time: float) -> Iterator[dict[str, Any]]:

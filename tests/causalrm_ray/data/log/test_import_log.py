@@ -83,7 +83,7 @@ BAD_ROWS = [
     ({**GOOD, "context": "{"}, "context must be a mapping or a JSON object"),
     ({"prompt": "p", "response": "long " * 9}, "prompt and response must have a length of at most 5, got 10"),
 ]
-LIMIT = LengthLimit(lambda prompt, response: len((prompt.text + " " + response).split()), longest=5)
+LIMIT = LengthLimit(lambda prompt, response: (prompt.text + " " + response).split(), longest=5)
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_ROWS)
