@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.cluster.telemetry import DRIVER, record
@@ -25,6 +26,7 @@ from actors.weights.publish import Publisher
 from causalrm_ray.config.train import RolloutConfig
 from causalrm_ray.types import Completion, Impression, Request, Scored
 
+PROBE_TOKENS = 16  # of an answer that engine and learner are compared on
 Show = Callable[[Sequence[Completion]], list[Impression]]  # what users see of a micro-batch
 
 
@@ -58,6 +60,15 @@ class RolloutStream:
             completion for chunk in self._micro_batches(self._generators.generate(requests, sampling)) for completion in chunk
         ]
         return sorted(done, key=lambda completion: completion.prompt.id)
+
+    def probe(self, requests: Sequence[Request]) -> dict[str, list[Completion]]:
+        """Short answers of each generator to the same requests, sampled as training samples, by the generator's name."""
+        sampling = replace(self._config.sampling(), max_new_tokens=min(PROBE_TOKENS, self._config.max_new_tokens))
+        found = {}
+        for name in self._generators.handles:
+            calls = self._generators.generate(requests, sampling, [name])
+            found[name] = [completion for chunk in self._micro_batches(calls) for completion in chunk]
+        return found
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Let the generators begin on `requests`, which must be those of the next `rollout`: under the weights that they have,

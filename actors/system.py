@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.size import model_size
 from causalrm_ray.registry import ENGINES
-from causalrm_ray.types import Completion
+from causalrm_ray.types import Completion, Request
 
 ALL_ROLES = frozenset(("log", "users", "reward", "generators", "learner"))
 
@@ -91,6 +92,14 @@ class Roles:
             "sync_gb_per_s": slowest.bytes / slowest.seconds / 1e9,
             "sync_checksum_ok": float(all(report.checksum_ok for report in reports.values())),
         }
+
+    def engine_gaps(self, requests: Sequence[Request]) -> dict[str, float]:
+        """Mean |difference|, nats per token, between each generator's log-probabilities and the learner's, on its answers to some
+        requests."""
+        probes = self.stream.probe(requests)
+        gaps = {name: fmean(self.learner.gaps(completions).values()) for name, completions in probes.items()}
+        event("engines", "learner", gaps=gaps)
+        return gaps
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the learner's exact state and the policy under `folder`, and return which reward and propensity models serve."""

@@ -8,29 +8,33 @@ each step:   completions --> rewards --> learner --> weights
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from actors.cluster.runtime import ray_cluster
 from actors.system import Roles, start_roles
+from actors.weights.agreement import check_agreement
 from causalrm_ray.checkpoint import atomic_folder, read_json, write_json
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
 from causalrm_ray.report.page import write_report
+from causalrm_ray.rl.drift import LOW_ESS, low_ess
 from causalrm_ray.types import Scored
 from jobs.support.errors import discarding_refused_import
 from jobs.support.feedback import import_feedback, simulate_feedback
 from jobs.support.lock import run_lock
-from jobs.support.log import run_log
+from jobs.support.log import run_log, warn
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
 from jobs.support.prompts import PromptSource, find_models
 from jobs.support.run_folder import STOPPED, MemoryMonitor, RolloutWriter, Run, StopRequest
 from jobs.support.summary import Start, judge_start, promotion_metrics, summarise
 from jobs.support.trackers import Trackers
+
+PROBES = 8  # answers of each generator on which it is compared with the learner
 
 
 def run(config: Config, fresh_start: bool = False) -> int:
@@ -75,7 +79,10 @@ def train(config: Config, run: Run, prompts: PromptSource, roles: Roles, progres
             raise InputError(f"{run.checkpoint} was written by an earlier version: start a new run")
         start = Start(**facts["start"])
         roles.load(run.checkpoint, facts["serving"])
+        check_engines(config, prompts, roles)
     else:
+        roles.publish()
+        check_engines(config, prompts, roles)
         start = prepare(config, prompts, oracle, roles, progress)
         save(run, roles, start, 0)
 
@@ -91,6 +98,7 @@ def train(config: Config, run: Run, prompts: PromptSource, roles: Roles, progres
                 metrics |= promotion_metrics(refit)
             run.log(step, metrics)
             progress.step(step, metrics)
+            check_step(config, metrics)
             if due(step, config.loop.checkpoint_every) or last or stop.asked:
                 rollouts.wait()
                 save(run, roles, start, step + 1)
@@ -102,6 +110,20 @@ def train(config: Config, run: Run, prompts: PromptSource, roles: Roles, progres
 
     progress.phase("evaluating")
     return summarise(config, run, roles, prompts, oracle, start)
+
+
+def check_engines(config: Config, prompts: PromptSource, roles: Roles) -> None:
+    """Refuse engines that do not compute what the learner does: they have taken its weights in once."""
+    gaps = roles.engine_gaps(prompts.evaluation_requests()[:PROBES])
+    check_agreement(gaps, config.model.dtype, config.rollout.engine)
+
+
+def check_step(config: Config, metrics: Mapping[str, float]) -> None:
+    """The same of all answers of a step that the newest weights wrote, those of a generator that was replaced among them."""
+    if metrics["staleness"] == 0:
+        check_agreement({"its answers": metrics["logprob_mismatch_mean_abs"]}, config.model.dtype, config.rollout.engine)
+        if metrics["importance_weight_ess"] < LOW_ESS:
+            warn(low_ess(metrics["importance_weight_ess"]))
 
 
 def prepare(config: Config, prompts: PromptSource, oracle: Oracle, roles: Roles, progress: Progress) -> Start:

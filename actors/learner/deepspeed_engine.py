@@ -19,6 +19,7 @@ from torch import nn
 
 from causalrm_ray.config.train import LearnerConfig
 from causalrm_ray.models.lora import Weight
+from causalrm_ray.models.policy import ActorCritic
 
 TAG = "engine"  # folder of the engine's files inside a checkpoint
 
@@ -169,3 +170,14 @@ def _settings(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own needs a compiler, and does not resume exactly
         "steps_per_print": 2**31,
     }
+
+
+def parameter_groups(module: ActorCritic, config: LearnerConfig) -> list[dict[str, Any]]:
+    """What the optimizer trains: policy and critic with a learning rate each; matrices decay, vectors (biases, norms) do not."""
+    groups = []
+    for parameters, lr in ((module.policy_parameters(), config.lr), (module.critic_parameters(), config.critic_lr)):
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1] if config.weight_decay else parameters
+        vectors = [parameter for parameter in parameters if parameter.ndim <= 1] if config.weight_decay else []
+        groups.append({"params": matrices, "lr": lr, "weight_decay": config.weight_decay})
+        groups.append({"params": vectors, "lr": lr})
+    return [group for group in groups if group["params"]]

@@ -33,6 +33,15 @@ class LearnerGroup:
         shares = self._sharder.split(completions) if self.ranks else ()
         return [rank.prepare.remote(share) for rank, share in zip(self.ranks, shares, strict=True)]
 
+    def gaps(self, completions: Sequence[Completion]) -> dict[str, float]:
+        """Mean |difference| between the engine's log-probabilities of each answer's tokens and the learner's, by its prompt's id.
+
+        Raises ValueError, naming the id, for an answer that could not be trained on.
+        """
+        shares = self._sharder.split_apart(completions)
+        found = [rank.gaps.remote(share) for rank, share in zip(self.ranks, shares, strict=True)]
+        return {name: gap for gaps in self._wait(found, "compare engine and learner") for name, gap in gaps.items()}
+
     def await_before_update(self, prepared: Sequence[Any]) -> None:
         """Let the next update wait for what `prepare` returned, in place of the caller."""
         self._preparing += prepared

@@ -17,11 +17,11 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
-from actors.learner.deepspeed_engine import DeepSpeedEngine
+from actors.learner.deepspeed_engine import DeepSpeedEngine, parameter_groups
 from actors.learner.export import PolicyExport
 from actors.learner.rank_metrics import Step, all_reduce_sum, rollout_metrics, step_metrics
 from actors.learner.shares import Answer, Share, StepShare
@@ -100,6 +100,20 @@ class LearnerRank(PolicyExport):
             for place, row in enumerate(batch):
                 length = len(answers[row].logprobs_R)
                 self._prepared[share.ids[row]] = Prepared(answers[row], *(field[place, :length] for field in fields))
+
+    def gaps(self, share: Share) -> dict[str, float]:
+        """Mean |difference| between the engine's log-probabilities of each answer's tokens and these weights', by id; the answers
+        are kept for no update."""
+        answers, found = share.answers(), {}
+        for batch in share.batches:
+            rows = [answers[row] for row in batch] or [PADDING_ROW]
+            with torch.no_grad():
+                tokens = make_batch([answer.row for answer in rows], self._engine.device, self._shares_prompts)
+                logprobs_BR = self._engine(tokens, self._temperature).logprobs_BR.cpu()
+            for place, row in enumerate(batch):
+                engine_R = answers[row].logprobs_R
+                found[share.ids[row]] = float((logprobs_BR[place, : len(engine_R)] - engine_R).abs().mean())
+        return found
 
     def update(self, step: StepShare) -> dict[str, float]:
         """Train on a step whose answers were all prepared, and return metrics over ranks.
@@ -280,14 +294,3 @@ def make_objective(config: LearnerConfig, max_new_tokens: int) -> Objective:
     clip = Clip(config.clip or algorithm.clip.low, config.clip_high or config.clip or algorithm.clip.high)
     estimator = config.kl.estimator or algorithm.kl
     return Objective(algorithm, clip, estimator, config.lam, config.truncation, max_new_tokens)
-
-
-def parameter_groups(module: ActorCritic, config: LearnerConfig) -> list[dict[str, Any]]:
-    """What the optimizer trains: policy and critic with a learning rate each; matrices decay, vectors (biases, norms) do not."""
-    groups = []
-    for parameters, lr in ((module.policy_parameters(), config.lr), (module.critic_parameters(), config.critic_lr)):
-        matrices = [parameter for parameter in parameters if parameter.ndim > 1] if config.weight_decay else parameters
-        vectors = [parameter for parameter in parameters if parameter.ndim <= 1] if config.weight_decay else []
-        groups.append({"params": matrices, "lr": lr, "weight_decay": config.weight_decay})
-        groups.append({"params": vectors, "lr": lr})
-    return [group for group in groups if group["params"]]

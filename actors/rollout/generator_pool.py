@@ -46,9 +46,12 @@ class Generators:
         """What each runs on, once all have started."""
         return resolve([handle.info.remote() for handle in self.handles.values()], "start generators", self._timeout_s)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling | None = None) -> dict[str, Call]:
-        """Ask every generator for its share."""
-        shares = zip(self.handles, _even_shares(requests, len(self.handles)), strict=True)
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Call]:
+        """Ask every generator, or those of these names, for its share."""
+        asked = self.handles if names is None else names
+        shares = zip(asked, _even_shares(requests, len(asked)), strict=True)
         return {name: self._ask(name, share, sampling) for name, share in shares if share}
 
     def micro_batches(self, calls: Mapping[str, Call], publisher: Publisher | None) -> Iterator[list[Completion]]:

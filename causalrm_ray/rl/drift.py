@@ -9,6 +9,7 @@ WINDOW = 3  # steps whose mean is compared: the first ones with the last ones
 ENTROPY_SHARE = 0.3  # of the entropy at the start, below which the policy is close to collapse
 LENGTH_DRIFT = 0.5  # relative change of the mean length beyond which the reward model may reward length itself
 STOPPED_SHARE = 0.5  # of the steps
+LOW_ESS = 0.9  # share of the tokens; where engine and learner agree it is 1, or a little less in bfloat16
 
 
 def drift_warnings(rows: Sequence[Mapping[str, float]]) -> list[str]:
@@ -29,6 +30,9 @@ def drift_warnings(rows: Sequence[Mapping[str, float]]) -> list[str]:
             f"Answers went from {length[0]:.0f} to {length[1]:.0f} tokens on average: read some: the reward model may reward "
             "length itself. Raise learner.kl.coefficient, or collect feedback on such answers and refit."
         )
+    weights = [row["importance_weight_ess"] for row in rows if row.get("staleness") == 0 and "importance_weight_ess" in row]
+    if weights and min(weights) < LOW_ESS:
+        sentences.append(low_ess(min(weights)))
     stopped = [row["kl_stopped"] for row in rows if "kl_stopped" in row]
     if stopped and fmean(stopped) > STOPPED_SHARE:
         sentences.append(
@@ -36,6 +40,15 @@ def drift_warnings(rows: Sequence[Mapping[str, float]]) -> list[str]:
             "learner.epochs."
         )
     return sentences
+
+
+def low_ess(share: float) -> str:
+    """The warning on importance weights of an effective sample size of this `share` of a step's tokens, all written by the newest
+    weights."""
+    return (
+        f"The effective sample size of the importance weights was {share:.0%} of the tokens, though the newest weights wrote "
+        "them: engine and learner disagree. Take model.dtype=float32, or rollout.engine=hf."
+    )
 
 
 def _ends(rows: Sequence[Mapping[str, float]], name: str) -> tuple[float, float] | None:
