@@ -31,6 +31,7 @@ from vllm.utils.nccl import unpinned_nccl_env
 from actors.weights.broadcast import BroadcastGroup, BucketLayout, GroupRank, join_group, receive
 from actors.weights.ipc import SharedWeights, attach
 from actors.weights.packing import Weights, checksum, unpack
+from causalrm_ray.models.checkpoint_names import as_in_checkpoints
 
 BACKEND = "causalrm_ray"
 
@@ -123,7 +124,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _load(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         model: Any = self.model
-        model.load_weights(self._of_own_dtype(named_tensors))
+        model.load_weights(as_in_checkpoints(self.model_config.model, self._of_own_dtype(named_tensors)))
 
     def _of_own_dtype(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:
@@ -143,6 +144,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         def sum_and_pack(layer: nn.Module) -> None:
             self._received[layer] = checksum(_own_parameters(layer))
+            if self.device.type == "cpu" and hasattr(method, "moe_kernel"):
+                method.moe_kernel = None  # else it takes experts for packed that are not: vLLM packs them with a new kernel only
             pack_layer(layer)
 
         vars(method)["process_weights_after_loading"] = sum_and_pack
