@@ -22,6 +22,7 @@ from vllm import LLMEngine
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -29,9 +30,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.utils.nccl import unpinned_nccl_env
 
 from actors.weights.broadcast import BroadcastGroup, BucketLayout, GroupRank, join_group, receive
+from actors.weights.checkpoint_names import as_in_checkpoints
 from actors.weights.ipc import SharedWeights, attach
 from actors.weights.packing import Weights, checksum, unpack
-from causalrm_ray.models.checkpoint_names import as_in_checkpoints
 
 BACKEND = "causalrm_ray"
 
@@ -144,8 +145,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         def sum_and_pack(layer: nn.Module) -> None:
             self._received[layer] = checksum(_own_parameters(layer))
-            if self.device.type == "cpu" and hasattr(method, "moe_kernel"):
-                method.moe_kernel = None  # else it takes experts for packed that are not: vLLM packs them with a new kernel only
+            if self.device.type == "cpu" and isinstance(method, FusedMoEMethodBase):
+                method.moe_kernel = None  # vLLM packs experts when it makes a kernel only
             pack_layer(layer)
 
         vars(method)["process_weights_after_loading"] = sum_and_pack

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from causalrm_ray.models.linear import use_onednn
+from causalrm_ray.models.kernels import attention, use_onednn
 from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS
 from causalrm_ray.models.text import answer_template
 
@@ -45,7 +45,7 @@ class SequenceScorer(nn.Module):
         """
         with _quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                str(source), num_labels=1, dtype=dtype, output_loading_info=True
+                str(source), num_labels=1, dtype=dtype, attn_implementation=attention(str(source)), output_loading_info=True
             )
         scorer = cls(model)
         missing = set(loading["missing_keys"])

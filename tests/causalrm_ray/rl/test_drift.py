@@ -38,9 +38,7 @@ def test_updates_that_mostly_end_early_get_a_warning() -> None:
 
 
 @pytest.mark.parametrize(("staleness", "share", "warned"), [(0.0, 0.16, True), (0.0, 0.95, False), (0.5, 0.16, False)])
-def test_a_low_effective_sample_size_under_the_newest_weights_is_warned_of(
-    staleness: float, share: float, warned: bool
-) -> None:
+def test_a_low_effective_sample_size_under_the_newest_weights_is_warned_of(staleness: float, share: float, warned: bool) -> None:
     rows = [{"staleness": 0.0, "importance_weight_ess": 1.0}, {"staleness": staleness, "importance_weight_ess": share}]
     found = drift_warnings(rows)
     assert len(found) == warned

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from causalrm_ray.models.linear import OneDnnLinear, use_onednn
+from causalrm_ray.models.kernels import OneDnnLinear, use_onednn
 
 
 def both(bias: bool) -> tuple[OneDnnLinear, nn.Linear]:

@@ -1,7 +1,8 @@
-"""Linear layers on the CPU in float32 by oneDNN, which torch itself uses for half precision only.
+"""Which kernels compute a model.
 
-For float32 torch asks MKL, whose kernels leave half of an AMD processor's AVX-512 idle: oneDNN's are twice as fast there.
-The result is the same but for the order of sums, and repeats to the bit.
+Linear layers on the CPU in float32: oneDNN, which torch itself uses for half precision only. For float32 torch asks MKL, whose
+kernels leave half of an AMD processor's AVX-512 idle: oneDNN's are twice as fast there. The result is the same but for the order
+of sums, and repeats to the bit. Attention: what computes what the model's config says.
 """
 
 from __future__ import annotations
@@ -10,6 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
+
+
+def attention(model: str) -> str | None:
+    """The implementation of attention that computes what the config of a model (folder or hub id) says; None: the default one.
+
+    Fused kernels (sdpa) leave out a soft cap of attention's logits, as Gemma 2 has it.
+    """
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
 
 
 class OneDnnLinear(nn.Linear):
