@@ -24,7 +24,7 @@ class TooLongError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Fitting(Generic[Encoded]):
+class Truncated(Generic[Encoded]):
     """What a model reads of a conversation: `prompt`, encoded as `ids`, without the `turns` oldest ones, of `tokens` tokens."""
 
     prompt: Conversation
@@ -33,9 +33,9 @@ class Fitting(Generic[Encoded]):
     tokens: int = 0
 
 
-def fit(
+def truncate(
     prompt: Conversation, encode: Callable[[Conversation], Encoded], longest: int, truncation: Truncation
-) -> Fitting[Encoded]:
+) -> Truncated[Encoded]:
     """The ids of a conversation, at most `longest`; with "oldest" as few of its oldest turns are dropped as that needs.
 
     What `Conversation.latest` keeps is never dropped, nor cut. The number of turns is found by bisection: a few encodings.
@@ -43,7 +43,7 @@ def fit(
     """
     ids = encode(prompt)
     if len(ids) <= longest:
-        return Fitting(prompt, ids)
+        return Truncated(prompt, ids)
     whole, turns = len(ids), prompt.num_turns
     if turns == 1:
         raise TooLongError(f", got {whole}")
@@ -62,7 +62,7 @@ def fit(
             fits, kept, found = middle, shorter, ids
         else:
             too_few = middle
-    return Fitting(kept, found, fits, whole - len(found))
+    return Truncated(kept, found, fits, whole - len(found))
 
 
 class Cuts:
@@ -72,7 +72,7 @@ class Cuts:
         self._labels: Counter[str] = Counter()
         self._turns, self._tokens = array("q"), array("q")
 
-    def add(self, found: Fitting[Any], label: int | None = None) -> None:
+    def add(self, found: Truncated[Any], label: int | None = None) -> None:
         """Count a row if it lost turns; `label` is None where no feedback was given."""
         if found.turns:
             self._labels[LABELS[label]] += 1

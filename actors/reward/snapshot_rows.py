@@ -32,7 +32,7 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals
 from causalrm_ray.estimators.nuisances.strata import length_buckets, merge_strata
 from causalrm_ray.files import write_whole
-from causalrm_ray.models.text import fit_pair
+from causalrm_ray.models.text import truncate_pair
 from causalrm_ray.truncation import Cuts, TooLongError
 from causalrm_ray.types import PerUser, Truncation
 
@@ -178,7 +178,7 @@ class _Texts:
         texts = zip(*(batch[name].to_pylist() for name in ("impression_id", "prompt", "response", "label")), strict=True)
         for name, prompt, response, label in texts:
             try:
-                found = fit_pair(self._tokenizer, Conversation(prompt), response, self._max_length, self._truncation)
+                found = truncate_pair(self._tokenizer, Conversation(prompt), response, self._max_length, self._truncation)
             except TooLongError as error:
                 limit = f"{self._max_length} tokens (model.max_length)"
                 raise InputError(f"impression {name!r} must have at most {limit}{error}") from error

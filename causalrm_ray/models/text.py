@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.errors import InputError
-from causalrm_ray.truncation import Fitting, fit
+from causalrm_ray.truncation import Truncated, truncate
 from causalrm_ray.types import Truncation
 
 _ONE_TURN = '"role":"user"}]'  # how the text of a conversation ends that is one turn of a user
@@ -72,12 +72,12 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str, 
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def fit_pair(
+def truncate_pair(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation, response: str, longest: int, truncation: Truncation
-) -> Fitting[tuple[int, ...]]:
+) -> Truncated[tuple[int, ...]]:
     """`encode_pair` in at most `longest` tokens, with "oldest" of the latest turns only. Raises TooLongError for what does not
     fit, ConversationError as `encode_prompt` does."""
-    return fit(prompt, lambda kept: encode_pair(tokenizer, kept, response), longest, truncation)
+    return truncate(prompt, lambda kept: encode_pair(tokenizer, kept, response), longest, truncation)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> str:

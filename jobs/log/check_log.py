@@ -46,7 +46,7 @@ def run(config: CheckConfig) -> int:
         log.close()
         summary, cuts = summarise_log(snapshot), count_cuts(snapshot, limit) if limit else Cuts()
         found = describe(report, summary, summarise_quarantine(quarantine), _enough(summary), cuts)
-        found["warnings"] += cut_notes(cuts, report.impressions, config)
+        found["warnings"] += cut_notes(cuts, summary.impressions, config)
         if config.json:
             print(json.dumps(found, ensure_ascii=False))
         else:
@@ -91,7 +91,7 @@ def _as_read(snapshot: Path, tokenizer: Any, limit: LengthLimit | None) -> list[
     if limit is None:
         return [f"{row['prompt']}\n-> {row['response']}" for row in rows]
     pairs = [(Conversation(row["prompt"]), row["response"]) for row in rows]
-    return [tokenizer.decode(found.ids if (found := limit.fit(*pair)) else limit.encode(*pair)) for pair in pairs]
+    return [tokenizer.decode(found.ids if (found := limit.truncate(*pair)) else limit.encode(*pair)) for pair in pairs]
 
 
 def _print(found: dict[str, Any], rows: list[str], no_model: bool) -> None:

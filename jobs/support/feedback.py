@@ -62,12 +62,12 @@ def length_limit(config: Config, tokenizer: PreTrainedTokenizerBase) -> LengthLi
 
 
 def count_cuts(snapshot: Path, limit: LengthLimit) -> Cuts:
-    """What a fit would read without its oldest turns, of a snapshot; none where `limit` drops no turns."""
+    """What a fit would read without its oldest turns; none where `limit` drops no turns."""
     cuts, columns = Cuts(), ("prompt", "response", "label")
     for batch in read_columns(snapshot, columns) if limit.truncation == "oldest" else ():
         for prompt, response, label in zip(*(batch[name].to_pylist() for name in columns), strict=True):
             with suppress(RowError):  # of a log that was not imported here: the fit refuses it by its id
-                if found := limit.fit(Conversation(prompt), response):
+                if found := limit.truncate(Conversation(prompt), response):
                     cuts.add(found, label)
     return cuts
 

@@ -19,7 +19,7 @@ from causalrm_ray.data.sources import read_prompts
 from causalrm_ray.errors import InputError, kind_of
 from causalrm_ray.models.identity import check_weights
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
-from causalrm_ray.truncation import Cuts, TooLongError, fit
+from causalrm_ray.truncation import Cuts, TooLongError, truncate
 from causalrm_ray.types import Completion, Impression, Prompt, Request
 from causalrm_ray.world.grammar import evaluation_prompts, style_of, train_prompts
 from causalrm_ray.world.pretrain import Progress, ensure_policy
@@ -126,7 +126,7 @@ class PromptSource:
         encoded, cuts = [], Cuts()
         for number, prompt in enumerate(prompts, start=1):
             try:
-                found = fit(prompt, partial(encode_prompt, self.tokenizer), room, self._config.model.truncation)
+                found = truncate(prompt, partial(encode_prompt, self.tokenizer), room, self._config.model.truncation)
             except TooLongError as error:
                 raise InputError(f"prompt {number} ({kind_of(prompt.text)}) must have at most {limit}{error}") from error
             cuts.add(found)

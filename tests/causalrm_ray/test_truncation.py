@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.truncation import Cuts, Fitting, TooLongError, fit
+from causalrm_ray.truncation import Cuts, TooLongError, Truncated, truncate
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 Messages = list[dict[str, Any]]
@@ -74,9 +74,9 @@ def test_what_is_dropped_is_what_a_naive_search_drops(messages: Messages, longes
     talk, expected = Conversation.of(messages, TOOLS), naive(messages, longest)
     if expected is None:
         with pytest.raises(TooLongError):
-            fit(talk, words, longest, "oldest")
+            truncate(talk, words, longest, "oldest")
         return
-    found = fit(talk, words, longest, "oldest")
+    found = truncate(talk, words, longest, "oldest")
     assert found.prompt.messages == expected
     assert (found.prompt.tools, found.ids) == (TOOLS, words(found.prompt))
     assert found.tokens == len(words(talk)) - len(found.ids)
@@ -93,7 +93,7 @@ def test_a_long_conversation_takes_few_encodings() -> None:
         lengths.append(len(words(kept)))
         return words(kept)
 
-    assert fit(talk, encode, 100, "oldest").turns == 1000 - 11  # 12 turns of 8, but for the last one's answer, and the tools
+    assert truncate(talk, encode, 100, "oldest").turns == 1000 - 11  # 12 turns of 8, but for the last one's answer, and the tools
     assert len(lengths) <= 12
 
 
@@ -112,7 +112,7 @@ EARLIER = [said("user", 20), said("assistant", 9), said("user", 5), said("assist
 )
 def test_a_refusal_says_what_would_help(messages: Messages, truncation: Any, reason: str) -> None:
     with pytest.raises(TooLongError, match=f"^{re.escape(reason)}$"):
-        fit(Conversation.of(messages), words, 12, truncation)
+        truncate(Conversation.of(messages), words, 12, truncation)
 
 
 def test_what_was_cut_is_counted_by_label_and_length() -> None:
@@ -121,7 +121,7 @@ def test_what_was_cut_is_counted_by_label_and_length() -> None:
     assert cuts.figures() == {}
     assert cuts.warnings(9, "8 tokens") == []
     for label, turns, tokens in [(1, 1, 10), (1, 2, 30), (0, 5, 70), (None, 1, 20), (None, 0, 0), (1, 0, 0)]:
-        cuts.add(Fitting(talk, [], turns, tokens), label)
+        cuts.add(Truncated(talk, [], turns, tokens), label)
     assert cuts.figures() == {
         "liked": 2,
         "disliked": 1,

@@ -1,10 +1,11 @@
 """Does a reward model read a problem that an earlier turn names as well as one that the last turn names?
 
-    python -m tests.jobs.multi_turn FOLDER [rows=3000] [seeds=3] [option=value ...]
+    python -m tests.jobs.multi_turn FOLDER [rows=3000] [seeds=0,1,2] [shapes=in_turns,...] [option=value ...]
 
-The embedded world's users react to answers. Three logs of the same answers and votes tell the same conversation: in turns
-(problem, reply, "please go on"), all of it in one turn, and its last turn alone, where the problem is lost. Each is fitted by the
-command fit-reward, and its models rank 1,500 answers to other prompts; printed is the AUROC against the users' true preferences.
+The embedded world's users like help with a benign problem and refusals of a harmful one; half of the answers help. Three logs of
+the same answers and votes tell the same conversation: in turns (problem, reply, "please go on"), all of it in one turn, and its
+last turn alone, where the problem is lost. Each is fitted by the command fit-reward, and its models rank 1,500 answers to other
+prompts; printed is the AUROC against the users' true preferences.
 """
 # ruff: noqa: T201
 
@@ -27,10 +28,11 @@ from causalrm_ray.metrics import auroc
 from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import encode_pair, load_tokenizer
 from causalrm_ray.types import Impression
-from causalrm_ray.world.grammar import evaluation_prompts, sample_response, train_prompts
+from causalrm_ray.world.grammar import LENGTHS, STYLES, Deed, compose, evaluation_prompts, parse_prompt, train_prompts
 from causalrm_ray.world.users import SimulatedUsers
 
 REPLY, FOLLOW_UP = "let me think about it first", "please go on"
+DEEDS: tuple[Deed, ...] = (("help", 0), ("refuse", 0))
 HELD_OUT = 1500
 ALONE = ["cluster.address=in-process", "rollout.engine=hf", "rollout.generators=1", "learner.ranks=1", "reward.workers=0"]
 METHODS = ("naive", "causalrm_dr", "auto")
@@ -50,16 +52,19 @@ def last_turn_alone(problem: str) -> Messages:
     return in_turns(problem)[-1:]
 
 
-SHAPES: tuple[Callable[[str], Messages], ...] = (in_turns, in_one_turn, last_turn_alone)
+SHAPES: dict[str, Callable[[str], Messages]] = {shape.__name__: shape for shape in (in_turns, in_one_turn, last_turn_alone)}
 
 
 def shown(prompts: list[str], count: int, rng: random.Random) -> list[Impression]:
-    """Answers of the starting policy, each to one turn: what the users judge."""
-    problems = [rng.choice(prompts) for _ in range(count)]
-    return [
-        Impression(f"i{number}", Conversation.user(problem), sample_response(problem, rng), 0, float(number))
-        for number, problem in enumerate(problems)
-    ]
+    """Answers, each to one turn, which is what the users judge: half of them help, half refuse, whatever the problem is."""
+    found = []
+    for number in range(count):
+        problem, deed = rng.choice(prompts), rng.choice(DEEDS)
+        meaning = parse_prompt(problem)
+        assert meaning is not None
+        answer = compose(meaning[1], deed, rng.choice(STYLES), rng.choice(LENGTHS), rng)
+        found.append(Impression(f"i{number}", Conversation.user(problem), answer, 0, float(number)))
+    return found
 
 
 def write_log(path: Path, answers: list[Impression], users: SimulatedUsers, shape: Callable[[str], Messages]) -> None:
@@ -93,18 +98,19 @@ def ranking(model: Path, tests: list[Impression], liked: list[int], shape: Calla
 
 def main() -> None:
     folder, given = Path(sys.argv[1]), dict(option.split("=", 1) for option in sys.argv[2:])
-    rows, seeds = int(given.pop("rows", 3000)), int(given.pop("seeds", 3))
-    for seed in range(seeds):
+    rows, seeds = int(given.pop("rows", 3000)), [int(seed) for seed in given.pop("seeds", "0,1,2").split(",")]
+    chosen = given.pop("shapes", ",".join(SHAPES)).split(",")
+    for seed in seeds:
         rng, users = random.Random(seed), SimulatedUsers(WorldConfig(), seed)
         answers, tests = shown(train_prompts(), rows, rng), shown(evaluation_prompts(), HELD_OUT, rng)
         liked = [users.preference(replace(test, id=f"test-{test.id}")) for test in tests]
-        for shape in SHAPES:
-            source = folder / f"{shape.__name__}-{seed}.jsonl"
+        for name in chosen:
+            shape, source = SHAPES[name], folder / f"{name}-{seed}.jsonl"
             write_log(source, answers, users, shape)
-            options = [f"run.seed={seed}", *(f"{name}={value}" for name, value in given.items())]
-            models = fitted(folder, f"{shape.__name__}-{seed}", source, options)
+            options = [f"run.seed={seed}", *(f"{option}={value}" for option, value in given.items())]
+            models = fitted(folder, f"{name}-{seed}", source, options)
             found = {method: round(ranking(models[method], tests, liked, shape), 4) for method in METHODS}
-            print(f"seed {seed} {shape.__name__:16}", found, flush=True)
+            print(f"seed {seed} {name:16}", found, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from causalrm_ray.data.log.schema import RETRACT, RecordError, event_row, impres
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.log.values import Values
 from causalrm_ray.data.rows import Quarantine, RawRow, RowError, SourceError, conversation
-from causalrm_ray.truncation import Fitting, TooLongError, fit
+from causalrm_ray.truncation import TooLongError, Truncated, truncate
 from causalrm_ray.types import FeedbackEvent, Impression, Truncation
 
 _COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
@@ -75,13 +75,13 @@ class LengthLimit:
     at_most: Callable[[Conversation, str], int | None] | None = None
     truncation: Truncation = "refuse"
 
-    def fit(self, prompt: Conversation, response: str) -> Fitting[Sequence[Any]] | None:
+    def truncate(self, prompt: Conversation, response: str) -> Truncated[Sequence[Any]] | None:
         """What is read of a row; None for one that is short enough by its bound. Raises RowError for one that is too long."""
         bound = self.at_most(prompt, response) if self.at_most else None
         if bound is not None and bound <= self.longest:
             return None
         try:
-            return fit(prompt, lambda kept: self.encode(kept, response), self.longest, self.truncation)
+            return truncate(prompt, lambda kept: self.encode(kept, response), self.longest, self.truncation)
         except TooLongError as error:
             raise RowError(f"prompt and response must have a length of at most {self.longest}{error}") from error
 
@@ -241,7 +241,7 @@ class _Import:
             )
         )
         if self._limit:
-            self._limit.fit(prompt, logged.response)
+            self._limit.truncate(prompt, logged.response)
         return row
 
     def _events(self, found: Iterable[LoggedEvent], impression_id: str, default_time: float) -> Iterator[dict[str, Any]]:

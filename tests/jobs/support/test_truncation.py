@@ -19,7 +19,7 @@ from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.data.snapshots.table import write_snapshot
 from causalrm_ray.errors import InputError
-from causalrm_ray.models.text import encode_pair, encode_prompt, fit_pair, load_tokenizer
+from causalrm_ray.models.text import encode_pair, encode_prompt, load_tokenizer, truncate_pair
 from causalrm_ray.world.grammar import train_prompts
 from causalrm_ray.world.pretrain import PretrainSettings, llama_config, train_tokenizer
 from jobs.__main__ import main
@@ -166,11 +166,11 @@ def test_what_a_policy_was_asked_is_what_is_logged_and_fitted(
     for prompt in asked.values():
         assert prompt.token_ids == encode_prompt(tokenizer, prompt.conversation)
         assert len(prompt.token_ids) <= room
-        row = fit_pair(tokenizer, prompt.conversation, ANSWER, LIMIT, "oldest").ids  # of a fit on what is logged
+        row = truncate_pair(tokenizer, prompt.conversation, ANSWER, LIMIT, "oldest").ids  # of a fit on what is logged
         assert row == encode_pair(tokenizer, prompt.conversation, ANSWER)
         assert row[: len(prompt.token_ids)] == prompt.token_ids
     assert asked.keys() == {2}  # no earlier turn leaves room for the longest answer; to a short one, a fit would add one
-    assert fit_pair(tokenizer, Conversation.of(talk(3)), ANSWER, LIMIT, "oldest").prompt == Conversation.of(talk(1))
+    assert truncate_pair(tokenizer, Conversation.of(talk(3)), ANSWER, LIMIT, "oldest").prompt == Conversation.of(talk(1))
     with pytest.raises(InputError, match=r"^prompt 2 \(a text of 21 characters\) .* tokens \(model.truncation=oldest would"):
         PromptSource(configured(*options, "model.truncation=refuse"), Models(model, model))
 
