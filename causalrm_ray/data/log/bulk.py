@@ -94,7 +94,7 @@ def _known(connection: Connection, table: Table, names: Sequence[str], ids: Sequ
     return {row[0]: row for row in found}
 
 
-def _fetched(connection: Connection, query: str, values: tuple[Any, ...]) -> list[Any]:
+def _fetched(connection: Connection, query: str, values: tuple[Any, ...]) -> Sequence[Any]:
     """All rows of the driver's own."""
     with closing(connection.connection.cursor()) as cursor:
         cursor.execute(query, values)

@@ -211,9 +211,11 @@ class _Import:
         self._counts["events"] += written.events
         self._counts["duplicate_events"] += len(done) - written.events - written.forgotten_events
         self._counts["forgotten"] += written.forgotten_impressions
+        without = 0
         for impressions, events in rows:
-            reacted = {event["impression_id"] for event in events}
-            self._counts["without_feedback"] += sum(impression["id"] not in reacted for impression in impressions)
+            reacted = {event["impression_id"] for event in events} if events else ()
+            without += sum(impression["id"] not in reacted for impression in impressions) if reacted else len(impressions)
+        self._counts["without_feedback"] += without
 
     def _refuse(self, row: RawRow, error: Exception) -> None:
         self._quarantine.refuse(row.where, row.number, str(error), row.text)

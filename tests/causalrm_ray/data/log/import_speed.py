@@ -27,7 +27,7 @@ from typing import Any
 from tests.postgres_server import PostgresServer
 
 ROWS, CHARACTERS, LONGEST, REPEATS = 100_000, 500, 512, 3
-WORDS = "the model said that a good answer is short and names what it does not know before it says what it knows".split()
+WORDS = ["the", "model", "said", "that", "a", "good", "answer", "is", "short", "and", "names", "what", "it", "does", "not"]
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -78,9 +78,7 @@ def copy_rows(path: str, url: str) -> Callable[[], None]:
             with connection.cursor().copy("COPY bare FROM STDIN") as copy:
                 for line in file:
                     row = json.loads(line)
-                    copy.write_row(
-                        [row["id"], row["prompt"], row["response"], row["policy_version"], row["time"], row["user"]]
-                    )
+                    copy.write_row([row["id"], row["prompt"], row["response"], row["policy_version"], row["time"], row["user"]])
 
     return work
 
