@@ -24,7 +24,7 @@ class RowError(ValueError):
     """A row that breaks a rule: names the field, the rule and the value, but never a text that a person wrote."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes three times as long to make, and there is one for each row
 class RawRow:
     """One row as it came: `where` is the file or source, `number` its row there from 1 (in JSONL: its line).
 
@@ -79,7 +79,8 @@ def conversation(prompt: Any, tools: Any = None) -> Conversation:
         else:
             prompt, tools = (read["messages"], read.get("tools", tools)) if isinstance(read, dict) else (read, tools)
     if not isinstance(prompt, list):
-        return Conversation.user(turn_text({"prompt": prompt}, "prompt", "user"))
+        plain = isinstance(prompt, str) and prompt.isascii()
+        return Conversation.user(prompt if plain and prompt.strip() else turn_text({"prompt": prompt}, "prompt", "user"))
     try:
         return Conversation.of(prompt, tools or ())
     except ConversationError as error:

@@ -19,7 +19,7 @@ FIRST_ROWS = 100  # that a format is recognised by
 LABEL_WORDS = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0}  # in small letters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes three times as long to make, and an import makes millions
 class LoggedEvent:
     """One thing that a user did about an answer. The import checks every field and fills in those that are None.
 
@@ -43,7 +43,7 @@ class LoggedEvent:
     score: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoggedImpression:
     """One answer that was shown, and what is known of it. The import checks every field and fills in those that are None.
 

@@ -52,10 +52,12 @@ class Native:
         """The one answer of a row, or its one event. Raises RowError."""
         if "impression_id" in fields and "prompt" not in fields and "response" not in fields:
             return [_event(fields, _name(fields, "impression_id"))]
-        later = parsed(fields.get("events", []))
-        if not isinstance(later, list) or not all(isinstance(event, Mapping) for event in later):
-            raise RowError(f"events must be a list of JSON objects, got {brief(later)}")
-        given = [fields] if {"signal", "label", "feedback"} & fields.keys() else []
+        given = [fields] if "signal" in fields or "label" in fields or "feedback" in fields else []
+        if "events" in fields:
+            later = parsed(fields["events"])
+            if not isinstance(later, list) or not all(isinstance(event, Mapping) for event in later):
+                raise RowError(f"events must be a list of JSON objects, got {brief(later)}")
+            given += later
         return [
             LoggedImpression(
                 prompt=conversation(fields.get("prompt"), parsed(fields.get("tools"))),
@@ -64,12 +66,12 @@ class Native:
                 policy_version=_whole(fields.get("policy_version", 0)),
                 time=seconds(fields.get("time")),
                 user=_name(fields, "user"),
-                context=traits(fields.get("context", {})),
+                context=traits(fields["context"]) if "context" in fields else {},
                 conversation_id=_name(fields, "conversation_id"),
                 model=_name(fields, "model"),
                 logprob=fields.get("logprob"),
                 asked_for_feedback=fields.get("asked_for_feedback"),
-                events=[_event(event) for event in (*given, *later)],
+                events=[_event(event) for event in given],
             )
         ]
 
@@ -96,6 +98,8 @@ def _event(fields: Mapping[str, Any], impression_id: str | None = None) -> Logge
 
 def seconds(time: Any) -> Any:
     """Seconds since the epoch of an ISO text or a timestamp; anything else as it is. Raises RowError for other text."""
+    if isinstance(time, float):
+        return time
     if isinstance(time, str):
         try:
             time = datetime.fromisoformat(time) if _DATE.search(time) else float(time)
@@ -132,7 +136,9 @@ def _name(fields: Mapping[str, Any], *columns: str) -> str | None:
     """The first of `columns` that is given, as text; None if none is."""
     for column in columns:
         if (name := fields.get(column)) is not None:
-            if not isinstance(name, str | int) or not str(name).strip():
+            if isinstance(name, str) and name and not name.isspace():
+                return name
+            if not isinstance(name, int):
                 raise RowError(f"{column} must be a text or whole number that is not empty, got {brief(name)}")
             return str(name)
     return None

@@ -6,6 +6,8 @@ What was forgotten leaves a hash of the impression's id: neither the impression 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, Table, delete, exists, insert, select
@@ -30,13 +32,9 @@ def insert_new(
     nobody else inserts meanwhile.
     """
     names = [column.name for column in table.c if column.name not in ("seq", "digest")]
-    query = select(*(table.c[name] for name in names))
-    known: dict[str, tuple[Any, ...]] = {}
-    for ids in _pages([row["id"] for row in rows]):
-        known |= {row[0]: tuple(row) for row in connection.execute(query.where(table.c.id.in_(ids)))}
+    known = _known(connection, table, names, [row["id"] for row in rows])
     new = []
-    for row in rows:
-        content = tuple([row[name] for name in names])
+    for row, content in zip(rows, map(itemgetter(*names), rows), strict=True):
         before = known.setdefault(row["id"], content)
         if before is content:
             new.append(row)
@@ -76,6 +74,33 @@ def remove(connection: Connection, tables: LogTables, ids: Sequence[str], time: 
     return impressions, events
 
 
+def _known(connection: Connection, table: Table, names: Sequence[str], ids: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """The columns `names`, the first of them the id, of the rows that there are, by id.
+
+    By the driver where it is known: SQLAlchemy's own rows take as long as all the rest.
+    """
+    preparer = connection.dialect.identifier_preparer
+    query = f"SELECT {', '.join(map(preparer.quote, names))} FROM {preparer.format_table(table)} WHERE id"
+    found: list[Any] = []
+    if connection.dialect.driver == "psycopg":
+        found += _fetched(connection, f"{query} = ANY(%s)", (list(ids),))
+    elif connection.dialect.name == "sqlite":
+        for page in _pages(ids):
+            found += _fetched(connection, f"{query} IN ({', '.join('?' * len(page))})", tuple(page))
+    else:
+        columns = [table.c[name] for name in names]
+        for page in _pages(ids):
+            found += map(tuple, connection.execute(select(*columns).where(table.c.id.in_(page))))
+    return {row[0]: row for row in found}
+
+
+def _fetched(connection: Connection, query: str, values: tuple[Any, ...]) -> Sequence[Any]:
+    """All rows of the driver's own."""
+    with closing(connection.connection.cursor()) as cursor:
+        cursor.execute(query, values)
+        return cursor.fetchall()
+
+
 def _pages(ids: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(ids), _IDS_PER_QUERY):
         yield ids[start : start + _IDS_PER_QUERY]
@@ -87,10 +112,9 @@ def _without_time(names: Sequence[str], content: Sequence[Any]) -> list[Any]:
 
 def _insert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], position: int) -> None:
     digested = [column.name for column in digested_columns(table)]
-    values = []
-    for seq, row in enumerate(rows, position + 1):
-        written = [seq if name == "seq" else row[name] for name in digested]
-        values.append((*written, row_digest(*written)))
+    columns_of = itemgetter(*digested)
+    written = [columns_of({**row, "seq": seq}) for seq, row in enumerate(rows, position + 1)]
+    values = [(*content, row_digest(*content)) for content in written]
     columns = [*digested, "digest"]
     if connection.dialect.driver == "psycopg":
         preparer = connection.dialect.identifier_preparer

@@ -7,11 +7,13 @@ source --LogSource--> RawRow --Format.read--> Logged{Impression, Event} --> Impr
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,16 @@ from causalrm_ray.data.log.bulk import ConflictError
 from causalrm_ray.data.log.labels import check_labels
 from causalrm_ray.data.log.reactions import Reactions
 from causalrm_ray.data.log.reading import AUTO, LogSource, Origin, Table
-from causalrm_ray.data.log.schema import RETRACT, RecordError, event_row, impression_row
+from causalrm_ray.data.log.schema import RETRACT, RecordError, event_row, impression_columns
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.data.log.values import Values
 from causalrm_ray.data.rows import Quarantine, RawRow, RowError, SourceError, conversation
 from causalrm_ray.truncation import TooLongError, Truncated, truncate
-from causalrm_ray.types import FeedbackEvent, Impression, Truncation
+from causalrm_ray.types import FeedbackEvent, Truncation
 
 _COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
 _ROWS_PER_TRANSACTION = 4_000
+_OBJECTS_PER_COLLECTION = 50_000
 Records = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # rows of the log's tables, of one row of the source
 
 
@@ -115,10 +118,11 @@ def import_log(
     with quarantine.open("w", encoding="utf-8") as file:
         refused = Quarantine(file)
         run = _Import(log, rows, refused, limit, default_time)
-        for row, table in rows.rows():
-            run.take(row, table)
-        run.finish()
-        run.flush()
+        with _rare_collections():
+            for row, table in rows.rows():
+                run.take(row, table)
+            run.finish()
+            run.flush()
     report = run.report()
     if report.rows == 0:
         raise SourceError(f"{origin} must hold rows, got 0{rows.why_empty()}")
@@ -128,6 +132,17 @@ def import_log(
             f" the first: {refused.first_fault}"
         )
     return report
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """What a batch is made of lives until it is written: looked at as often as usual, it takes a quarter of an import's time."""
+    usual = gc.get_threshold()
+    gc.set_threshold(_OBJECTS_PER_COLLECTION, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 class _Import:
@@ -201,9 +216,11 @@ class _Import:
         self._counts["events"] += written.events
         self._counts["duplicate_events"] += len(done) - written.events - written.forgotten_events
         self._counts["forgotten"] += written.forgotten_impressions
+        without = 0
         for impressions, events in rows:
-            reacted = {event["impression_id"] for event in events}
-            self._counts["without_feedback"] += sum(impression["id"] not in reacted for impression in impressions)
+            reacted = {event["impression_id"] for event in events} if events else ()
+            without += sum(impression["id"] not in reacted for impression in impressions) if reacted else len(impressions)
+        self._counts["without_feedback"] += without
 
     def _refuse(self, row: RawRow, error: Exception) -> None:
         self._quarantine.refuse(row.where, row.number, str(error), row.text)
@@ -216,7 +233,8 @@ class _Import:
             if isinstance(logged, LoggedImpression):
                 impression = self._impression(logged, fields)
                 shown.append(impression)
-                done += self._events(logged.events, impression["id"], impression["time"])
+                if logged.events:
+                    done += self._events(logged.events, impression["id"], impression["time"])
             elif logged.impression_id is None:
                 raise RowError("an event of its own row must name its impression, got none")
             else:
@@ -225,20 +243,18 @@ class _Import:
 
     def _impression(self, logged: LoggedImpression, fields: Mapping[str, Any]) -> dict[str, Any]:
         prompt = logged.prompt if isinstance(logged.prompt, Conversation) else conversation(logged.prompt)
-        row = impression_row(
-            Impression(
-                self._row_id(fields) if logged.id is None else logged.id,
-                prompt,
-                logged.response,
-                self._values.whole(logged.policy_version),
-                self._default_time if logged.time is None else self._values.time(logged.time),
-                logged.user,
-                logged.context,
-                logged.conversation_id,
-                logged.model,
-                self._values.number(logged.logprob),
-                self._values.flag(logged.asked_for_feedback),
-            )
+        row = impression_columns(
+            self._row_id(fields) if logged.id is None else logged.id,
+            prompt,
+            logged.response,
+            self._values.whole(logged.policy_version),
+            self._default_time if logged.time is None else self._values.time(logged.time),
+            logged.user,
+            logged.context,
+            logged.conversation_id,
+            logged.model,
+            self._values.number(logged.logprob),
+            self._values.flag(logged.asked_for_feedback),
         )
         if self._limit:
             self._limit.truncate(prompt, logged.response)

@@ -147,11 +147,9 @@ class LogSource:
 
     def read_as(self, row: RawRow, table: Table, made: Format) -> tuple[list[Logged], Mapping[str, Any]]:
         """The same with another instance of the table's format."""
-        mapped = self.map(row_fields(row))
-        fields = {name: value for name, value in mapped.items() if value is not None and name in made.columns}
-        given = [
-            self._score(name, mapped[name]) for name in self._columns_of_signals if name in mapped and name not in made.columns
-        ]
+        mapped, columns = self.map(row_fields(row)), made.columns
+        fields = {name: value for name, value in mapped.items() if value is not None and name in columns}
+        given = [self._score(name, mapped[name]) for name in self._columns_of_signals if name in mapped and name not in columns]
         scores = [score for score in given if score is not None]
         alone = scores and "impression_id" in fields and not fields.keys() & {"prompt", "response", "signal", "label", "retracts"}
         found = [] if alone else _given(made, fields, row)

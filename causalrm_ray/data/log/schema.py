@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.tables import MAX_ID_CHARS
 from causalrm_ray.errors import InputError, brief
 from causalrm_ray.types import LABEL_SIGNALS, FeedbackEvent, Impression, Meaning
@@ -42,19 +43,36 @@ def check_signals(signals: Mapping[str, Meaning]) -> dict[str, Meaning]:
 
 def impression_row(impression: Impression) -> dict[str, Any]:
     """The columns of one impression, without `seq` and `digest`; raises RecordError."""
-    of = ("impression", impression.id)
+    return impression_columns(*(getattr(impression, name) for name in impression.__slots__))
+
+
+def impression_columns(
+    id: Any,
+    prompt: Conversation,
+    response: Any,
+    policy_version: Any,
+    time: Any,
+    user: Any,
+    context: Any,
+    conversation_id: Any,
+    model: Any,
+    logprob: Any,
+    asked_for_feedback: Any,
+) -> dict[str, Any]:
+    """The same of an impression's fields, which an import has by the million and makes no record of."""
+    of = ("impression", id)
     return {
-        "id": _identifier(None, "impression id", impression.id),
-        "prompt": impression.prompt.json,
-        "response": _text(of, "response", impression.response),
-        "policy_version": _version(of, "policy_version", impression.policy_version),
-        "time": _time(of, "time", impression.time),
-        "user": _optional_text(of, "user", impression.user),
-        "context": _context(of, "context", impression.context),
-        "conversation_id": _optional_text(of, "conversation_id", impression.conversation_id),
-        "model": _optional_text(of, "model", impression.model),
-        "logprob": _logprob(of, "logprob", impression.logprob),
-        "asked_for_feedback": _flag(of, "asked_for_feedback", impression.asked_for_feedback),
+        "id": _identifier(None, "impression id", id),
+        "prompt": prompt.json,
+        "response": _text(of, "response", response),
+        "policy_version": _version(of, "policy_version", policy_version),
+        "time": _time(of, "time", time),
+        "user": None if user is None else _text(of, "user", user),
+        "context": _context(of, "context", context),
+        "conversation_id": None if conversation_id is None else _text(of, "conversation_id", conversation_id),
+        "model": None if model is None else _text(of, "model", model),
+        "logprob": None if logprob is None else _logprob(of, "logprob", logprob),
+        "asked_for_feedback": None if asked_for_feedback is None else _flag(of, "asked_for_feedback", asked_for_feedback),
     }
 
 
@@ -89,11 +107,7 @@ def _text(of: _Of, field: str, value: Any) -> str:
         raise _fault(of, field, "be text", value)
     if not value or value.isspace():
         raise _fault(of, field, "not be empty", value)
-    return _storable(of, field, value)
-
-
-def _optional_text(of: _Of, field: str, value: Any) -> str | None:
-    return None if value is None else _text(of, field, value)
+    return value if value.isascii() and "\x00" not in value else _storable(of, field, value)
 
 
 def _storable(of: _Of, field: str, value: str) -> str:
@@ -111,6 +125,8 @@ def _identifier(of: _Of, field: str, value: Any) -> str:
 
 
 def _finite(of: _Of, field: str, value: Any) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
@@ -127,16 +143,16 @@ def _time(of: _Of, field: str, value: Any) -> float:
     return seconds
 
 
-def _logprob(of: _Of, field: str, value: Any) -> float | None:
-    if value is not None and _finite(of, field, value) > 0:
+def _logprob(of: _Of, field: str, value: Any) -> float:
+    if _finite(of, field, value) > 0:
         raise _fault(of, field, "be the log of a probability, at most 0", value)
     return value
 
 
-def _flag(of: _Of, field: str, value: Any) -> int | None:
-    if value is not None and value not in (0, 1):
+def _flag(of: _Of, field: str, value: Any) -> int:
+    if value not in (0, 1):
         raise _fault(of, field, "be true or false", value)
-    return None if value is None else int(value)
+    return int(value)
 
 
 def _version(of: _Of, field: str, value: Any) -> int:
@@ -146,6 +162,8 @@ def _version(of: _Of, field: str, value: Any) -> int:
 
 
 def _context(of: _Of, field: str, value: Any) -> str:
+    if type(value) is dict and not value:
+        return "{}"
     if not isinstance(value, Mapping) or not all(isinstance(part, str) for item in value.items() for part in item):
         raise _fault(of, field, "map text to text", value)
     return _storable(of, field, _context_text(tuple(value.items())))

@@ -109,8 +109,8 @@ class FeedbackLog:
             position = connection.execute(select(state.c.position)).scalar_one()
             named = {row["id"] for row in impressions} | {row["impression_id"] for row in events}
             gone = forgotten_of(connection, self._tables, named)
-            kept = [row for row in impressions if row["id"] not in gone]
-            about = [row for row in events if row["impression_id"] not in gone]
+            kept = [row for row in impressions if row["id"] not in gone] if gone else impressions
+            about = [row for row in events if row["impression_id"] not in gone] if gone else events
             shown = insert_new(connection, self._tables.impressions, kept, position, repeated)
             done = insert_new(connection, self._tables.events, about, position + shown)
             redelivered = len(kept) + len(about) - shown - done

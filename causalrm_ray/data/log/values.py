@@ -14,6 +14,7 @@ from causalrm_ray.data.rows import RowError
 from causalrm_ray.errors import brief
 
 _LAST_DATE_S = 250_000_000_000  # that Python can write: year 9892
+_LEAST_UNIT = min(least for least, *_ in UNITS)  # below it a time is in seconds
 _AHEAD_S = 86_400.0  # clocks are wrong, and texts without a zone are up to 14 hours off
 
 
@@ -49,6 +50,8 @@ class Values:
 
     def time(self, value: Any) -> Any:
         """Seconds since the epoch; what is no number as it is. Raises RowError for the future."""
+        if type(value) is float and value < _LEAST_UNIT and value <= self._latest:
+            return value
         number = self.number(value)
         if not isinstance(number, int | float) or isinstance(number, bool):
             return number
@@ -76,6 +79,8 @@ class Values:
 
     def whole(self, value: Any) -> Any:
         """The whole number in a text; anything else as it is."""
+        if type(value) is int:
+            return value
         number = self.number(value)
         return int(number) if isinstance(number, float) and number.is_integer() else number
 

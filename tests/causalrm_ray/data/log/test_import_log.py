@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -136,6 +137,19 @@ def test_importing_again_changes_nothing_in_any_row_order(log: FeedbackLog, tmp_
     assert (log.counts().impressions, log.counts().events) == (before.impressions, before.events) == (4, 3)
     check_sums(first)
     check_sums(second)
+
+
+def test_many_rows_are_known_again_and_the_collector_is_left_as_it_was(log: FeedbackLog, tmp_path: Path):
+    rows = [{**GOOD, "id": f"i{number}", "signal": "upvote", "time": 5.0} for number in range(1_001)]
+    usual = gc.get_threshold()
+    first = import_log(jsonl(tmp_path / "in.jsonl", *rows), log, tmp_path / "bad.jsonl")
+    changed = jsonl(tmp_path / "again.jsonl", *rows[:-1], {**rows[-1], "response": "other"})
+    again = import_log(changed, log, tmp_path / "bad.jsonl")
+    assert (first.impressions, first.events) == (1_001, 1_001)
+    assert (again.impressions, again.duplicate_impressions, again.duplicate_events, again.quarantined) == (0, 1_000, 1_000, 1)
+    with pytest.raises(SourceError):
+        import_log(jsonl(tmp_path / "none.jsonl", "{"), log, tmp_path / "bad.jsonl")
+    assert gc.get_threshold() == usual
 
 
 def test_conflicting_row_is_quarantined_alone(log: FeedbackLog, tmp_path: Path):

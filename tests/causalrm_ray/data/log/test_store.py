@@ -17,6 +17,7 @@ from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.bulk import ConflictError
 from causalrm_ray.data.log.schema import RETRACT, RecordError
 from causalrm_ray.data.log.store import FeedbackLog, LogCounts, Written
+from causalrm_ray.data.log.tables import row_digest
 from causalrm_ray.types import FeedbackEvent, Impression
 
 SIGNALS = {"upvote": 1, "copy": 1, "downvote": 0, "stars": Thresholds(low=2, high=4), "seconds": Thresholds(high=30)}
@@ -296,3 +297,7 @@ def test_snapshot_limits_are_checked(log: FeedbackLog):
         log.snapshot(upto=1)
     with pytest.raises(ValueError, match="as_of must be a time in seconds, got nan"):
         log.snapshot(as_of=float("nan"))
+
+
+def test_a_rows_digest_is_what_older_logs_hold_and_knows_no_negative_zero():
+    assert row_digest("say -0.0", -0.0, 0.5, 7, None) == row_digest("say -0.0", 0.0, 0.5, 7, None) == "46e105116fbe2ab3"
