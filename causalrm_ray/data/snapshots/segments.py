@@ -22,22 +22,20 @@ from causalrm_ray.data.parquet import PARQUET_FAULTS, read_batches_of, read_parq
 from causalrm_ray.errors import InputError
 
 SEGMENTS = "segments"
-SEGMENT_SCHEMA = pa.schema(
-    [
-        ("seq", pa.int64()),
-        ("impression_id", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("policy_version", pa.int64()),
-        ("time", pa.float64()),
-        ("user", pa.string()),
-        ("context", pa.string()),
-        ("conversation_id", pa.string()),
-        ("model", pa.string()),
-        ("logprob", pa.float64()),
-        ("asked_for_feedback", pa.int8()),
-    ]
+IMPRESSION_COLUMNS = (
+    ("impression_id", pa.string()),
+    ("prompt", pa.string()),
+    ("response", pa.string()),
+    ("policy_version", pa.int64()),
+    ("time", pa.float64()),
+    ("user", pa.string()),
+    ("context", pa.string()),
+    ("conversation_id", pa.string()),
+    ("model", pa.string()),
+    ("logprob", pa.float64()),
+    ("asked_for_feedback", pa.int8()),
 )
+SEGMENT_SCHEMA = pa.schema([("seq", pa.int64()), *IMPRESSION_COLUMNS])
 LABEL_SCHEMA = pa.schema([("seq", pa.int64()), ("label", pa.int8()), ("signal", pa.dictionary(pa.int32(), pa.string()))])
 _HEADER = b"causalrm"
 

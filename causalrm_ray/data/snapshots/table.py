@@ -17,26 +17,17 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from causalrm_ray.data.parquet import read_batches_of, write_batches_as
-from causalrm_ray.data.snapshots.segments import read_rows, snapshot_header
+from causalrm_ray.data.snapshots.segments import IMPRESSION_COLUMNS, read_rows, snapshot_header
 from causalrm_ray.data.users.clusters import digest
 from causalrm_ray.errors import InputError
 
 SNAPSHOT_SCHEMA = pa.schema(
     [
-        ("impression_id", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
+        *IMPRESSION_COLUMNS[:3],
         ("observed", pa.int8()),
         ("label", pa.int8()),
         ("signal", pa.string()),
-        ("policy_version", pa.int64()),
-        ("time", pa.float64()),
-        ("user", pa.string()),
-        ("context", pa.string()),
-        ("conversation_id", pa.string()),
-        ("model", pa.string()),
-        ("logprob", pa.float64()),
-        ("asked_for_feedback", pa.int8()),
+        *IMPRESSION_COLUMNS[3:],
     ]
 )
 _NULLABLE = ("label", "signal", "user", "conversation_id", "model", "logprob", "asked_for_feedback")
