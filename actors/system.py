@@ -218,6 +218,7 @@ def _start_reward(config: Config, model: str, allocated: _Allocated) -> tuple[An
         seed=seed,
         folder=folder / "reward",
         timeout_s=config.cluster.timeout_s,
+        stops=[end for end in config.rollout.stop if isinstance(end, int)],
         use_gpu=allocated.plan.fits_on_gpu,
         **common,
     )

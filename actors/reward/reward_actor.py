@@ -26,7 +26,7 @@ from causalrm_ray.config.train import RewardConfig
 from causalrm_ray.data.snapshots.table import check_snapshot
 from causalrm_ray.estimators.core.training import Shard
 from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
-from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.models.text import as_logged, end_tokens, load_tokenizer
 from causalrm_ray.types import PerUser, Truncation
 
 SERVING = "serving.json"
@@ -47,15 +47,16 @@ class RewardActor:
         timeout_s: float,
         per_user: PerUser = None,
         truncation: Truncation = "refuse",
+        stops: Sequence[int] = (),
         use_gpu: bool = False,
         device: str = "cpu",
     ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes.
 
         `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most, and `truncation` says what
-        becomes of longer rows (see `load_rows`); `timeout_s` bounds the start of the workers and each exchange between them;
-        `use_gpu` gives each worker a GPU; `device` is where the serving model lies. Raises ValueError for a tokenizer that cannot
-        pad rows.
+        becomes of longer rows (see `load_rows`); `stops` are ids that end answers besides the model's own; `timeout_s` bounds
+        the start of the workers and each exchange between them; `use_gpu` gives each worker a GPU; `device` is where the serving
+        model lies. Raises ValueError for a tokenizer that cannot pad rows.
         """
         torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
         self._backbone = backbone
@@ -68,7 +69,9 @@ class RewardActor:
         self._scorers: dict[str, SequenceScorer] = {}
         self._serving: Path | None = None
         self.version = 0
-        padding_token(load_tokenizer(backbone))  # saving would fail without one: better now than after a fit
+        tokenizer = load_tokenizer(backbone)
+        self._ends, self._end = end_tokens(tokenizer, backbone) | set(stops), tokenizer.eos_token_id
+        padding_token(tokenizer)  # saving would fail without one: better now than after a fit
         if restarted() and (self._folder / SERVING).exists():
             self.load(**read_json(self._folder / SERVING))
 
@@ -135,6 +138,8 @@ class RewardActor:
     def score(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
         """Logits [B] (float32) of rows of token ids, prompt + response, and the version that gave them.
 
+        Each is read at the end that rows of a log have, whichever the engine stopped at, and where the token limit cut it (see
+        `as_logged`).
         Raises RuntimeError before the first promotion, ValueError for a row of more than `max_length` tokens.
         """
         if self._serving is None:
@@ -143,12 +148,15 @@ class RewardActor:
 
     def score_with(self, model: str, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits [B] by another model, a folder or hub id, for reports: that of another method, or of another version."""
-        for number, row in enumerate(sequences):
+        rows = [as_logged(row, self._ends, self._end) for row in sequences]
+        for number, row in enumerate(rows):
             if len(row) > self._max_length:
-                raise ValueError(f"row {number} must have at most {self._max_length} tokens (model.max_length), got {len(row)}")
+                raise ValueError(
+                    f"row {number} must have at most {self._max_length} tokens (model.max_length) with its end, got {len(row)}"
+                )
         if model not in self._scorers:
             self._scorers[model] = SequenceScorer.from_pretrained(model).to(self._device)
-        return score_rows(self._scorers[model], sequences).numpy()
+        return score_rows(self._scorers[model], rows).numpy()
 
     def state(self) -> dict[str, Any]:
         """Which model serves, as JSON: {"folder", "version"}, the arguments of `load`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, cast
@@ -170,19 +170,36 @@ def _separator_of(tokenizer: PreTrainedTokenizerBase, _template: str, end: str) 
     return ""
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
-    """The token that ends an answer in the chat template, if the model's generation stops at it; None if it is the usual one."""
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: str) -> frozenset[int]:
+    """The ids that end an answer of a model (folder or hub id): the tokenizer's, and those that its generation stops at."""
+    return frozenset((cast(int, tokenizer.eos_token_id), *_generation_stops(model)))
+
+
+def as_logged(token_ids: Sequence[int], ends: Collection[int], end: int) -> tuple[int, ...]:
+    """Ids of a prompt and a sampled answer as `encode_pair` ends them: in `end`, whichever of `ends` the engine stopped at, if it
+    came to one before the token limit. A reward model has read no other end."""
+    ids = tuple(token_ids)
+    return (*(ids[:-1] if ids and ids[-1] in ends else ids), end)
+
+
+def _generation_stops(model: str) -> list[int]:
     try:
         stops = GenerationConfig.from_pretrained(model).eos_token_id
     except (OSError, ValueError):
-        return None
+        return []
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
+    """The token that ends an answer in the chat template, if the model's generation stops at it; None if it is the usual one."""
+    stops = _generation_stops(model)
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hello"}]
     try:
         text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
     except (TemplateError, TypeError, ValueError):
         return None
     after = tokenizer.encode(text.rpartition("Hello")[2], add_special_tokens=False)
-    end = next((token for token in after if token in (stops if isinstance(stops, list) else [stops])), None)
+    end = next((token for token in after if token in stops), None)
     return None if end is None or end == tokenizer.eos_token_id else str(tokenizer.convert_ids_to_tokens(end))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from actors.reward.promotion import GATE_TOLERANCE
 from actors.reward.propensity_actor import PROPENSITIES
@@ -32,8 +33,8 @@ CONFIG = RewardConfig(method="causalrm_dr", epochs=8, lr=1e-2, workers=2, rho=(0
 FILLER = ("garden", "stone", "winter", "lamp")
 
 
-def make_actor(backbone: str, folder: Path, max_length: int = 64) -> RewardActor:
-    return RewardActor(backbone, CONFIG, max_length=max_length, seed=0, folder=folder, timeout_s=120)
+def make_actor(backbone: str, folder: Path, max_length: int = 64, stops: Sequence[int] = ()) -> RewardActor:
+    return RewardActor(backbone, CONFIG, max_length=max_length, seed=0, folder=folder, timeout_s=120, stops=stops)
 
 
 @pytest.fixture
@@ -180,13 +181,31 @@ def test_loaded_state_serves_the_same_bits(backbone: str, tmp_path: Path):
     np.testing.assert_array_equal(other.score_with(str(tmp_path / "a" / CONFIG.method), rows), actor.score(rows)[0])
 
 
+def test_an_answer_is_scored_at_the_end_that_a_log_gives_it(backbone: str, tmp_path: Path):
+    """However it ended: at the tokenizer's end, at another that generation stops at, at one of rollout.stop, or cut."""
+    tokenizer, (rows, _) = load_tokenizer(backbone), fresh_pairs(backbone)
+    other, stop = rows[0][0], rows[1][1]
+    model = tmp_path / "model"
+    shutil.copytree(backbone, model)
+    GenerationConfig(eos_token_id=[tokenizer.eos_token_id, other]).save_pretrained(model)
+    actor = make_actor(str(model), tmp_path, stops=[stop])
+    write_candidate(tmp_path, backbone, "a", 0.6, None, 0, head=0.1)
+    actor.promote("a")
+    logged = [tuple(row) for row in rows if row[-2] not in (other, stop)]
+    assert {row[-1] for row in logged} == {tokenizer.eos_token_id}
+    expected = actor.score(logged)[0]
+    for end in ((other,), (stop,), ()):
+        np.testing.assert_array_equal(actor.score([(*row[:-1], *end) for row in logged])[0], expected)
+    assert len(np.unique(expected)) > 1
+
+
 def test_scoring_before_a_promotion_is_refused(backbone: str, tmp_path: Path):
     with pytest.raises(RuntimeError, match="no reward model serves yet"):
         make_actor(backbone, tmp_path).score([[1, 2]])
 
 
 def test_scoring_a_row_that_is_too_long_names_it(backbone: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"row 1 must have at most 4 tokens .*, got 5"):
+    with pytest.raises(ValueError, match=r"row 1 must have at most 4 tokens .* with its end, got 6"):
         make_actor(backbone, tmp_path, max_length=4).score_with(str(tmp_path), [[1], [1, 2, 3, 4, 5]])
 
 
