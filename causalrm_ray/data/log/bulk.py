@@ -83,7 +83,7 @@ def _known(connection: Connection, table: Table, names: Sequence[str], ids: Sequ
     query = f"SELECT {', '.join(map(preparer.quote, names))} FROM {preparer.format_table(table)} WHERE id"
     found: list[Any] = []
     if connection.dialect.driver == "psycopg":
-        found = _fetched(connection, f"{query} = ANY(%s)", (list(ids),))
+        found += _fetched(connection, f"{query} = ANY(%s)", (list(ids),))
     elif connection.dialect.name == "sqlite":
         for page in _pages(ids):
             found += _fetched(connection, f"{query} IN ({', '.join('?' * len(page))})", tuple(page))
