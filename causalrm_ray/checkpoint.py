@@ -78,6 +78,13 @@ def verify_folder(path: Path) -> None:
             raise CheckpointError(f"{path / file} does not match its hash in {MANIFEST}")
 
 
+def refresh_manifest(file: Path) -> None:
+    """A file was changed on purpose: write its hash into the manifest of its folder, if there is one."""
+    manifest = file.parent / MANIFEST
+    if manifest.is_file():
+        write_json(manifest, {**read_json(manifest), file.name: _sha256(file)})
+
+
 def cached_folder(path: Path, fill: Callable[[Path], object]) -> Path:
     """`path`, filled by `fill` unless it is there and verifies; concurrent callers fill it once."""
     path.parent.mkdir(parents=True, exist_ok=True)

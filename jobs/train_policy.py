@@ -171,7 +171,7 @@ def save(run: Run, roles: Roles, start: Start, step: int) -> None:
     """Write checkpoint `step`, whole or not at all; then delete what is not kept (loop.keep)."""
     with atomic_folder(run.path / "checkpoints" / f"step-{step}") as folder:
         write_json(folder / "facts.json", {"start": asdict(start), "serving": roles.save(folder), "step": step})
-    run.retire()
+    run.retire(step)
 
 
 def due(step: int, every: int) -> bool:

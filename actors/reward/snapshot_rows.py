@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from causalrm_ray.conversation import Conversation
+from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.data.snapshots.table import check_counts, read_batches, read_columns, value_at
 from causalrm_ray.data.users.clusters import LEVELS, digest, mixed, split, who
@@ -182,6 +182,8 @@ class _Texts:
             except TooLongError as error:
                 limit = f"{self._max_length} tokens (model.max_length)"
                 raise InputError(f"impression {name!r} must have at most {limit}{error}") from error
+            except ConversationError as error:
+                raise InputError(f"impression {name!r}: {error}") from error
             self.cuts.add(found, label)
             self._ids.extend(found.ids)
             self._rows.append(len(found.ids))

@@ -21,12 +21,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from causalrm_ray.checkpoint import read_json, refresh_manifest, write_json
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.parquet import PARQUET_FAULTS, write_batches_as
 from causalrm_ray.data.snapshots.segments import SEGMENTS, drop_unused
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 
+_QUOTED = re.compile("'([^']*)'")  # how warnings name a user or an impression
 _NUMBERS_THAT_NAME = re.compile("user|id$", re.IGNORECASE)  # keys; a number under another one is a label, a time, ...
 
 
@@ -77,10 +79,13 @@ def find_copies(folder: Path, user: str | None, ids: Collection[str]) -> Forgott
     return Forgotten(frozenset(found), frozenset(prompts), user)
 
 
-def erase_copies(folder: Path, forgotten: Forgotten) -> dict[str, int]:
-    """Erase what is to be forgotten from the run's files; returns how many rows and files went, by what they were."""
+def erase_copies(folder: Path, forgotten: Forgotten, running: bool = False) -> dict[str, int]:
+    """Erase what is to be forgotten from the run's files; returns how many rows and files went, by what they were.
+
+    A run that is `running` goes on writing files beside this.
+    """
     counts: Counter[str] = Counter()
-    for unfinished in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+    for unfinished in [] if running else folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink()
         counts["unfinished files"] += 1
     for path in _parquet_files(folder):
@@ -94,6 +99,7 @@ def erase_copies(folder: Path, forgotten: Forgotten) -> dict[str, int]:
             write_whole(quarantine, lambda unfinished: unfinished.write_text("".join(kept), encoding="utf-8"))
             counts["rows of the quarantine"] += len(lines) - len(kept)
     _erase_answers(folder, forgotten, counts)
+    _erase_warnings(folder, forgotten, counts)
     return {what: count for what, count in counts.items() if count}
 
 
@@ -163,3 +169,35 @@ def _erase_answers(folder: Path, forgotten: Forgotten, counts: Counter[str]) -> 
         write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
         (folder / "report.html").unlink(missing_ok=True)
         counts["answers of the summary"] += len(answers) - len(kept)
+
+
+def _erase_warnings(folder: Path, forgotten: Forgotten, counts: Counter[str]) -> None:
+    """Warnings that name the user or an impression, in reports and the log of events."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: without(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [without(inner) for inner in value if not (isinstance(inner, str) and names(inner))]
+        return value
+
+    def names(text: str) -> bool:
+        return not forgotten.names.isdisjoint(_QUOTED.findall(text))
+
+    before = counts["warnings"]
+    for path in [*folder.rglob("report.json"), folder / "summary.json", folder / "diagnostics.json"]:
+        found = read_json(path) if path.exists() else None
+        kept = without(found)
+        if kept != found:
+            write_json(path, kept)
+            refresh_manifest(path)
+            counts["warnings"] += 1
+    events = folder / "log.jsonl"
+    if events.exists():
+        lines = events.read_text(encoding="utf-8").splitlines(keepends=True)
+        others = [line for line in lines if not names(line)]
+        if len(others) < len(lines):
+            write_whole(events, lambda unfinished: unfinished.write_text("".join(others), encoding="utf-8"))
+            counts["warnings"] += len(lines) - len(others)
+    if counts["warnings"] > before:
+        (folder / "report.html").unlink(missing_ok=True)

@@ -53,9 +53,10 @@ def discarding_refused_import(config: Config) -> Iterator[None]:
     kept, and so is any log that was there before or is elsewhere. The run must be locked.
     """
     run = config.run.path
-    files = ("feedback.db", "feedback.db-wal", "feedback.db-shm", "config.yaml", "snapshots", "segments")
-    names = files if config.feedback.source else ()
+    names = ("feedback.db", "config.yaml", "snapshots", "segments") if config.feedback.source else ()
     began = [run / name for name in names if not (run / name).exists()]
+    if run / "feedback.db" in began:
+        began += [run / "feedback.db-wal", run / "feedback.db-shm"]
     try:
         yield
     except (ConfigError, InputError):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.system import Roles
 from causalrm_ray.config.train import Config
-from causalrm_ray.conversation import Conversation
+from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.data.log.import_log import LengthLimit, import_log
 from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.store import open_log
@@ -66,7 +66,7 @@ def count_cuts(snapshot: Path, limit: LengthLimit) -> Cuts:
     cuts, columns = Cuts(), ("prompt", "response", "label")
     for batch in read_columns(snapshot, columns) if limit.truncation == "oldest" else ():
         for prompt, response, label in zip(*(batch[name].to_pylist() for name in columns), strict=True):
-            with suppress(RowError):  # of a log that was not imported here: the fit refuses it by its id
+            with suppress(RowError, ConversationError):  # of a log that was not imported here: the fit refuses it by its id
                 if found := limit.truncate(Conversation(prompt), response):
                     cuts.add(found, label)
     return cuts

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from causalrm_ray.checkpoint import newest_complete, read_json, write_json
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
-from causalrm_ray.data.snapshots.segments import drop_snapshot, drop_unused
+from causalrm_ray.data.snapshots.segments import SEGMENTS, drop_snapshot, drop_unused
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 from causalrm_ray.types import Scored
@@ -49,6 +49,9 @@ class Run:
         elif not fresh_start and any((self.path / mark).exists() for mark in ("checkpoints", "summary.json", "feedback.db")):
             resume = "continue it with resume=true, " if (self.path / "checkpoints").exists() else ""
             raise InputError(f"{self.path} holds a run already: {resume}remove it, or choose another run.name")
+        if not config.run.resume:  # of a log that was there before
+            for name in ("snapshots", SEGMENTS):
+                shutil.rmtree(self.path / name, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self._drop_metrics_from(self.first_step)
         dump_config(config, self.path / "config.yaml")
@@ -83,21 +86,24 @@ class Run:
                 event("warning", level=logging.WARNING, text=text)
         self._trackers.summarise(summary)
 
-    def retire(self) -> None:
-        """Delete all but the newest `loop.keep` checkpoints, and the refits that nothing needs any more.
+    def retire(self, step: int) -> None:
+        """Checkpoint `step` was saved: delete all but the newest `loop.keep` up to it, and the refits that nothing needs now.
 
-        Those that serve in a checkpoint are needed, the first, whose models the report compares, and the newest.
+        Those that serve in a checkpoint are needed, the first, whose models the report compares, and the newest. Checkpoints of
+        later steps could not be resumed from: they are left to be replaced.
         """
-        checkpoints = sorted((self.path / "checkpoints").glob("step-*"), key=_step)
         if self._keep is None:
             return
+        found = (path for path in (self.path / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+        checkpoints = sorted((path for path in found if _step(path) <= step), key=_step)
         for path in checkpoints[: -self._keep]:
             shutil.rmtree(path)
         refits = sorted((self.path / "propensity").glob("step-*"), key=_step)
         needed = {"log", *(path.name for path in refits[-1:])}
         for path in checkpoints[-self._keep :]:
-            serving = read_json(path / "facts.json")["serving"]
-            needed |= {Path(serving["reward"]["folder"]).parts[1], Path(serving["propensity"]).name}
+            with suppress(InputError):  # a damaged one serves nothing
+                serving = read_json(path / "facts.json")["serving"]
+                needed |= {Path(serving["reward"]["folder"]).parts[1], Path(serving["propensity"]).name}
         for path in refits:
             if path.name not in needed:
                 shutil.rmtree(self.path / "reward" / path.name, ignore_errors=True)

@@ -206,7 +206,8 @@ def test_a_driver_of_its_own_refuses_as_this_process_would(tmp_path: Path, capfd
 
 
 def refused(config: Config) -> None:
-    (config.run.path / "feedback.db").write_text("mine", encoding="utf-8")
+    for name in ("feedback.db", "feedback.db-wal"):  # which SQLite makes when the log is written to again
+        (config.run.path / name).write_text("mine", encoding="utf-8")
     raise InputError("no")
 
 
@@ -221,7 +222,8 @@ def test_a_refusal_deletes_nothing_but_an_import_that_it_ends(case: str, tmp_pat
         (config.run.path / "checkpoints").mkdir()
     with pytest.raises(InputError), discarding_refused_import(config):
         refused(config)
-    assert (config.run.path / "feedback.db").read_text(encoding="utf-8") == "mine"
+    for name in ("feedback.db", "feedback.db-wal"):
+        assert (config.run.path / name).read_text(encoding="utf-8") == "mine"
 
 
 def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from causalrm_ray.checkpoint import atomic_folder, write_json
+from causalrm_ray.checkpoint import atomic_folder, verify_folder, write_json
 from causalrm_ray.config.options import dump_config, load_config
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.store import FeedbackLog
@@ -82,6 +82,21 @@ def test_a_person_is_in_no_file_afterwards(run: Path, whom: str, capsys: pytest.
     assert left == []
     for path in run.rglob("*.parquet"):  # whose pages are compressed
         assert "Zebediah" not in str(pq.read_table(path).to_pylist())
+
+
+def test_warnings_that_name_a_person_go_and_others_stay(run: Path) -> None:
+    warnings = ["user 'ann' gave 60 of 100 reactions (60%): feedback.per_user caps this.", "Entropy fell."]
+    for path in ("propensity/log/report.json", "diagnostics.json"):
+        with atomic_folder(run / "propensity" / "log") if "/" in path else nullcontext(run) as folder:
+            write_json(folder / Path(path).name, {"warnings": warnings})
+    lines = [json.dumps({"event": "warning", "text": text}) + "\n" for text in warnings]
+    (run / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert forget(run, "user=ann") == 0
+    for path in ("propensity/log/report.json", "diagnostics.json"):
+        assert json.loads((run / path).read_text())["warnings"] == warnings[1:]
+    verify_folder(run / "propensity" / "log")
+    assert (run / "log.jsonl").read_text() == lines[1]
+    assert not (run / "report.html").exists()
 
 
 def test_others_stay(run: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,15 @@ class SegmentHeader:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotHeader:
-    """A snapshot at `position` of the log, as of a time (None: no limit), under `rule` (a digest of what signals mean)."""
+    """A snapshot at `position` of the log, as of a time (None: no limit), under `rule` (a digest of what signals mean).
+
+    `newest` are the digests of the newest rows in the log then, `forgotten` how many it had lost for ever.
+    """
 
     segments: tuple[str, ...]
     position: int
+    newest: tuple[str | None, ...]
+    forgotten: int
     as_of: float | None
     rule: str
 
@@ -72,9 +78,15 @@ def write_segment(batches: Iterable[pa.RecordBatch], header: SegmentHeader, fold
     write_batches_as(batches, _with_header(SEGMENT_SCHEMA, header), folder / header.name)
 
 
-def segment_headers(folder: Path) -> list[SegmentHeader]:
-    """The headers of all segments in a folder, by their positions."""
-    return [SegmentHeader(**found) for path in sorted(folder.glob("*.parquet")) if (found := _header(path))]
+def segment_headers(folder: Path) -> dict[Path, SegmentHeader | None]:
+    """The headers of all segments in a folder, by their positions; None for a file that cannot be read."""
+    found: dict[Path, SegmentHeader | None] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        with suppress(InputError):
+            header = _header(path)
+            found[path] = SegmentHeader(**header) if header else None
+        found.setdefault(path, None)
+    return found
 
 
 def write_labels(labels: pa.Table, header: SnapshotHeader, path: Path) -> None:
@@ -90,7 +102,10 @@ def read_labels(path: Path) -> pa.Table:
 def snapshot_header(path: Path) -> SnapshotHeader | None:
     """The header of a snapshot that is made of segments; None for a file that holds its rows itself."""
     found = _header(path)
-    return SnapshotHeader(tuple(found["segments"]), found["position"], found["as_of"], found["rule"]) if found else None
+    if found is None:
+        return None
+    found |= {name: tuple(found[name]) for name in ("segments", "newest")}
+    return SnapshotHeader(**found)
 
 
 def read_rows(path: Path, header: SnapshotHeader, columns: Sequence[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
@@ -103,8 +118,9 @@ def read_rows(path: Path, header: SnapshotHeader, columns: Sequence[str] | None,
     asked = [*SEGMENT_SCHEMA.names[1:], "observed", "label", "signal"] if columns is None else list(columns)
     needed = {*asked, "seq"} if header.as_of is None else {*asked, "seq", "time"}
     stored = [name for name in SEGMENT_SCHEMA.names if name in needed]
+    whole = f"whole, for the snapshot {path} (a segment that is deleted is made again from the log)"
     for name in header.segments:
-        for batch in read_batches_of(path.parent.parent / SEGMENTS / name, stored, rows, f"there, for the snapshot {path}"):
+        for batch in read_batches_of(path.parent.parent / SEGMENTS / name, stored, rows, f"there, {whole}"):
             if header.as_of is not None:
                 batch = batch.filter(pa.array(batch["time"].to_numpy() <= header.as_of))
             place = np.searchsorted(position, batch["seq"].to_numpy())
@@ -117,11 +133,16 @@ def read_rows(path: Path, header: SnapshotHeader, columns: Sequence[str] | None,
 
 
 def drop_unused(folder: Path) -> int:
-    """Delete the snapshots of a run that miss a segment, and the segments that no other one names; returns how many snapshots."""
+    """Delete the snapshots of a run that miss a segment or cannot be read, and the segments that no other one names; returns how
+    many snapshots."""
     named: set[str] = set()
     dropped = 0
     for path in (folder / "snapshots").glob("*.parquet"):
-        header = snapshot_header(path)
+        try:
+            header = snapshot_header(path)
+        except InputError:
+            drop_snapshot(path)
+            continue
         if header is None:
             continue
         if all((folder / SEGMENTS / name).exists() for name in header.segments):

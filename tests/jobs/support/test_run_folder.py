@@ -84,7 +84,7 @@ def test_what_no_checkpoint_needs_is_deleted(keep: str, tmp_path: Path) -> None:
     save(run.path, 4, "step-2", "step-2")
     save(run.path, 8, "step-2", "step-6")  # the model of step-6 was refused
     save(run.path, 10, "step-6", "step-6")
-    run.retire()
+    run.retire(10)
     checkpoints = {"1": ["step-10"], "2": ["step-10", "step-8"], "null": ["step-10", "step-2", "step-4", "step-8"]}
     assert names(run.path, "checkpoints") == checkpoints[keep]
     refits = {"1": ["log", "step-10", "step-6"], "2": ["log", "step-10", "step-2", "step-6"]}
@@ -93,3 +93,25 @@ def test_what_no_checkpoint_needs_is_deleted(keep: str, tmp_path: Path) -> None:
         assert names(run.path, kind) == kept
     assert len(list((run.path / "segments").iterdir())) == len(kept)  # each of them made its own of so few rows
     assert len(list((run.path / "snapshots").glob("*.safetensors"))) == len(kept)
+
+
+def test_a_damaged_checkpoint_and_those_ahead_cost_none_that_is_good(tmp_path: Path) -> None:
+    run = Run(load_config(None, [f"run.dir={tmp_path}", "run.name=mine", "loop.keep=2"]))
+    with closing(FeedbackLog(f"sqlite:///{tmp_path / 'log.db'}", {})) as log:
+        refit(run.path, log, "log")
+    for step in (8, 9):
+        save(run.path, step, "log", "log")
+    for step in (7, 10):
+        (run.path / "checkpoints" / f"step-{step}").mkdir()
+    (run.path / "checkpoints" / "step-8" / "facts.json").write_text("{", encoding="utf-8")
+    run.retire(9)
+    assert names(run.path, "checkpoints") == ["step-10", "step-8", "step-9"]
+
+
+def test_a_new_run_begins_without_the_segments_of_a_log_before(tmp_path: Path) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}", "run.name=mine"])
+    with closing(FeedbackLog(f"sqlite:///{tmp_path / 'log.db'}", {})) as log:
+        refit(config.run.path, log, "log")
+    run = Run(config)
+    assert not (run.path / "segments").exists()
+    assert not (run.path / "snapshots").exists()

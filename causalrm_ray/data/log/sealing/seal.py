@@ -9,6 +9,7 @@ forgotten since, are made again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +17,12 @@ import numpy as np
 import pyarrow as pa
 from sqlalchemy import Connection, Engine, select
 
+from causalrm_ray.data.erasure import Forgotten, erase_copies
+from causalrm_ray.data.log.bulk import forgotten_of
 from causalrm_ray.data.log.database import transact, verify
 from causalrm_ray.data.log.sealing.queries import Known, LabelRule, label_query, new_label_query
 from causalrm_ray.data.log.tables import LogTables
+from causalrm_ray.data.parquet import read_batches_of
 from causalrm_ray.data.snapshots.segments import (
     LABEL_SCHEMA,
     SEGMENT_SCHEMA,
@@ -32,6 +36,7 @@ from causalrm_ray.data.snapshots.segments import (
     write_labels,
     write_segment,
 )
+from causalrm_ray.errors import InputError
 
 MOST_ROWS = 2**18  # of a segment: what is lost when a seal is interrupted, or made again when one of its rows is forgotten
 FULL_ROWS = 2**14  # a last segment of fewer is sealed again with what is new
@@ -54,7 +59,7 @@ class Sealer:
         path = self._folder / "snapshots" / f"{name}.parquet"
         position, forgotten = self._read(self._state)
         segments = self._read(lambda connection: self._usable(connection, forgotten))
-        earlier = self._earlier({segment.name for segment in segments}, position)
+        earlier = self._read(lambda connection: self._earlier(connection, {segment.name for segment in segments}, forgotten))
         if self._engine.dialect.name == "sqlite":
             shown = self._engine.url.render_as_string(hide_password=True)
             verified = max((header.position for header in earlier.values()), default=0)
@@ -64,7 +69,8 @@ class Sealer:
         if self._read(self._state)[1] != forgotten:  # something was, meanwhile
             return self.seal(name, as_of)
         names = tuple(segment.name for segment in segments)
-        write_labels(labels, SnapshotHeader(names, position, as_of, self._rule.digest), path)
+        newest = self._read(lambda connection: self._newest(connection, position))
+        write_labels(labels, SnapshotHeader(names, position, newest, forgotten, as_of, self._rule.digest), path)
         drop_unused(self._folder)
         return path
 
@@ -76,28 +82,55 @@ class Sealer:
         position, forgotten = connection.execute(select(state.position, state.forgotten)).one()
         return position, forgotten
 
+    def _newest(self, connection: Connection, position: int) -> tuple[str | None, ...]:
+        """The digests of the newest impression and the newest event up to a position."""
+        tables = (self._tables.impressions, self._tables.events)
+        queries = [select(one.c.digest).where(one.c.seq <= position).order_by(one.c.seq.desc()).limit(1) for one in tables]
+        return tuple(connection.execute(query).scalar() for query in queries)
+
     def _usable(self, connection: Connection, forgotten: int) -> list[SegmentHeader]:
-        """The segments that hold the first rows of this log, as they are; those that are not of it are deleted."""
-        shown, longest = self._tables.impressions.c, {}
-        for header in segment_headers(self._folder / SEGMENTS):  # of one beginning the longest comes last
-            digest = connection.execute(select(shown.digest).where(shown.seq == header.upto)).scalar()
-            if (header.forgotten, header.digest) == (forgotten, digest):
+        """The segments that hold the first rows of this log, as they are; others are deleted, and what else there is of rows that
+        were forgotten."""
+        shown, longest, others = self._tables.impressions.c, {}, []
+        for path, header in segment_headers(self._folder / SEGMENTS).items():  # of one beginning the longest comes last
+            digest = connection.execute(select(shown.digest).where(shown.seq == header.upto)).scalar() if header else None
+            if header and (header.forgotten, header.digest) == (forgotten, digest):
                 longest[header.after] = header
             else:
-                (self._folder / SEGMENTS / header.name).unlink()
+                others.append((path, header))
+        for path, header in others:
+            if header and header.forgotten != forgotten:
+                self._erase_forgotten(connection, path)
+            path.unlink(missing_ok=True)
         chain = []
         while (after := chain[-1].upto if chain else 0) in longest:
             chain.append(longest[after])
         return chain
 
-    def _earlier(self, segments: set[str], position: int) -> dict[Path, SnapshotHeader]:
-        """The snapshots that were made of these segments."""
-        headers = {path: snapshot_header(path) for path in (self._folder / "snapshots").glob("*.parquet")}
-        return {
-            path: header
-            for path, header in headers.items()
-            if header and segments.issuperset(header.segments) and header.position <= position
-        }
+    def _erase_forgotten(self, connection: Connection, segment: Path) -> None:
+        """Erase from the run's folder what the log has forgotten of a segment's rows: rollouts know the prompts only, and this
+        segment is the last to know whose they are."""
+        ids, prompts = set[str](), set[str]()
+        with suppress(InputError):  # a page cannot be read any more
+            for batch in read_batches_of(segment, ("impression_id", "prompt"), ROWS_PER_PAGE):
+                rows = dict(zip(batch["impression_id"].to_pylist(), batch["prompt"].to_pylist(), strict=True))
+                gone = forgotten_of(connection, self._tables, rows)
+                ids |= gone
+                prompts |= {rows[name] for name in gone}
+        if ids:
+            erase_copies(self._folder, Forgotten(frozenset(ids), frozenset(prompts), None), running=True)
+
+    def _earlier(self, connection: Connection, segments: set[str], forgotten: int) -> dict[Path, SnapshotHeader]:
+        """The snapshots that were made of these segments, and of this log as it is up to their positions."""
+        found = {}
+        for path in (self._folder / "snapshots").glob("*.parquet"):
+            with suppress(InputError):  # one that cannot be read is none
+                header = snapshot_header(path)
+                if header is None or not segments.issuperset(header.segments):
+                    continue
+                if (header.forgotten, header.newest) == (forgotten, self._newest(connection, header.position)):
+                    found[path] = header
+        return found
 
     def _extend(self, segments: list[SegmentHeader], position: int, forgotten: int) -> None:
         """Seal the impressions up to a position that no segment holds."""
@@ -120,7 +153,9 @@ class Sealer:
         found = connection.execute(seqs).scalars().all()
         if not found:
             return None
-        digest = connection.execute(select(shown.digest).where(shown.seq == found[-1])).scalar_one()
+        digest = connection.execute(select(shown.digest).where(shown.seq == found[-1])).scalar()
+        if digest is None:  # forgotten meanwhile
+            return self._header(connection, after, position, forgotten)
         return SegmentHeader(after, found[-1], len(found), digest, forgotten)
 
     def _write(self, connection: Connection, header: SegmentHeader) -> None:

@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event, text
 
+from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.sealing import seal as sealing
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.rollouts import kept_steps, rollout_path, write_rollout
 from causalrm_ray.data.snapshots.table import read_batches, read_columns, read_snapshot
 from causalrm_ray.errors import InputError
-from causalrm_ray.types import FeedbackEvent, Impression
+from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Scored
 from tests.causalrm_ray.data.log.test_store import ORDER, SIGNALS, SLOW, did, histories, shown
 
 
@@ -161,7 +163,7 @@ def test_a_missing_segment_is_named(log: FeedbackLog, tmp_path: Path):
     path = log.seal(tmp_path, "log")
     (segment,) = (tmp_path / "segments").iterdir()
     segment.unlink()
-    with pytest.raises(InputError, match=rf"{segment.name} must be there, for the snapshot .*log.parquet"):
+    with pytest.raises(InputError, match=rf"{segment.name} must be there, whole, for the snapshot .*log.parquet"):
         list(read_batches(path))
     assert rows_of(log.seal(tmp_path, "log")) == log.snapshot().to_list()
 
@@ -171,3 +173,39 @@ def test_columns_are_those_asked_for(log: FeedbackLog, tmp_path: Path):
     path = log.seal(tmp_path, "log", as_of=2.0)
     (batch,) = read_columns(path, ["label", "impression_id"])
     assert batch.to_pylist() == [{"label": 1, "impression_id": "a"}]
+
+
+@pytest.mark.parametrize("kind", ["segments", "snapshots"])
+def test_a_file_that_cannot_be_read_is_made_again(log: FeedbackLog, tmp_path: Path, kind: str):
+    log.append([shown("a")], [did("x", "a")])
+    log.seal(tmp_path, "first")
+    (file,) = (tmp_path / kind).iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    log.append([shown("b")])
+    assert rows_of(log.seal(tmp_path, "second")) == log.snapshot().to_list()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_labels_of_events_that_the_log_lost_are_not_gone_on_from(new_log_url: Callable[[], str], tmp_path: Path, lost: bool):
+    """A log that went back to a backup, and has grown past where it was."""
+    with closing(FeedbackLog(new_log_url(), SIGNALS)) as log:
+        log.append([shown("a"), shown("b")], [did("x", "a"), did("y", "b", "downvote")])
+        log.seal(tmp_path, "first")
+    with closing(FeedbackLog(new_log_url(), SIGNALS)) as log:
+        log.append([shown("a"), shown("b")], [did("z", "a", "downvote")] if lost else [did("x", "a"), did("y", "b", "downvote")])
+        log.append([], [did(f"new {number}", "a", "downvote", 5.0) for number in range(3)])
+        assert rows_of(log.seal(tmp_path, "second")) == log.snapshot().to_list()
+
+
+def test_a_seal_after_forgetting_erases_what_rollouts_hold_of_it(log: FeedbackLog, tmp_path: Path):
+    log.append([shown("a"), shown("b")], [did("x", "a")])
+    log.seal(tmp_path, "first")
+    unfinished = tmp_path / ".step-1.parquet.7.tmp"
+    unfinished.touch()
+    for step, prompt in enumerate(("ask a", "ask b")):
+        request = Prompt("p", Conversation.user(prompt), (1,))
+        write_rollout([Scored(Completion(request, "so", (3,), (-0.5,), "stop", 0), 0.1, 1)], rollout_path(tmp_path, step))
+    log.forget(["a"], 1.0)
+    log.seal(tmp_path, "second")
+    assert kept_steps(tmp_path) == [1]
+    assert unfinished.exists()  # of the run itself, which goes on
