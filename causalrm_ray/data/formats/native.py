@@ -62,7 +62,7 @@ class Native:
             LoggedImpression(
                 prompt=conversation(fields.get("prompt"), parsed(fields.get("tools"))),
                 response=fields.get("response", ""),
-                id=_name(fields, "id", "impression_id"),
+                id=_name(fields, "id" if fields.get("id") is not None else "impression_id"),
                 policy_version=_whole(fields.get("policy_version", 0)),
                 time=seconds(fields.get("time")),
                 user=_name(fields, "user"),
@@ -132,16 +132,14 @@ def traits(context: Any) -> dict[str, str]:
     }
 
 
-def _name(fields: Mapping[str, Any], *columns: str) -> str | None:
-    """The first of `columns` that is given, as text; None if none is."""
-    for column in columns:
-        if (name := fields.get(column)) is not None:
-            if isinstance(name, str) and name and not name.isspace():
-                return name
-            if not isinstance(name, int):
-                raise RowError(f"{column} must be a text or whole number that is not empty, got {brief(name)}")
-            return str(name)
-    return None
+def _name(fields: Mapping[str, Any], column: str) -> str | None:
+    """A column as text; None if it is not given."""
+    name = fields.get(column)
+    if name is None or (isinstance(name, str) and name and not name.isspace()):
+        return name
+    if not isinstance(name, int):
+        raise RowError(f"{column} must be a text or whole number that is not empty, got {brief(name)}")
+    return str(name)
 
 
 def _whole(number: Any) -> Any:

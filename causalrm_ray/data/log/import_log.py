@@ -31,9 +31,10 @@ from causalrm_ray.data.rows import Quarantine, RawRow, RowError, SourceError, co
 from causalrm_ray.truncation import TooLongError, Truncated, truncate
 from causalrm_ray.types import FeedbackEvent, Truncation
 
-_COUNTED = ("rows", "impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
+_COUNTED = ("impressions", "duplicate_impressions", "events", "duplicate_events", "without_feedback")
 _ROWS_PER_TRANSACTION = 4_000
 _OBJECTS_PER_COLLECTION = 50_000
+FAULTS = (RowError, RecordError, ConversationError, RecursionError)  # of a row; the last: values nested without end
 Records = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # rows of the log's tables, of one row of the source
 
 
@@ -158,10 +159,16 @@ class _Import:
         self._waiting: list[tuple[RawRow, Records]] = []
         self._occurrences: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
+        self._rows = 0
 
     def take(self, row: RawRow, table: Table) -> None:
-        self._counts["rows"] += 1
-        self._keep(row, lambda: self._records(*self._source.read(row, table)))
+        self._rows += 1
+        try:
+            self._waiting.append((row, self._records(*self._source.read(row, table))))
+        except FAULTS as error:
+            self._refuse(row, error)
+        if len(self._waiting) == _ROWS_PER_TRANSACTION:
+            self.flush()
 
     def finish(self) -> None:
         """Take what formats assembled over rows: row 0 of the source in the quarantine."""
@@ -172,15 +179,12 @@ class _Import:
             else:
                 content = content_of(logged)
                 row = RawRow(source, 0, None, content)
-                self._keep(row, lambda logged=logged, content=content: self._records([logged], content))
-
-    def _keep(self, row: RawRow, records: Callable[[], Records]) -> None:
-        try:
-            self._waiting.append((row, records()))
-        except (RowError, RecordError, ConversationError, RecursionError) as error:  # the last: values nested without end
-            self._refuse(row, error)
-        if len(self._waiting) == _ROWS_PER_TRANSACTION:
-            self.flush()
+                try:
+                    self._waiting.append((row, self._records([logged], content)))
+                except FAULTS as error:
+                    self._refuse(row, error)
+            if len(self._waiting) == _ROWS_PER_TRANSACTION:
+                self.flush()
 
     def flush(self) -> None:
         """Log the rows that wait; where one of them conflicts, one by one, so that only those that do are refused."""
@@ -196,6 +200,7 @@ class _Import:
 
     def report(self) -> ImportReport:
         return ImportReport(
+            rows=self._rows,
             **{name: self._counts[name] for name in _COUNTED},
             quarantined=self._quarantine.count,
             ignored_columns=self._source.ignored_columns(),

@@ -149,8 +149,10 @@ class LogSource:
         """The same with another instance of the table's format."""
         mapped, columns = self.map(row_fields(row)), made.columns
         fields = {name: value for name, value in mapped.items() if value is not None and name in columns}
-        given = [self._score(name, mapped[name]) for name in self._columns_of_signals if name in mapped and name not in columns]
-        scores = [score for score in given if score is not None]
+        scores: list[LoggedEvent] = []
+        if not mapped.keys().isdisjoint(self._columns_of_signals):
+            given = (name for name in self._columns_of_signals if name in mapped and name not in columns)
+            scores = [score for name in given if (score := self._score(name, mapped[name])) is not None]
         alone = scores and "impression_id" in fields and not fields.keys() & {"prompt", "response", "signal", "label", "retracts"}
         found = [] if alone else _given(made, fields, row)
         if scores:
