@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.models.dropout import Dropout, dropout
+from causalrm_ray.models.kernels import Dropout, dropout
 
 
 class Scorer(Protocol):

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.errors import InputError
+from causalrm_ray.models.control_tokens import control_tokens
 from causalrm_ray.truncation import Truncated, truncate
 from causalrm_ray.types import Truncation
 
@@ -61,15 +62,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str
 
     Raises ConversationError where the chat template refuses the conversation, or leaves a part of it out.
     """
-    return tuple(tokenizer.encode(render(tokenizer, prompt), add_special_tokens=False))
+    return _ids(tokenizer, _render(tokenizer, prompt))
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str, response: str) -> tuple[int, ...]:
     """Ids of the chat-formatted prompt, the response and the end of its turn: what an engine would have produced, and what the
     template of `answer_template` gives. Raises ConversationError as `encode_prompt` does.
     """
-    text = render(tokenizer, prompt) + _separator(tokenizer) + response + str(tokenizer.eos_token)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    end = str(tokenizer.eos_token)
+    answer = control_tokens(tokenizer).mark(response.removesuffix(end))  # some logs keep the end
+    return _ids(tokenizer, _render(tokenizer, prompt) + _separator(tokenizer) + answer + end)
 
 
 def truncate_pair(
@@ -86,8 +88,15 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> st
     Calls of tools have their arguments as objects, as templates expect; a developer's message is a system's where the template
     knows no developers. Raises ConversationError where the chat template refuses it, or leaves a part of it out.
     """
-    asked = Conversation.user(prompt) if isinstance(prompt, str) else prompt
+    return control_tokens(tokenizer).unmark(_render(tokenizer, prompt))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> str:
+    """The same, but for marks where people wrote control tokens."""
+    asked, control = Conversation.user(prompt) if isinstance(prompt, str) else prompt, control_tokens(tokenizer)
     written, tools = asked.parse()
+    if control.found_in(asked.json) or not asked.json.isascii():
+        written, tools = control.mark_all(written), control.mark_all(tools)
     messages = [_with_objects(message) for message in written]
     try:
         return _complete(tokenizer, messages, tools)
@@ -96,6 +105,14 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | str) -> st
             raise
     known = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     return _complete(tokenizer, known, tools)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of a text; what is marked in it becomes the ids of its letters."""
+    ids: list[int] = []
+    for part, control in control_tokens(tokenizer).parts(text):
+        ids += tokenizer.encode(part, add_special_tokens=False, **({"split_special_tokens": True} if control else {}))
+    return tuple(ids)
 
 
 def answer_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -223,11 +240,13 @@ class LengthBound:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._control = tokenizer, control_tokens(tokenizer)
         self._around = lru_cache(maxsize=4096)(self._measure)
 
     def __call__(self, prompt: Conversation, response: str) -> int | None:
         text = prompt.json
+        if self._control.found_in(text) or self._control.found_in(response):  # each may begin with a blank of its own
+            return None
         if text.endswith(_ONE_TURN) and text.count('"role":') == 1:  # its JSON is longer than what it holds
             return _bytes(text) + _bytes(response) + self._around(("user",))
         messages, tools = prompt.parse()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from causalrm_ray.models.dropout import Dropout, dropout
+from causalrm_ray.models.kernels import Dropout, dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
