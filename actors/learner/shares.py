@@ -100,12 +100,10 @@ class Sharder:
 
         Raises ValueError, naming the id, for an answer of another policy version, without tokens, too long, or known.
         """
-        check_unique([*self._owners, *(completion.prompt.id for completion in completions)])
         return self._split(completions, self._owners)
 
     def split_apart(self, completions: Sequence[Completion]) -> list[Share]:
         """The same of answers that belong to no step."""
-        check_unique([completion.prompt.id for completion in completions])
         return self._split(completions, {})
 
     def _split(self, completions: Sequence[Completion], known: dict[str, int]) -> list[Share]:
@@ -113,6 +111,7 @@ class Sharder:
         ids = [completion.prompt.id for completion in completions]
         for completion in completions:
             check_answer(completion, self.version, self._config.staleness, self._max_length)
+        check_unique([*known, *ids])
         lengths = [_length(completion) for completion in completions]
         owners = balance_lengths(lengths, self._ranks)
         known.update(zip(ids, owners, strict=True))
