@@ -97,11 +97,20 @@ def cached_folder(path: Path, fill: Callable[[Path], object]) -> Path:
     return path
 
 
+def step_of(path: Path) -> int:
+    """N of a folder `step-N`."""
+    return int(path.name.removeprefix("step-"))
+
+
+def steps(folder: Path) -> list[Path]:
+    """Every `step-N` below `folder`, by N."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=step_of)
+
+
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest `step-N` below `folder` that verifies, and the fault of each newer one."""
     faults: list[str] = []
-    steps = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    for path in sorted(steps, key=lambda path: int(path.name[5:]), reverse=True):
+    for path in reversed(steps(folder)):
         try:
             verify_folder(path)
         except CheckpointError as error:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from causalrm_ray.checkpoint import read_json, refresh_manifest, write_json
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.parquet import PARQUET_FAULTS, write_batches_as
-from causalrm_ray.data.snapshots.segments import SEGMENTS, drop_unused
+from causalrm_ray.data.snapshots.segments import SEGMENTS, drop_snapshot, drop_unused
 from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 
@@ -108,8 +108,7 @@ def _erase_parquet(path: Path, forgotten: Forgotten, counts: Counter[str]) -> No
     if gone == 0:
         return
     if path.parent.name in ("snapshots", SEGMENTS, "rollouts"):
-        path.unlink()
-        path.with_suffix(".labels.safetensors").unlink(missing_ok=True)
+        drop_snapshot(path)
         counts[path.parent.name] += 1
     else:
         kept = (batch.filter(pa.array([not row for row in _rows_gone(batch, forgotten)])) for batch in _batches(path))

@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 
 from actors.cluster.telemetry import event
-from causalrm_ray.checkpoint import newest_complete, read_json, write_json
+from causalrm_ray.checkpoint import newest_complete, read_json, step_of, steps, write_json
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.rollouts import forget_rollouts, rollout_path, write_rollout
@@ -59,7 +59,7 @@ class Run:
     @property
     def first_step(self) -> int:
         """The first step to do: 0, or the one after the checkpoint."""
-        return _step(self.checkpoint) if self.checkpoint else 0
+        return step_of(self.checkpoint) if self.checkpoint else 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, and log the same to the trackers."""
@@ -94,11 +94,10 @@ class Run:
         """
         if self._keep is None:
             return
-        found = (path for path in (self.path / "checkpoints").glob("step-*") if path.name[5:].isdigit())
-        checkpoints = sorted((path for path in found if _step(path) <= step), key=_step)
+        checkpoints = [path for path in steps(self.path / "checkpoints") if step_of(path) <= step]
         for path in checkpoints[: -self._keep]:
             shutil.rmtree(path)
-        refits = sorted((self.path / "propensity").glob("step-*"), key=_step)
+        refits = steps(self.path / "propensity")
         needed = {"log", *(path.name for path in refits[-1:])}
         for path in checkpoints[-self._keep :]:
             with suppress(InputError):  # a damaged one serves nothing
@@ -127,10 +126,6 @@ class Run:
         kept = itertools.takewhile(lambda found: found[1]["step"] < step, _lines(file))
         text = "".join(line for line, _ in kept)
         write_whole(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:

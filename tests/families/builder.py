@@ -45,12 +45,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def build(family: str, folder: Path) -> None:
-    """Write a model of the family, with a tokenizer of words."""
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of words."""
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+
+
+def build(family: str, folder: Path) -> None:
+    """Write a model of the family, with a tokenizer of words."""
+    save_tokenizer(folder)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES[family]()).save_pretrained(folder)

@@ -82,10 +82,10 @@ def segment_headers(folder: Path) -> dict[Path, SegmentHeader | None]:
     """The headers of all segments in a folder, by their positions; None for a file that cannot be read."""
     found: dict[Path, SegmentHeader | None] = {}
     for path in sorted(folder.glob("*.parquet")):
+        found[path] = None
         with suppress(InputError):
-            header = _header(path)
-            found[path] = SegmentHeader(**header) if header else None
-        found.setdefault(path, None)
+            if header := _header(path):
+                found[path] = SegmentHeader(**header)
     return found
 
 
@@ -115,6 +115,7 @@ def read_rows(path: Path, header: SnapshotHeader, columns: Sequence[str] | None,
     """
     labels = read_labels(path).combine_chunks()
     position = labels["seq"].to_numpy()
+    at_place = np.append(position, -1)  # what stands where a position would be put: behind the last, nothing
     asked = [*SEGMENT_SCHEMA.names[1:], "observed", "label", "signal"] if columns is None else list(columns)
     needed = {*asked, "seq"} if header.as_of is None else {*asked, "seq", "time"}
     stored = [name for name in SEGMENT_SCHEMA.names if name in needed]
@@ -123,8 +124,9 @@ def read_rows(path: Path, header: SnapshotHeader, columns: Sequence[str] | None,
         for batch in read_batches_of(path.parent.parent / SEGMENTS / name, stored, rows, f"there, {whole}"):
             if header.as_of is not None:
                 batch = batch.filter(pa.array(batch["time"].to_numpy() <= header.as_of))
-            place = np.searchsorted(position, batch["seq"].to_numpy())
-            observed = np.append(position, -1)[place] == batch["seq"].to_numpy()
+            seq = batch["seq"].to_numpy()
+            place = np.searchsorted(position, seq)
+            observed = at_place[place] == seq
             got = labels.take(pa.array(place, pa.int64(), mask=~observed))
             arrays = {name: batch[name] for name in batch.schema.names}
             arrays["observed"] = pa.array(observed.astype(np.int8))
@@ -157,7 +159,7 @@ def drop_unused(folder: Path) -> int:
 
 
 def drop_snapshot(path: Path) -> None:
-    """Delete a snapshot, and the true preferences that were made for it."""
+    """Delete a snapshot, or another file of a run, and the true preferences that were made for it, if any were."""
     path.unlink(missing_ok=True)
     path.with_suffix(".labels.safetensors").unlink(missing_ok=True)
 

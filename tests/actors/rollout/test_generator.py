@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator
@@ -24,9 +23,8 @@ from causalrm_ray.config.base import RunConfig
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.models.lora import adapter_of, with_adapter
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
+from tests.families.builder import VOCAB, WORDS, save_tokenizer
 
-VOCAB = 200
-WORDS = ["<pad>", "<eos>", "<user>", "<bot>"] + [f"w{number}" for number in range(VOCAB - 4)]
 MAX_LENGTH = 128
 BUFFER = 4
 PHASES = {
@@ -36,14 +34,6 @@ PHASES = {
 PLAIN = Sampling(max_new_tokens=24)
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
 SHARP = Sampling(max_new_tokens=24, temperature=0.7, top_p=0.8)
-
-
-def save_tokenizer(folder: Path) -> None:
-    words_to_ids = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words_to_ids.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_to_ids, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<bot>"
-    tokenizer.save_pretrained(folder)
 
 
 def make_model(seed: int, tied: bool) -> LlamaForCausalLM:

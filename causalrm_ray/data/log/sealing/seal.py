@@ -93,13 +93,16 @@ class Sealer:
         were forgotten."""
         shown, longest, others = self._tables.impressions.c, {}, []
         for path, header in segment_headers(self._folder / SEGMENTS).items():  # of one beginning the longest comes last
-            digest = connection.execute(select(shown.digest).where(shown.seq == header.upto)).scalar() if header else None
-            if header and (header.forgotten, header.digest) == (forgotten, digest):
+            if header is None:
+                path.unlink()
+                continue
+            digest = connection.execute(select(shown.digest).where(shown.seq == header.upto)).scalar()
+            if (header.forgotten, header.digest) == (forgotten, digest):
                 longest[header.after] = header
             else:
                 others.append((path, header))
         for path, header in others:
-            if header and header.forgotten != forgotten:
+            if header.forgotten != forgotten:
                 self._erase_forgotten(connection, path)
             path.unlink(missing_ok=True)
         chain = []
