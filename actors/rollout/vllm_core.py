@@ -94,6 +94,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "model": model,
         "dtype": dtype,
         "max_model_len": max_length,
+        "trust_remote_code": False,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "logprobs_mode": "processed_logprobs",
@@ -132,7 +133,7 @@ def _end_lone_groups() -> None:
 
 def _kv_cache_bytes(model: str, max_length: int, dtype: str) -> int:
     """Room for a full batch of longest answers, between 64 MiB and 4 GiB."""
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
     per_token = config.num_hidden_layers * kv_width(config) * getattr(torch, dtype).itemsize
     return min(max(per_token * max_length * MAX_SEQUENCES, 64 * _MIB), 4096 * _MIB)
 

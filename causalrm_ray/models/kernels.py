@@ -8,11 +8,15 @@ a CPU torch's own takes six times as long, half of what a small fit takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
+
+# How weights are read: no code of a model's own is run, and no pickle is opened.
+SAFE: Mapping[str, bool] = {"trust_remote_code": False, "use_safetensors": True}
 
 
 def attention(model: str) -> str | None:
@@ -20,7 +24,7 @@ def attention(model: str) -> str | None:
 
     Fused kernels (sdpa) leave out a soft cap of attention's logits, as Gemma 2 has it.
     """
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
     return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
 
 

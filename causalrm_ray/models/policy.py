@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from causalrm_ray.models.kernels import attention, use_onednn
+from causalrm_ray.models.kernels import SAFE, attention, use_onednn
 from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.token_batch import TokenBatch, read, shares_prompts
 from causalrm_ray.rl.policy_loss import entropy, log_distribution, token_logprobs
@@ -124,7 +124,7 @@ class Reference(nn.Module):
 
 def load_policy(model: str, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a local folder or hub id, in `dtype`."""
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention(model))
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention(model), **SAFE)
     use_onednn(policy)
     return policy
 

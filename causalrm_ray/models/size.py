@@ -77,10 +77,10 @@ def model_size(model: str) -> ModelSize:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     text = config.get_text_config()
     with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(config)
+        blank = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return ModelSize(
         parameters=blank.num_parameters(),
         backbone=blank.base_model.num_parameters(),
