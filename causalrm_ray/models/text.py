@@ -238,14 +238,22 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str | int] = ()) -> str:
-    """Text of sampled ids without special tokens, and without NUL, which no database keeps.
+    """Text of sampled ids without special tokens, and without NUL, which no database keeps; with all of its blanks, so that it
+    has these ids again, but for a first one that the tokenizer puts before every text.
 
     It ends before a last token that is in `stop`, and before the first of the texts in `stop`.
     """
     written = list(token_ids[:-1] if token_ids and token_ids[-1] in stop else token_ids)
-    text = cast(str, tokenizer.decode(written, skip_special_tokens=True))
+    text = cast(str, tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    if text.startswith(" ") and _puts_blank(tokenizer):
+        text = text[1:]
     ends = [text.find(end) for end in stop if isinstance(end, str)]
-    return text[: min((end for end in ends if end >= 0), default=len(text))].replace("\x00", "").strip()
+    return text[: min((end for end in ends if end >= 0), default=len(text))].replace("\x00", "")
+
+
+@lru_cache(maxsize=32)
+def _puts_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.encode("x", add_special_tokens=False) == tokenizer.encode(" x", add_special_tokens=False)
 
 
 class LengthBound:

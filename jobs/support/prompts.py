@@ -103,7 +103,7 @@ class PromptSource:
         return self._requests("evaluation", self._held_out, self._config.loop.evaluation_prompts)
 
     def impressions(self, completions: Sequence[Completion], time: float) -> list[Impression]:
-        """Impressions of `completions` shown at `time`; an empty answer is not shown, and without users none is.
+        """Impressions of `completions` shown at `time`; a blank answer is not shown, and without users none is.
 
         The id includes a hash of the answer: a resumed step that repeats its answers repeats their ids, and one that samples
         others (on a GPU) shows new impressions.
@@ -120,7 +120,7 @@ class PromptSource:
                 context={"style": style_of(done.response)},
             )
             for done in completions
-            if done.response
+            if not done.is_blank
         ]
 
     def _requests(
