@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
+from actors.cluster.ports import free_port
 
 START_S = 60.0
 INSTALL = "install PostgreSQL's server (on Debian: apt-get install postgresql), or put its initdb and postgres on the PATH"
@@ -37,7 +38,7 @@ class PostgresServer:
         words = ("-D", self._data, "-U", "tests", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
         subprocess.run([self._bin / "initdb", *words], check=True, capture_output=True, cwd=self._folder, **self._owner)
         self._names = (f"log_{number}" for number in itertools.count())
-        self.port = _free_port()
+        self.port = free_port("127.0.0.1")
         self.start()
 
     def start(self) -> None:
@@ -103,9 +104,3 @@ def _unprivileged_user() -> dict[str, Any]:
     except KeyError:
         raise RuntimeError(f"tests of the log run as root and need the user postgres, found none: {INSTALL}") from None
     return {"user": "postgres", "group": group, "extra_groups": []}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.cluster.in_process import Handle, in_process
+from actors.cluster.ports import free_port
 from actors.cluster.wait import LABELS, resolve
 from actors.errors import RoleTimeoutError
 
@@ -97,9 +97,7 @@ def rendezvous(bundle: Bundle | None, timeout_s: float) -> str:
 
 
 def _free_address(host: str | None = None) -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return f"tcp://{host or ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+    return f"tcp://{host or ray.util.get_node_ip_address()}:{free_port()}"
 
 
 def reserve(bundles: Sequence[int], timeout_s: float) -> PlacementGroup | None:

@@ -197,11 +197,14 @@ def _held_out(prompt: Conversation) -> bool:
 
 
 def check_same_tokens(models: Models, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError unless both models share a tokenizer: the reward model scores the ids that the policy sampled."""
+    """Raise InputError unless both models share a tokenizer: the reward model scores the ids that the policy sampled.
+
+    It may know more tokens, as a saved one does that needed another to pad with.
+    """
     if models.policy == models.reward:
         return
     other = load_tokenizer(models.reward)
-    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
+    if not tokenizer.get_vocab().items() <= other.get_vocab().items() or other.chat_template != tokenizer.chat_template:
         raise InputError(
             f"model.reward must share the policy's tokenizer and chat template, got {models.reward} with {models.policy}"
         )

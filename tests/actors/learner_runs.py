@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from actors.cluster.ports import free_port
+
 SCENARIOS = Path(__file__).with_name("learner_scenarios.py")
 TOLERANCE = 1e-5  # relative, of the norm
 
 
 def start(world_size: int, folder: Path, names: Sequence[str]) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     root = SCENARIOS.parents[2]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     ranks = []

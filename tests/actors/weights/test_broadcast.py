@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 import weakref
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.cluster.ports import free_port
 from actors.errors import LostPeerError
 from actors.weights.broadcast import BroadcastGroup, Bucket, BucketLayout, GroupRank, join_group, make_layout, receive, send
 from actors.weights.packing import Entry, checksum
@@ -23,9 +23,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 def meet(size: int, timeout_s: float = TIMEOUT_S) -> list[GroupRank]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
     return [GroupRank(address, rank, size, timeout_s) for rank in range(size)]
 
 
