@@ -15,6 +15,7 @@ from typing import Any
 from causalrm_ray.data.formats.base import FIRST_ROWS, Format, LoggedEvent, LoggedImpression, load_format
 from causalrm_ray.data.formats.detect import detect
 from causalrm_ray.data.formats.native import seconds
+from causalrm_ray.data.formats.parts.ratings import GRADES
 from causalrm_ray.data.log.values import Values
 from causalrm_ray.data.mapping import ColumnMap
 from causalrm_ray.data.readers.part import Part
@@ -27,7 +28,6 @@ from causalrm_ray.types import Meaning
 AUTO = "auto"
 _SHAPE = ("prompt", "response", "impression_id")  # who maps one of these has a log of their own
 _MOST_BAD_ROWS = 10_000  # that cannot be parsed before a format is recognised
-_RATINGS = ("rating", "stars", "score", "thumb", "thumbs", "thumbs_up", "thumbs_down", "vote", "reaction", "grade", "dwell")
 _MEANINGS = "=1 liked, =0 disliked or ='{low: LOW, high: HIGH}' for its values"
 Logged = LoggedImpression | LoggedEvent
 
@@ -116,7 +116,7 @@ class LogSource:
         said += [
             f"the column {column} is ignored: feedback.columns.{column}={column} reads it as a signal, {_MEANINGS}"
             for column in self.ignored_columns()
-            if column in self._signals or (column in _RATINGS and column not in self._left_out)
+            if column in self._signals or (column in GRADES and column not in self._left_out)
         ]
         return (*said, *(note for made in self._formats.values() for note in getattr(made, "warnings", tuple)()))
 
@@ -211,7 +211,7 @@ class LogSource:
         rows = [self.map(row.fields) for head in heads for row in head if row.fields is not None]
         columns = {column: None for row in rows for column, value in row.items() if value is not None}
         known = {"label", "signal", "feedback", "events", "retracts", *self._columns_of_signals}
-        rating = next((column for column in columns if column in _RATINGS and column not in self._left_out), None)
+        rating = next((column for column in columns if column in GRADES and column not in self._left_out), None)
         if self.formats == ("native",) and rating is not None and known.isdisjoint({*columns, *self.origin.columns}):
             raise SourceError(
                 f"{self.origin}: the column {rating} must be given a meaning, or its feedback is lost: feedback.signals.{rating}="

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.formats.parts.ratings import GRADES, RATINGS
 from causalrm_ray.data.snapshots.table import read_batches, value_at
 from causalrm_ray.data.users.clusters import digest, mixed
 from causalrm_ray.data.users.concentration import HEAVY, largest_share
 from causalrm_ray.errors import brief
 
 _HASHED = ("user", "conversation_id", "prompt", "response")
-_FEEDBACK = ("signal", "label", "feedback", "rating", "stars", "thumb", "thumbs", "vote", "score", "value", "events", "retracts")
+_FEEDBACK = ("signal", "label", *dict.fromkeys((*RATINGS, *GRADES)), "value", "events", "retracts")  # the first of these is shown
 _VALUES = re.compile(r", got .*|^(impression|event) '[^']*': ", re.DOTALL)  # what differs from row to row
 
 

@@ -11,6 +11,8 @@ from causalrm_ray.data.formats.parts.scores import scored, vote
 from causalrm_ray.data.formats.parts.values import parsed
 
 RATINGS = ("rating", "feedback", "user_feedback", "thumb", "thumbs", "thumbs_up", "thumbs_down", "vote", "annotation")
+# In logs of one's own, where no format says what they mean:
+GRADES = ("rating", "stars", "score", "thumb", "thumbs", "thumbs_up", "thumbs_down", "vote", "reaction", "grade", "dwell")
 OURS = ("signal", "label", "value", "event_id")  # columns of a source go there by feedback.columns
 _INNER = ("rating", "score", "thumb", "thumbs", "vote", "type", "value", "label")  # of a rating that is an object
 
