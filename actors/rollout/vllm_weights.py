@@ -61,8 +61,11 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     _group: BroadcastGroup | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Join the group, if one is named; transformers' classes are its own again. Raises ValueError for a model that keeps key-value heads twice, which no sum could
-        tell, and LostPeerError where not all members come."""
+        """Join the group, if one is named, and give transformers its classes back.
+
+        Raises ValueError for a model that keeps key-value heads twice, which no sum could tell, and LostPeerError where not all
+        members come.
+        """
         for layer in self.model.modules():
             if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
                 raise ValueError(
@@ -169,7 +172,7 @@ def _give_back_classes() -> None:
     for kind in TorchCompileWithNoGuardsWrapper.__subclasses__():
         replaced = inspect.getclosurevars(kind.__init__).nonlocals
         if "old_init" in replaced and not kind.__module__.startswith("vllm."):
-            setattr(kind, "__init__", replaced["old_init"])
+            kind.__init__ = replaced["old_init"]
 
 
 def _own_parameters(layer: nn.Module) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Answers of an engine as it was loaded, and after an adapter was synced: as JSON [[[prompt ids, ids, log-probabilities], ...], ...].
+"""Answers of an engine as loaded, and after an adapter was synced: as JSON [[[prompt ids, ids, log-probabilities], ...], ...].
 
     python -m tests.families.adapted_answers ENGINE FOLDER ADAPTER CACHE
 
