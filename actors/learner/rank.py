@@ -161,10 +161,8 @@ class LearnerRank(PolicyExport):
         manifest of hashes.
         """
         folder, config = Path(folder), self._config
-        state: dict[str, Any] = {
-            "lora_targets": "auto",
-            **json.loads((folder / STATE).read_text(encoding="utf-8")),
-        }  # once the only choice
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = {"lora_targets": "auto", **saved}  # once the only choice
         own = config.model_dump(mode="json", include=KEPT) | ({"ranks": self._world_size} if config.zero_stage else {})
         for option, value in own.items():
             if option not in state:
