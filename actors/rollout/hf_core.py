@@ -20,7 +20,7 @@ from actors.rollout.hf_batch import Batch, Row
 from actors.rollout.step_thread import Phase
 from actors.weights.broadcast import BucketLayout, GroupRank
 from actors.weights.ipc import SharedWeights
-from actors.weights.packing import Weights, checksum, unpack
+from actors.weights.packing import Weights, checksum, out_of_place, unpack
 from causalrm_ray.models.policy import load_policy
 from causalrm_ray.models.text import decode_response
 from causalrm_ray.types import Completion, Request, Sampling, Span
@@ -103,6 +103,10 @@ class HfCore:
     @torch.no_grad()
     def _receive(self, weights: Weights) -> None:
         parameters = dict(self._model.named_parameters())
+        if weights.version == self._version:
+            for name, tensor in unpack(weights):
+                if not torch.equal(parameters[name].cpu(), tensor):
+                    raise out_of_place("hf", name, weights.version)
         for name, tensor in unpack(weights):
             parameters[name].copy_(tensor)
 

@@ -30,7 +30,7 @@ class VllmCore:
         from actors.rollout.vllm_weights import BACKEND, register
 
         register()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._loaded = tokenizer, settings.version
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(weight_transfer_config=WeightTransferConfig(backend=BACKEND), **_engine_arguments(settings))
         )
@@ -56,7 +56,7 @@ class VllmCore:
     def sync_phases(self, update: Weights | BucketLayout | SharedWeights, member: GroupRank | None = None) -> list[Phase]:
         from actors.rollout.vllm_weights import sync_phases  # imports vllm, which only an engine process may
 
-        return sync_phases(self._llm, update, member)
+        return sync_phases(self._llm, update, member, update.version == self._loaded)
 
     def completion(self, request: Request, sampling: Sampling, output: Any) -> Completion:
         answer = output.outputs[0]

@@ -2,7 +2,8 @@
 
     start_weight_update   layers go back to the form they are loaded in
     update_weights        the model's own load_weights fuses and pads; each layer is summed before its kernel packs it
-    finish_weight_update  layers are put back, the output head is packed again, and the sum is compared with the sender's
+    finish_weight_update  layers are put back, the output head is packed again, and the sum is compared with the sender's;
+                          the first time, if the weights are those that were loaded, each number must be where it was
 
 Imports vllm at the top: only an engine process may import this module. The interface changes between vLLM versions
 (0.27-0.29, 0.32), so all use of it is here.
@@ -11,6 +12,7 @@ Imports vllm at the top: only an engine process may import this module. The inte
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 from vllm import LLMEngine
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -32,7 +36,7 @@ from vllm.utils.nccl import unpinned_nccl_env
 from actors.weights.broadcast import BroadcastGroup, BucketLayout, GroupRank, join_group, receive
 from actors.weights.checkpoint_names import as_in_checkpoints
 from actors.weights.ipc import SharedWeights, attach
-from actors.weights.packing import Weights, checksum, unpack
+from actors.weights.packing import Weights, checksum, out_of_place, placed_sum, unpack
 
 BACKEND = "causalrm_ray"
 
@@ -49,6 +53,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """One whole policy version, handles on one, or the layout of one that is about to be broadcast."""
 
     update: Weights | BucketLayout | SharedWeights
+    known: bool = False  # whether it is the version that the engine was loaded with
 
 
 class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -57,15 +62,20 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     _group: BroadcastGroup | None = None
+    _as_loaded: dict[str, int] | None = None  # a sum of each parameter that knows places, until the first sync is through
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Join the group, if one is named. Raises ValueError for a model that keeps key-value heads twice, which no sum could
-        tell, and LostPeerError where not all members come."""
+        """Join the group, if one is named, and give transformers its classes back.
+
+        Raises ValueError for a model that keeps key-value heads twice, which no sum could tell, and LostPeerError where not all
+        members come.
+        """
         for layer in self.model.modules():
             if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
                 raise ValueError(
                     f"rollout.tensor_parallel must be at most the model's {layer.total_num_kv_heads} key-value heads"
                 )
+        _give_back_classes()
         if init_info.member is not None:
             member = replace(init_info.member, rank=init_info.member.rank + get_tensor_model_parallel_rank())
             with unpinned_nccl_env():  # the learner does not set the variables that vLLM sets for its own groups
@@ -74,6 +84,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         """Put the layers back into the form they are loaded in, and watch what each of them gets."""
         with self._group.close_on_error() if self._group else contextlib.nullcontext():
+            if self._as_loaded is None:
+                self._as_loaded = self._placed_sums()
             initialize_layerwise_reload(self.model)
             self._received: dict[nn.Module, int] = {}
             self._version, self._expected = 0, 0
@@ -89,7 +101,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load what came, or each bucket as it comes. Raises LostPeerError if the sender is lost."""
         update = update_info.update
-        self._version = update.version
+        self._version, self._known = update.version, update_info.known
         if isinstance(update, Weights):
             self._load(unpack(update))
             self._expected = update.checksum
@@ -117,6 +129,12 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if found != self._expected:
             expected = f"{self._expected:#018x} for version {self._version}"
             raise ValueError(f"vLLM's parameters must sum to the sender's {expected}, got {found:#018x}")
+        before, self._as_loaded = self._as_loaded or {}, {}
+        if before and self._known:
+            after = self._placed_sums()
+            for name in sorted(before.keys() | after.keys()):
+                if before.get(name) != after.get(name):
+                    raise out_of_place("vllm", name, self._version)
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -151,6 +169,10 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         vars(method)["process_weights_after_loading"] = sum_and_pack
 
+    def _placed_sums(self) -> dict[str, int]:
+        """Of the parameters as kernels have them: packed, or empty where a CPU kernel keeps its copy to itself."""
+        return {name: placed_sum(parameter) for name, parameter in self.model.named_parameters()}
+
     def _unpacked_parameters(self) -> Iterator[torch.Tensor]:
         seen = {id(parameter) for layer in self._received for parameter in layer.parameters(recurse=False)}
         for layer in self.model.modules():
@@ -160,12 +182,23 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                     yield parameter
 
 
+def _give_back_classes() -> None:
+    """Let this process build transformers' models as it could before: vLLM serves those that it has no code of its own for
+    (GPT-NeoX) in transformers' classes, into which it puts an `__init__` that works only while vLLM builds one."""
+    for kind in TorchCompileWithNoGuardsWrapper.__subclasses__():
+        replaced = inspect.getclosurevars(kind.__init__).nonlocals
+        if "old_init" in replaced and not kind.__module__.startswith("vllm."):
+            kind.__init__ = replaced["old_init"]
+
+
 def _own_parameters(layer: nn.Module) -> Iterator[torch.Tensor]:
     """The parameters of a layer that this rank counts: its shards, and on rank 0 what every rank holds whole."""
     first = get_tensor_model_parallel_rank() == 0
-    sharded = isinstance(layer, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+    # Experts are split along their intermediate size, their last bias is 0 on other ranks, and their routing bias whole.
+    sharded = isinstance(layer, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding | RoutedExperts)
+    whole = {"bias"} if isinstance(layer, RowParallelLinear) else {"e_score_correction_bias"}
     for name, parameter in layer.named_parameters(recurse=False):
-        if first or (sharded and not (name == "bias" and isinstance(layer, RowParallelLinear))):
+        if first or (sharded and name not in whole) or name == "sinks":  # GPT-OSS splits its sinks by attention head
             yield parameter
 
 
@@ -189,9 +222,10 @@ def register() -> None:
 
 
 def sync_phases(
-    engine: LLMEngine, update: Weights | BucketLayout | SharedWeights, member: GroupRank | None
+    engine: LLMEngine, update: Weights | BucketLayout | SharedWeights, member: GroupRank | None, known: bool
 ) -> list[tuple[str, Callable[[], object]]]:
-    """The steps of one weight sync, in order; a group that it is a `member` of is joined first.
+    """The steps of one weight sync, in order; a group that it is a `member` of is joined first. `known`: the engine was loaded
+    with the version.
 
     The prefix cache belongs to the old weights, so requests in flight redo theirs.
     """
@@ -200,7 +234,7 @@ def sync_phases(
     return [
         *([join] if member else []),
         ("start", lambda: rpc("start_weight_update")),
-        ("receive", lambda: rpc("update_weights", args=({"update": update},))),
+        ("receive", lambda: rpc("update_weights", args=({"update": update, "known": known},))),
         ("finish", lambda: rpc("finish_weight_update")),
         ("reset_prefix_cache", lambda: engine.reset_prefix_cache(reset_running_requests=True)),
         ("set_version", lambda: engine.set_weight_version(str(update.version))),

@@ -6,6 +6,7 @@ learner rank 0: pack --> Weights --> Ray object store --> verify, unpack (views,
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ import torch
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_BITS = {4: torch.int32, 2: torch.int16}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+_CHUNK = 1 << 22  # elements whose products are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,14 @@ class Weights:
     """All parameters of one policy version.
 
     `buckets` maps a dtype's name to the raw bytes (uint8, contiguous) of its tensors, which Ray's object store passes on
-    without copying; `checksum` is that of the tensors (see `checksum`).
+    without copying; `checksum` is that of the tensors (see `checksum`), `crc` that of each bucket's bytes, in their order.
     """
 
     version: int
     buckets: Mapping[str, np.ndarray]
     index: tuple[Entry, ...]
     checksum: int
+    crc: Mapping[str, int]
     num_bytes: int
 
 
@@ -62,6 +65,19 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     parameters can be compared with the model they came from.
     """
     return sum(_bit_sum(tensor.detach()) for tensor in tensors) % (1 << 64)
+
+
+def placed_sum(tensor: torch.Tensor) -> int:
+    """Sum of all elements' bit patterns, each times 2 i + 1 for its place i, modulo 2^64; 0.0 and -0.0 count as one.
+
+    Unlike `checksum` it changes if a matrix is transposed or two experts change places: it compares a tensor with itself.
+    """
+    flat = (tensor.detach() + 0).contiguous().view(_BITS[tensor.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK].long()
+        total += (part * torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=flat.device)).sum()
+    return int(total) % (1 << 64)
 
 
 def _bit_sum(tensor: torch.Tensor) -> int:
@@ -102,7 +118,7 @@ def pack(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Wei
         raise ValueError(f"each name must come once, got {sorted({name for name in names if names.count(name) > 1})} twice")
     buckets = {dtype: np.concatenate(arrays) for dtype, arrays in parts.items()}
     num_bytes = sum(bucket.nbytes for bucket in buckets.values())
-    return Weights(version, buckets, tuple(index), checksum(_bucket_tensors(buckets).values()), num_bytes)
+    return Weights(version, buckets, tuple(index), checksum(_bucket_tensors(buckets).values()), _crc(buckets), num_bytes)
 
 
 def unpack(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,10 +130,24 @@ def unpack(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def verify(weights: Weights) -> None:
-    """Raise ValueError unless the buckets still hold what was packed."""
-    found = checksum(_bucket_tensors(weights.buckets).values())
-    if found != weights.checksum:
-        raise ValueError(f"checksum of weights version {weights.version} must be {weights.checksum:#018x}, got {found:#018x}")
+    """Raise ValueError unless the buckets still hold what was packed, each number in its place."""
+    for dtype, found in _crc(weights.buckets).items():
+        if found != weights.crc[dtype]:
+            expected = f"{weights.crc[dtype]:#010x}"
+            raise ValueError(f"checksum of weights version {weights.version} must be {expected}, got {found:#010x} ({dtype})")
+
+
+def out_of_place(engine: str, name: str, version: int) -> ValueError:
+    """The error of an engine in which a sync of the very version that it has would change a parameter."""
+    return ValueError(
+        f"rollout.engine={engine}: {name} must hold the same numbers in the same places after a sync of version {version}, which "
+        "the engine had before, and does not: weights are sent, or taken, out of place. Choose another rollout.engine or "
+        "model.policy"
+    )
+
+
+def _crc(buckets: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {dtype: zlib.crc32(bucket.data) for dtype, bucket in buckets.items()}
 
 
 def _bucket_tensors(buckets: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

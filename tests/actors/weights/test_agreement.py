@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from actors.errors import WrongWeightsError
 from actors.rollout import hf_core
 from actors.weights.agreement import TOLERANCE, check_agreement
 from actors.weights.packing import Weights, unpack
 from causalrm_ray.config.options import load_config
 from causalrm_ray.errors import InputError
+from causalrm_ray.models.policy import load_policy
 from jobs import train_policy
 
 ALONE = ["cluster.address=in-process", "rollout.engine=hf", "rollout.generators=1", "learner.ranks=1", "reward.workers=0"]
@@ -25,8 +28,25 @@ def transposed(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     return iter({**found, name: found[name].T}.items())
 
 
-def test_weights_out_of_place_are_refused_before_the_log_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_sharper_attention(model: str, dtype: torch.dtype) -> Any:
+    """The same weights, another model."""
+    policy: Any = load_policy(model, dtype)
+    for layer in policy.model.layers:
+        layer.self_attn.scaling *= 2
+    return policy
+
+
+def test_weights_out_of_place_are_refused_by_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_core, "unpack", transposed)
+    config = load_config(None, [*ALONE, f"run.dir={tmp_path}", "run.name=mine", "loop.max_failures=0"])
+    with pytest.raises(WrongWeightsError, match=r"o_proj\.weight must hold the same numbers in the same places .* version 0"):
+        train_policy.run(config)
+
+
+def test_another_model_of_the_same_weights_is_refused_before_the_log_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_core, "load_policy", with_sharper_attention)
     config = load_config(None, [*ALONE, f"run.dir={tmp_path}", "run.name=mine", "loop.max_failures=0"])
     with pytest.raises(InputError, match=r"rollout.engine=hf: generator-0 must give .* got a mean difference of [\d.]+: it comp"):
         train_policy.run(config)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.weights.packing import checksum, pack, unpack, verify
+from actors.weights import packing
+from actors.weights.packing import checksum, pack, placed_sum, unpack, verify
 
 
 def naive_checksum(values: list[float]) -> int:
@@ -84,6 +85,32 @@ def test_corrupt_bucket_is_refused(tensors: dict[str, torch.Tensor]) -> None:
     weights.buckets["float32"][17] ^= 4
     with pytest.raises(ValueError, match=r"checksum of weights version 7 must be 0x"):
         verify(weights)
+
+
+@pytest.mark.parametrize("swapped", [(slice(0, 4), slice(4, 8)), (slice(8, 12), slice(40, 44))])
+def test_numbers_that_changed_places_on_their_way_are_refused(swapped: tuple[slice, slice]) -> None:
+    weights = pack(7, [("experts", torch.arange(24.0).reshape(2, 3, 4))])
+    bucket, (one, other) = weights.buckets["float32"], swapped
+    bucket[one], bucket[other] = bucket[other].copy(), bucket[one].copy()
+    with pytest.raises(ValueError, match=r"checksum of weights version 7 must be 0x"):
+        verify(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_sum_that_knows_places_is_that_of_a_naive_loop_and_changes_with_any_move(dtype: torch.dtype) -> None:
+    experts = (10 * torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
+    bits = experts.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.itemsize]).flatten().tolist()
+    assert placed_sum(experts) == sum(value * (2 * place + 1) for place, value in enumerate(bits)) % (1 << 64)
+    moved = (experts.transpose(1, 2), experts[[1, 0, 2]], experts.flip(2))
+    assert len({placed_sum(value) for value in (experts, *moved)}) == 4
+    assert placed_sum(torch.tensor([0.0])) == placed_sum(torch.tensor([-0.0])) == placed_sum(torch.empty(0)) == 0
+
+
+def test_a_sum_that_knows_places_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    whole = placed_sum(values)
+    monkeypatch.setattr(packing, "_CHUNK", 7)
+    assert placed_sum(values) == whole
 
 
 def test_bad_input_is_named() -> None:
