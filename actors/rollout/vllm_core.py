@@ -88,6 +88,19 @@ def raw_engine(settings: EngineSettings) -> tuple[Any, int]:
     return LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings))), load_tokenizer(settings.model).eos_token_id
 
 
+def classifier_scores(model: str, rows: Sequence[Sequence[int]]) -> list[float]:
+    """What vLLM's classifier makes of rows of token ids: the logit of each under a saved reward model, for comparison."""
+    from vllm import LLM, PoolingParams
+
+    longest = max(len(row) for row in rows)
+    arguments = _engine_arguments(EngineSettings(model, longest, "float32", "", 0.0, 0)) | {"max_model_len": longest}
+    del arguments["logprobs_mode"]
+    llm = LLM(runner="pooling", **arguments)
+    prompts: Any = [{"prompt_token_ids": list(row)} for row in rows]
+    found = llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
+    return [output.outputs.probs[0] for output in found]
+
+
 def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     model, max_length, dtype = settings.model, settings.max_length, settings.dtype
     common = {
