@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from actors.rollout.engine import EngineSettings, Library
 from actors.rollout.step_thread import StepThreadEngine
+from causalrm_ray.errors import InputError
 
 # Set these before the engine's process starts (a Ray runtime environment), at the latest before it imports vllm.
 ENGINE_ENV = {
@@ -22,6 +23,10 @@ CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # more threads than idle cores are 15 times slower
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+# Types of models whose weights this vLLM (0.32) cannot replace, and why.
+NOT_SYNCED = MappingProxyType(
+    {"gpt_oss": "of a sync it keeps the old experts, and the old sinks of attention"},
+)
 
 
 class VllmEngine(StepThreadEngine):
@@ -49,7 +54,15 @@ class VllmEngine(StepThreadEngine):
         import torch
 
         from actors.rollout.vllm_core import VllmCore
+        from causalrm_ray.models.kernels import text_config
         from causalrm_ray.models.text import load_tokenizer
+
+        kind = text_config(settings.model).model_type
+        if kind in NOT_SYNCED:
+            raise InputError(
+                f"rollout.engine=vllm cannot take new weights of {settings.model}, a model of type {kind}: {NOT_SYNCED[kind]}. "
+                "Take rollout.engine=hf, or another model.policy"
+            )
 
         gpu = torch.cuda.is_available()
         if settings.tensor_parallel > 1 and not gpu:

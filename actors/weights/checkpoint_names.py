@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+
+from causalrm_ray.models.kernels import text_config
 
 
 def as_in_checkpoints(model: str, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -24,4 +26,4 @@ def as_in_checkpoints(model: str, named_tensors: Iterable[tuple[str, torch.Tenso
 def _skeleton(model: str) -> PreTrainedModel:
     """The model without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        return AutoModelForCausalLM.from_config(text_config(model))

@@ -42,8 +42,8 @@ class FamiliesConfig(Section):
     parts: Annotated[tuple[FamilyPart, ...], Distinct] = Field(
         get_args(FamilyPart),
         min_length=1,
-        description="engines: log-probabilities and weight syncs; reward: a saved reward model in other libraries, and its scores "
-        "by every path; learner: a step under ZeRO 3, a checkpoint, a saved policy",
+        description="engines: log-probabilities and weight syncs; reward: a saved reward model in other libraries, and its "
+        "scores by every path; learner: a step under ZeRO 3, a checkpoint, a saved policy",
     )
     timeout_s: float = Field(300.0, gt=0, description="longest wait for any one phase of an engine, seconds")
     run: RunFolder = RunFolder()

@@ -26,7 +26,7 @@ def model_digest(model: str) -> str:
 
 def check_length(model: str, max_length: int) -> None:
     """Raise InputError if rows of `max_length` tokens are longer than the model has positions for."""
-    positions = getattr(AutoConfig.from_pretrained(_config_file(model).parent), "max_position_embeddings", None)
+    positions = getattr(AutoConfig.from_pretrained(_config_file(model).parent).get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise InputError(f"max_length must be at most the {positions} positions of {model}, got {max_length}")
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from causalrm_ray.models.kernels import attention, use_onednn
+from causalrm_ray.models.kernels import load, use_onednn
 from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS
 from causalrm_ray.models.text import answer_template
 
@@ -38,17 +38,14 @@ class SequenceScorer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> SequenceScorer:
-        """The scorer in a folder or hub id: a saved one, or a causal model under a new head.
+        """The scorer in a folder or hub id: a saved one, or a causal model (its language model alone) under a new head.
 
         A new head is zero, so that every logit starts at 0 and a fit depends on no random draw here.
         Raises ValueError for an architecture without a linear head `score` (encoders such as BERT).
         """
         with _quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                str(source), num_labels=1, dtype=dtype, attn_implementation=attention(str(source)), output_loading_info=True
-            )
+            model, missing = load(AutoModelForSequenceClassification, str(source), dtype, num_labels=1)
         scorer = cls(model)
-        missing = set(loading["missing_keys"])
         if foreign := missing - {"score.weight", "score.bias"}:
             raise ValueError(f"the weights of {source} must cover the backbone, missing {sorted(foreign)[:3]}")
         if missing:

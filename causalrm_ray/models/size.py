@@ -77,10 +77,9 @@ def model_size(model: str) -> ModelSize:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model)
-    text = config.get_text_config()
+    text = AutoConfig.from_pretrained(model).get_text_config()
     with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(config)
+        blank = AutoModelForCausalLM.from_config(text)
     return ModelSize(
         parameters=blank.num_parameters(),
         backbone=blank.base_model.num_parameters(),

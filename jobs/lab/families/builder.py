@@ -170,18 +170,22 @@ FAMILIES: dict[str, Family] = {
             num_experts_per_tok=2,
             n_routed_experts=4,
             n_shared_experts=1,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
             n_group=2,
             topk_group=1,
             moe_intermediate_size=128,
             first_k_dense_replace=1,
             q_lora_rank=64,
-            kv_lora_rank=32,
+            kv_lora_rank=512,
             qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
+            qk_rope_head_dim=64,
             v_head_dim=32,
             rope_scaling=None,
         ),
-        lambda: tokenizers.byte_level_with("<|end_of_sentence|>", "<|pad|>", "<|begin_of_sentence|>", "<|User|>", "<|Assistant|>"),
+        lambda: tokenizers.byte_level_with(
+            "<|end_of_sentence|>", "<|pad|>", "<|begin_of_sentence|>", "<|User|>", "<|Assistant|>"
+        ),
         templates.DEEPSEEK,
         ["<|end_of_sentence|>"],
     ),
@@ -204,7 +208,7 @@ def build(family: str, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(kind.config(**tokens), dtype=torch.float32)
-        for name, parameter in model.named_parameters():  # as after training: no bias is 0, no scale 1
+        for parameter in model.parameters():  # as after training: no bias is 0, no scale 1
             if parameter.dim() == 1:
                 parameter.data.add_(0.05 * torch.randn(parameter.shape))
     model.generation_config = GenerationConfig(**{name: value for name, value in tokens.items() if name != "vocab_size"})

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator
@@ -34,7 +33,8 @@ def check_engine(engine: str, settings: EngineSettings) -> dict[str, float]:
     prompts = [Prompt(f"p{number}", chat, encode_prompt(tokenizer, chat)) for number, (chat, _) in enumerate(CHATS)]
     requests = [Request(prompt, seed=number) for number, prompt in enumerate(prompts)]
     learner = load_policy(settings.model, torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32, attn_implementation="eager").eval()
+    plain = copy.deepcopy(learner).eval()
+    plain.set_attn_implementation("eager")
     changed, adapted = copy.deepcopy(plain), with_adapter(copy.deepcopy(plain), RANK, seed=0)
     _disturb([parameter for name, parameter in adapted.named_parameters() if f".{FACTORS[1]}." in name], seed=3)
     same = pack(1, _named(learner, learner))

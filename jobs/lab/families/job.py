@@ -10,15 +10,14 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
 import torch
 from transformers.utils import logging as transformers_logging
 
 from actors.rollout.engine import EngineSettings
-from causalrm_ray.checkpoint import write_json
+from causalrm_ray.checkpoint import read_json, write_json
 from causalrm_ray.config.families import FamiliesConfig, FamilyName
 from causalrm_ray.config.options import dump_config
 from causalrm_ray.errors import InputError
@@ -26,54 +25,32 @@ from jobs.lab.families.builder import LENGTH, build
 from jobs.lab.families.engines import check_engine
 from jobs.lab.families.processes import prepare
 from jobs.lab.families.rewards import check_reward
-from jobs.lab.tables import show, write_markdown
+from jobs.lab.families.table import FAILED, REFUSED, Findings, conclude
 from jobs.support.progress import Progress
-
-TOLERANCE = 1e-5  # in float32: other orders of sums
-BITWISE = ("resumed", "saved weights")
-REFUSED = "refused"
-
-
-@dataclass
-class Findings:
-    """Of one family: figures by part and name, and the reason where a part gave none, which begins with its error's type."""
-
-    family: str
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def passed(self) -> bool:
-        """Whether all figures are within the tolerance, and what gave none was refused as an input."""
-        right = all(value <= bound(name) for part in self.figures.values() for name, value in part.items())
-        return right and all(reason.startswith(REFUSED) for reason in self.reasons.values())
-
-
-def bound(name: str) -> float:
-    """The largest difference that a figure may be."""
-    return 0.0 if name in BITWISE else TOLERANCE
 
 
 def run(config: FamiliesConfig) -> int:
     """Run the job; 0 if every family is right or refused."""
     folder = config.run.path
-    if (folder / "families.json").exists():
+    file = folder / "families.json"
+    if file.exists() and not config.run.resume:
         raise InputError(f"{folder} holds figures already: remove it, or choose another run.name")
     dump_config(config, folder / "config.yaml")
+    found = [Findings(**kept) for kept in read_json(file)] if file.exists() else []
+    known = {each.family for each in found}
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for engine in config.engines:
         prepare(engine, str(folder), str(config.run.cache))
-    found = []
     with Progress() as progress:
         progress.tasks("families", len(config.families))
         for number, family in enumerate(config.families, 1):
-            found.append(check(family, folder / "models" / family.replace(" ", "-"), config))
-            write_json(folder / "families.json", [asdict(each) | {"passed": each.passed()} for each in found])
+            if family not in known:
+                found.append(check(family, folder / "models" / family.replace(" ", "-"), config))
+            write_json(file, [asdict(each) for each in found])
             progress.task(number, family)
-    table = pd.DataFrame([row(each, config) for each in found]).fillna("-")
-    write_markdown(table, folder / "families.md", "largest |difference| to transformers' eager float32")
-    show(table, folder)
+    conclude(found, config, folder)
     return 0 if all(each.passed() for each in found) else 1
 
 
@@ -99,17 +76,6 @@ def check(family: FamilyName, folder: Path, config: FamiliesConfig) -> Findings:
             found.reasons[part] = f"{REFUSED}: {error}"
         except Exception as error:  # whatever a library raises is what the table is to say
             logging.getLogger(__name__).exception("%s, %s", family, part)
-            found.reasons[part] = f"{type(error).__name__}: {error}"
+            found.reasons[part] = f"{FAILED}: {type(error).__name__}: {error}"
     shutil.rmtree(folder)
     return found
-
-
-def row(found: Findings, config: FamiliesConfig) -> dict[str, str]:
-    """A line of the table."""
-    line = {"family": found.family}
-    for part in (*config.engines, "reward", "learner"):
-        if part in found.reasons:
-            line[part] = found.reasons[part].splitlines()[0][:120]
-        for name, value in found.figures.get(part, {}).items():
-            line[f"{part}: {name}"] = f"{value:.1e}" if value else "0"
-    return line

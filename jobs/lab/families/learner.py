@@ -50,8 +50,12 @@ class Learner:
 
 
 def check_learner(model: str, folder: Path) -> dict[str, float]:
-    """Largest |differences|: of weights after a step, a checkpoint and a step to those of a rank that went on from the checkpoint;
-    of weights of the saved policy, loaded by transformers; of its log-probabilities to the learner's, nats, mean of each answer."""
+    """Largest |differences|, by name.
+
+    saved weights             the saved policy's, loaded by transformers, to the learner's
+    saved log-probabilities   what it gives to what the learner gives, nats, mean over an answer's tokens
+    resumed                   weights of a rank that went on from the checkpoint to those of the one that wrote it
+    """
     scored, first = _scored(model), Learner(model)
     before = first.weights()
     first.step(scored)
@@ -61,7 +65,10 @@ def check_learner(model: str, folder: Path) -> dict[str, float]:
     weights = first.weights()
     if _largest(before, weights) == 0:
         raise ValueError("a step must change weights, got the same")
-    found = {"saved weights": _largest(dict(saved.named_parameters()), weights), "saved": _gap(first, saved, scored)}
+    found = {
+        "saved weights": _largest(dict(saved.named_parameters()), weights),
+        "saved log-probabilities": _gap(first, saved, scored),
+    }
     first.step(scored)
     again = Learner(model)
     again.sharder.restart(again.rank.load(folder / "state"))

@@ -1,7 +1,7 @@
 """Small tokenizers of the kinds that models have, trained on a few sentences.
 
-byte level   every byte is a letter of the vocabulary; special tokens come after it    Llama 3, Qwen, GPT-2, GPT-NeoX, OPT, OLMo, GPT-OSS
-metaspace    a blank is written as U+2581, what is unknown as bytes; special tokens come first     Llama 2, Mistral, Gemma, Phi-3
+byte level   every byte is a letter of the vocabulary, special tokens come after it: Llama 3, Qwen, GPT-2, GPT-NeoX, OPT, OLMo
+metaspace    a blank is U+2581, what is unknown is bytes, special tokens come first: Llama 2, Mistral, Gemma, Phi-3
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def llama_3() -> PreTrainedTokenizerBase:
     names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
     backend.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names])
     begin = ("<|begin_of_text|>", backend.token_to_id("<|begin_of_text|>"))
-    backend.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", pair=f"{begin[0]} $A $B", special_tokens=[begin])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin[0]} $A", pair=f"{begin[0]} $A $B", special_tokens=[begin]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
 
 
