@@ -43,6 +43,7 @@ from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.size import model_size
+from causalrm_ray.models.text import generation_stops
 from causalrm_ray.registry import ENGINES
 from causalrm_ray.types import Completion, Request
 
@@ -142,7 +143,7 @@ def start_roles(
     if "users" in parts:
         users = place(UsersRole, Placement("users", restarts=restarts), config.world, config.run.seed)
     if "reward" in parts:
-        propensity_role, reward_role = _start_reward(config, reward, allocated)
+        propensity_role, reward_role = _start_reward(config, policy, reward, allocated)
     start, handles = partial(_start_generator, config, policy, allocated), {}
     if "generators" in parts:
         handles = {name: start(name) for name in (f"generator-{number}" for number in range(config.rollout.generators))}
@@ -194,8 +195,8 @@ class _Allocated:
         return Placement(role, gpus=self.plan.allocations[role].gpus, bundle=self.bundle(role), **options)
 
 
-def _start_reward(config: Config, model: str, allocated: _Allocated) -> tuple[Any, Any]:
-    """The propensity and reward roles, which share a GPU where there is one."""
+def _start_reward(config: Config, policy: str, model: str, allocated: _Allocated) -> tuple[Any, Any]:
+    """The propensity and reward roles, which share a GPU where there is one; they read answers of `policy`."""
     options = {"env": compute_env(allocated.on_gpu), "restarts": config.loop.max_failures}
     length = {"max_length": config.model.max_length, "truncation": config.model.truncation}
     limits = {**length, "per_user": config.feedback.per_user}
@@ -218,7 +219,7 @@ def _start_reward(config: Config, model: str, allocated: _Allocated) -> tuple[An
         seed=seed,
         folder=folder / "reward",
         timeout_s=config.cluster.timeout_s,
-        stops=[end for end in config.rollout.stop if isinstance(end, int)],
+        stops=[*generation_stops(policy), *(end for end in config.rollout.stop if isinstance(end, int))],
         use_gpu=allocated.plan.fits_on_gpu,
         **common,
     )

@@ -88,6 +88,11 @@ class Completion:
         """Version of the weights that wrote the first token."""
         return self.spans[0].version if self.spans else self.policy_version
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether the answer has nothing but spaces: users are shown none of those."""
+        return not self.response.strip()
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:

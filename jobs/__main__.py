@@ -19,7 +19,7 @@ from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
 from jobs.catalog import GROUPS, JOBS, Job
 from jobs.support.errors import discarding_refused_import, naming_full_disks, refuse
-from jobs.support.lock import run_lock
+from jobs.support.lock import check_writable, run_lock
 from jobs.support.option_tables import option_tables
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -63,10 +63,13 @@ def read_options(name: str, job: Job, file: Path | None, overrides: Sequence[str
 
 @contextlib.contextmanager
 def _run_folder(job: Job, config: Section) -> Iterator[None]:
-    """While the block lasts, the run's folder is this process's, if the job writes it; its errors name a full disk."""
+    """While the block lasts, the run's folder is this process's, if the job writes it; errors name a folder that cannot be
+    written, or a full disk."""
     run = getattr(config, "run", None)
     learning = config if isinstance(config, Config) and job.uses_run == "writes" else None
     with contextlib.ExitStack() as held:
+        if run is not None:
+            check_writable("run.cache", run.cache)
         if run is not None and job.uses_run == "writes":
             held.enter_context(run_lock(run))
         if learning:

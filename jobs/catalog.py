@@ -72,7 +72,13 @@ GROUPS = {
             "jobs.log.check_log", "what a log holds, what is not read and why", "check:CheckConfig", ("feedback", "model"), "none"
         ),
         "forget": Job("jobs.log.forget", "erase a user, or an impression, from a log and a run's folder", "forget:ForgetConfig"),
-        "doctor": Job("jobs.doctor", "versions, devices, Ray, engines, what to install", MAIN, ("cluster", "rollout"), "none"),
+        "doctor": Job(
+            "jobs.doctor",
+            "versions, devices, Ray, what to install; with model=PATH, whether it works",
+            MAIN,
+            ("cluster", "model"),
+            "none",
+        ),
         "plan": Job("jobs.plan", "memory, time and cost of a training run, and what is slowest", "plan:PlanConfig"),
         "embed": Job("jobs.embed", "a graded data set through a frozen backbone, for the benchmark", "embed:EmbedConfig"),
         "submit": Job(

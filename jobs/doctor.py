@@ -1,4 +1,4 @@
-"""Versions, devices, Ray, engines, and what to install where something is missing."""
+"""Versions, devices, Ray, engines, and what to install where something is missing; with model=PATH, whether a model works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.rollout.engine import Library
-from causalrm_ray.config.train import Config
+from causalrm_ray.config.train import EMBEDDED, Config
+from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.registry import ENGINES
 
 LIBRARIES = {  # what must import, whatever the engine
@@ -32,7 +33,10 @@ BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
 def run(config: Config) -> int:
-    """Print the findings; 0 if every library works that the configuration needs, 1 otherwise."""
+    """Print the findings; 0 if every library works that the configuration needs, 1 otherwise. Of a model that is given: the same
+    of the roles that would run it, and nothing else."""
+    if {config.model.policy, config.model.reward} != {EMBEDDED}:
+        return check_models(config)
     table = Table("what", "found", "to do", box=None, pad_edge=False)
     memory_gib = psutil.virtual_memory().total / 2**30
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}", "")
@@ -65,6 +69,47 @@ def run(config: Config) -> int:
     for fault in faults.values():
         Console(stderr=True).print(fault, style="red", markup=False)
     return 1 if faults else 0
+
+
+def check_models(config: Config) -> int:
+    """Print of each role whether its model works, and the memory that it would take on this machine; 0 if all do, 1 otherwise."""
+    from causalrm_ray.models.checks.check import check_backbone, check_policy
+    from jobs.support.prompts import find_model
+
+    facts, faults, found = Table("model", "what it is", box=None), {}, {}
+    template, longest = config.model.chat_template, config.model.max_length
+    for use, name, check in (("policy", config.model.policy, check_policy), ("reward", config.model.reward, check_backbone)):
+        try:
+            found[use] = find_model(config, name, template=template)
+            facts.add_row(f"model.{use}", check(found[use], longest).summary())
+        except InputError as error:
+            faults[use] = str(error)
+            facts.add_row(f"model.{use}", "does not work: see below")
+    Console().print(facts)
+    if not faults:
+        try:
+            _show_memory(config, found["policy"], found["reward"])
+        except ConfigError as error:
+            faults["memory"] = str(error)
+    for fault in dict.fromkeys(faults.values()):
+        Console(stderr=True).print(fault, style="red", markup=False, highlight=False, soft_wrap=True)
+    return 1 if faults else 0
+
+
+def _show_memory(config: Config, policy: str, reward: str) -> None:
+    """Print what each role would take on this machine. Raises ConfigError, saying what to change, where it is too much."""
+    from actors.placement_plan import GIB, make_plan
+    from actors.system import ALL_ROLES
+    from causalrm_ray.models.size import model_size
+
+    gpus = len(_gpus())
+    plan = make_plan(config, model_size(policy), model_size(reward), ALL_ROLES, gpus)
+    table = Table("role", "model", "GiB", "where", box=None)
+    for role, taken in plan.allocations.items():
+        use = "model.policy" if role.startswith(("generator", "learner")) else "model.reward"
+        table.add_row(role, use, f"{taken.bytes / GIB:.1f}", "GPU" if taken.gpus else "host")
+    Console().print(table)
+    plan.check_memory(psutil.virtual_memory().total, _gpu_bytes() if gpus else 0)
 
 
 def engine_libraries(*engines: str) -> dict[str, Library]:
@@ -107,6 +152,12 @@ def _gpus() -> list[str]:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False).stdout
     return [line.split(" (UUID")[0] for line in listed.splitlines() if line.startswith("GPU")]
+
+
+def _gpu_bytes() -> int:
+    import torch
+
+    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
 
 
 def _cluster_resources(config: Config) -> dict[str, float]:

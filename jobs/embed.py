@@ -25,10 +25,9 @@ from causalrm_ray.data.graded import read_graded
 from causalrm_ray.data.rows import Quarantine
 from causalrm_ray.data.shards import RowShards, conclude, write_rows
 from causalrm_ray.errors import InputError
-from causalrm_ray.models.identity import check_length, model_digest
-from causalrm_ray.models.text import load_tokenizer
+from causalrm_ray.models.identity import model_digest
 from jobs.support.progress import Progress
-from jobs.support.prompts import find_model
+from jobs.support.prompts import find_backbone
 
 DONE = "summary.json"  # written last
 
@@ -39,9 +38,7 @@ def run(config: EmbedConfig) -> int:
     if (folder / DONE).exists() and not config.run.resume:
         raise InputError(f"{folder} holds embeddings already: remove it, or choose another run.name")
     with Progress() as progress:
-        model = find_model(config, config.model, progress.pretraining)
-        load_tokenizer(model)
-        check_length(model, config.max_length)
+        model = find_backbone(config, config.model, config.max_length, progress.pretraining)
         dump_config(config, folder / "config.yaml")
         with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
             summary = _embed(config, model, file, progress)
@@ -69,7 +66,7 @@ def _embed(config: EmbedConfig, model: str, file: TextIO, progress: Progress) ->
     )
     began = time.perf_counter()
     if missing:
-        backbone = find_backbone(config, model)
+        backbone = backbone_of(config, model)
         progress.phase(f"starting {min(config.actors, len(missing))} actors")
         with ray_cluster(ClusterConfig(address=config.cluster.address), config.run.cache):
             progress.tasks("shards", len(missing))
@@ -83,7 +80,7 @@ def _embed(config: EmbedConfig, model: str, file: TextIO, progress: Progress) ->
     return {**kept, "quarantined": quarantine.count, "embed_s": seconds, "states": str(states)}
 
 
-def find_backbone(config: EmbedConfig, model: str) -> Backbone:
+def backbone_of(config: EmbedConfig, model: str) -> Backbone:
     """The configured backbone, whose files are at `model`."""
     return Backbone(model, config.dtype, config.max_length, config.batch_size, config.precision, config.gpus)
 

@@ -40,7 +40,7 @@ def run(config: Config) -> int:
         }
         if judged:
             impressions = task.impressions(answers, task.clock(0))
-            shown = [done for done in answers if done.response]
+            shown = [done for done in answers if not done.is_blank]
             summary["reward_model"] = truth.judge(roles.score(shown, models.reward), impressions)
     run.summarise(summary)
     table = Table("figure", "value", box=None)

@@ -12,7 +12,7 @@ from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.report.page import write_report
 from jobs.support.feedback import import_feedback
 from jobs.support.progress import Progress
-from jobs.support.prompts import find_model
+from jobs.support.prompts import find_backbone
 from jobs.support.run_folder import Run
 from jobs.support.summary import fit_summary
 
@@ -23,7 +23,7 @@ def run(config: Config) -> int:
         raise ConfigError("feedback.source or feedback.url: fit-reward needs a log to read, got neither")
     run = Run(config)
     with Progress() as progress:
-        backbone = find_model(config, config.model.reward, progress.pretraining)
+        backbone = find_backbone(config, config.model.reward, config.model.max_length, progress.pretraining)
         progress.phase("importing the log")
         imported = import_feedback(config, load_tokenizer(backbone))
         with ray_cluster(config.cluster, config.run.cache):

@@ -42,7 +42,7 @@ from causalrm_ray.data.shards import read_states, write_states
 from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, read_snapshot, write_snapshot
 from causalrm_ray.data.sources import read_prompts
 from causalrm_ray.errors import ConfigError, InputError
-from causalrm_ray.models.identity import check_weights
+from causalrm_ray.models.checks.files import check_weights
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Scored, Span
 from jobs.__main__ import main
 from jobs.plan import read_measured

@@ -25,7 +25,7 @@ from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, wri
 from causalrm_ray.config.train import RewardConfig
 from causalrm_ray.data.snapshots.table import check_snapshot
 from causalrm_ray.estimators.core.training import Shard
-from causalrm_ray.models.reward_model import SequenceScorer, padding_token, score_rows
+from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import as_logged, end_tokens, load_tokenizer
 from causalrm_ray.types import PerUser, Truncation
 
@@ -54,9 +54,9 @@ class RewardActor:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes.
 
         `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most, and `truncation` says what
-        becomes of longer rows (see `load_rows`); `stops` are ids that end answers besides the model's own; `timeout_s` bounds
-        the start of the workers and each exchange between them; `use_gpu` gives each worker a GPU; `device` is where the serving
-        model lies. Raises ValueError for a tokenizer that cannot pad rows.
+        becomes of longer rows (see `load_rows`); `stops` are ids that end the policy's answers, besides the backbone's own;
+        `timeout_s` bounds the start of the workers and each exchange between them; `use_gpu` gives each worker a GPU; `device` is
+        where the serving model lies.
         """
         torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
         self._backbone = backbone
@@ -71,7 +71,6 @@ class RewardActor:
         self.version = 0
         tokenizer = load_tokenizer(backbone)
         self._ends, self._end = end_tokens(tokenizer, backbone) | set(stops), tokenizer.eos_token_id
-        padding_token(tokenizer)  # saving would fail without one: better now than after a fit
         if restarted() and (self._folder / SERVING).exists():
             self.load(**read_json(self._folder / SERVING))
 

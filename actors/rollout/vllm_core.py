@@ -113,6 +113,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "model": model,
         "dtype": dtype,
         "max_model_len": max_length,
+        "trust_remote_code": False,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "logprobs_mode": "processed_logprobs",

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
 from causalrm_ray.config.base import Choice, RunFolder, Section
-from causalrm_ray.config.train import Config
+from causalrm_ray.config.train import Config, ModelConfig
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.files import write_whole
 
@@ -91,7 +91,8 @@ def _as_yaml(value: Any) -> str:
 def load_tree(kind: type[Tree], file: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Tree:
     """Merge `key=value` defaults, a YAML file and overrides, later ones winning, and validate the result as a `kind`.
 
-    A key may leave out its section where only one option has the name: `resume=true` is `run.resume=true`.
+    A key may leave out its section where only one option has the name: `resume=true` is `run.resume=true`. `model=PATH` is both
+    models.
     Raises ConfigError that names the key (and the nearest right one), the rule and the value.
     """
     return validate_tree(kind, _merge(kind, file, overrides, defaults))
@@ -111,7 +112,7 @@ class _Where(Section):
 
 
 def _merge(kind: type[Section], file: str | Path | None, overrides: Sequence[str], defaults: Sequence[str]) -> dict[Any, Any]:
-    dotlist = [_expand(item, kind) for item in overrides]
+    dotlist = [item for override in overrides for item in _expand(override, kind)]
     try:
         base = OmegaConf.load(io.StringIO(_read(Path(file)))) if file else OmegaConf.create()
         if not OmegaConf.is_dict(base):
@@ -137,16 +138,19 @@ def _read(file: Path) -> str:
     return text
 
 
-def _expand(override: str, kind: type[Section]) -> str:
+def _expand(override: str, kind: type[Section]) -> list[str]:
+    """An override with its key in full; model=PATH is one of both models."""
     key, equals, value = override.partition("=")
     if not equals:
         raise ConfigError(f"an override is written key=value, got {override!r}")
+    if key in kind.model_fields and section_in(kind.model_fields[key].annotation) is ModelConfig and not value.startswith("{"):
+        return [f"{key}.{name}={value}" for name in ("policy", "reward")]
     if "." in key or key in kind.model_fields:
-        return override
+        return [override]
     owners = [name for name, *_ in options(kind) if name.rsplit(".", 1)[-1] == key]
     if len(owners) > 1:
         raise ConfigError(f"{key}: several options have this name: {', '.join(owners)}")
-    return f"{owners[0]}={value}" if owners else override
+    return [f"{owners[0]}={value}" if owners else override]
 
 
 def validate_tree(kind: type[Tree], tree: Any) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -65,10 +66,13 @@ def check_order(order: Sequence[Sequence[str]], signals: Iterable[str]) -> None:
 
 
 class ModelConfig(Section):
-    """The models to start from: a local Hugging Face folder, a hub id, or the embedded tiny Llama."""
+    """The models to start from: a local Hugging Face folder, a hub id, or the embedded tiny Llama; model=PATH sets both."""
 
     policy: str = Field(EMBEDDED, description="causal language model to tune: folder, hub id or 'embedded'")
     reward: str = Field(EMBEDDED, description="backbone of the reward and propensity models: folder, hub id or 'embedded'")
+    chat_template: Path | None = Field(
+        None, description="file with a Jinja chat template for both, such as for base models; null: their own"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of policy and engine weights")
     max_length: int = Field(128, ge=8, description="longest prompt + response, tokens; longer ones: see truncation")
     truncation: Truncation = Field(

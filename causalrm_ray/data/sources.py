@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.readers.csv_part import CsvPart
@@ -92,7 +93,15 @@ def check_exists(source: str) -> None:
         raise SourceError(no_such_file(path))
 
 
-def read_prompts(source: str) -> list[Conversation]:
+class PromptRow(NamedTuple):
+    """A prompt, and the row of its file, from 1, that it stands in."""
+
+    where: str
+    number: int
+    prompt: Conversation
+
+
+def read_prompts(source: str) -> list[PromptRow]:
     """The `prompt` column of a source, texts or messages, in order.
 
     Raises SourceError that lists the faulty rows by number, or on no rows.
@@ -100,7 +109,7 @@ def read_prompts(source: str) -> list[Conversation]:
     prompts, faults = [], []
     for row in read_rows(source):
         try:
-            prompts.append(conversation(row_fields(row).get("prompt")))
+            prompts.append(PromptRow(row.where, row.number, conversation(row_fields(row).get("prompt"))))
         except RowError as error:
             faults.append(f"{row.where} row {row.number}: {error}")
     if faults:

@@ -1,15 +1,17 @@
-"""Which model it is: what a cache of its outputs is keyed by, and how long its rows may be."""
+"""Which model it is: what a cache of its outputs is keyed by, and its files under another chat template."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
 from causalrm_ray.errors import InputError
+from causalrm_ray.files import write_whole
+
+_TEMPLATE = "chat_template.jinja"
 
 
 def model_digest(model: str) -> str:
@@ -24,24 +26,32 @@ def model_digest(model: str) -> str:
     return digest.hexdigest()
 
 
-def check_length(model: str, max_length: int) -> None:
-    """Raise InputError if rows of `max_length` tokens are longer than the model has positions for."""
-    positions = getattr(AutoConfig.from_pretrained(_config_file(model).parent).get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise InputError(f"max_length must be at most the {positions} positions of {model}, got {max_length}")
+def with_template(model: str, template: Path, cache: Path) -> str:
+    """A folder of links to the files of a model (folder or hub id) and the chat template of a file, below `cache`.
 
-
-def check_weights(model: str) -> None:
-    """Raise InputError for a local folder whose .safetensors files are cut short or no such files; a hub id is not checked.
-
-    Whether their bits are those that were saved cannot be checked: the weights of others come without a hash.
+    So that every process of a run, and whoever loads what it saves, reads the model with this template and needs no option.
+    Raises InputError for a template that cannot be read.
     """
-    for file in sorted(Path(model).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} must be a readable .safetensors file: {error}") from error
+    try:
+        text = template.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.chat_template: {template} must be a file with a Jinja template: {error}") from error
+    source = Path(model)
+    if not source.is_dir():
+        source = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    key = hashlib.sha256(f"{source.resolve()}\n{text}".encode()).hexdigest()[:32]
+    folder = cache.expanduser().resolve() / "templates" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in source.iterdir() if path.is_file()} - {_TEMPLATE}
+    for link in folder.iterdir():
+        if link.name not in {*names, _TEMPLATE}:
+            link.unlink()  # to a file that is gone
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to((source / name).resolve())
+    write_whole(folder / _TEMPLATE, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    return str(folder)
 
 
 def _config_file(model: str) -> Path:

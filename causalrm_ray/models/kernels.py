@@ -8,6 +8,7 @@ Dropout: eight elements drawn at once; on a CPU torch's own takes six times as l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,15 +22,18 @@ _LANGUAGE_MODEL = {
     r"^model\.language_model\.": "model.",
 }
 
+# How weights are read: no code of a model's own is run, and no pickle is opened.
+SAFE: Mapping[str, bool] = {"trust_remote_code": False, "use_safetensors": True}
+
 
 def text_config(model: str) -> PreTrainedConfig:
     """The config of a model (folder or hub id); of one that also takes images or sound, that of its language model."""
-    return AutoConfig.from_pretrained(model).get_text_config()
+    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
 
 
 def is_part(model: str) -> bool:
     """Whether the language model of a folder or hub id is a part of a larger one."""
-    return text_config(model).model_type != AutoConfig.from_pretrained(model).model_type
+    return text_config(model).model_type != AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
 
 
 def load(auto: Any, model: str, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, set[str]]:
@@ -50,9 +54,10 @@ def load(auto: Any, model: str, dtype: torch.dtype, **options: Any) -> tuple[Pre
         attn_implementation=kernel,
         key_mapping=_LANGUAGE_MODEL if part else None,
         output_loading_info=True,
+        **SAFE,
     )
     if part:
-        vars(found).pop("_weight_conversions")  # by which transformers would save it under the names that it had as a part
+        vars(found).pop("_weight_conversions", None)  # by which transformers would save it under the names that it had as a part
     return found, set(loading["missing_keys"])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class SequenceScorer(nn.Module):
         A new head is zero, so that every logit starts at 0 and a fit depends on no random draw here.
         Raises ValueError for an architecture without a linear head `score` (encoders such as BERT).
         """
-        with _quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
             model, missing = load(AutoModelForSequenceClassification, str(source), dtype, num_labels=1)
         scorer = cls(model)
         if foreign := missing - {"score.weight", "score.bias"}:
@@ -87,23 +87,41 @@ class SequenceScorer(nn.Module):
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a plain Hugging Face folder that AutoModelForSequenceClassification and AutoTokenizer load.
 
+        The saved chat template renders a conversation that ends in an answer to the ids that the model was trained on. The
+        weights are as trained, but for a row of the embedding where there was none to pad with: see `save_settings`.
+        """
+        padding = self.save_settings(folder, tokenizer)
+        if padding >= embedding_rows(self.model):
+            self.model.resize_token_embeddings(padding + 1, mean_resizing=False)
+        with self._padded_with(padding), quiet_transformers():
+            self.model.save_pretrained(folder)
+
+    def save_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Write the folder but for its weights; returns the id of the token that it pads with.
+
         Stock code finds a row's end by comparing ids with `config.pad_token_id`. Rows end in the end-of-sequence token, so a
-        tokenizer that pads with that token is saved with another padding token (`padding_token`); the weights are as trained.
-        The saved chat template renders a conversation that ends in an answer to the ids that the model was trained on.
+        tokenizer that pads with that token is saved with another padding token: one of its own, or a new one.
         """
         tokenizer = copy.deepcopy(tokenizer)
         if tokenizer.chat_template is not None:
             tokenizer.chat_template = answer_template(tokenizer)
-        tokenizer.pad_token = padding_token(tokenizer)
-        config = self.model.config
-        before = config.pad_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-        try:
-            with _quiet_transformers():
-                self.model.save_pretrained(folder)
-        finally:
-            config.pad_token_id = before
+        tokenizer.add_special_tokens({"pad_token": padding_token(tokenizer)})
         tokenizer.save_pretrained(folder)
+        padding = cast(int, tokenizer.pad_token_id)
+        with self._padded_with(padding):
+            self.model.config.save_pretrained(folder)
+        return padding
+
+    @contextmanager
+    def _padded_with(self, token: int) -> Iterator[None]:
+        """Let the configuration name this padding token, and have a row for it, while the block lasts."""
+        text = self.model.config.get_text_config()
+        config, before = self.model.config, (self.model.config.pad_token_id, text.vocab_size)
+        config.pad_token_id, text.vocab_size = token, max(text.vocab_size, token + 1)
+        try:
+            yield
+        finally:
+            config.pad_token_id, text.vocab_size = before
 
 
 def _groups(lengths: Sequence[int], most: int, tokens: int) -> list[int]:
@@ -117,16 +135,20 @@ def _groups(lengths: Sequence[int], most: int, tokens: int) -> list[int]:
     return sizes
 
 
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token of the vocabulary to pad with that ends no row: the padding token if it is not also the end, else a special one.
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many ids a model has an embedding for; a tokenizer may have fewer, or more."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
 
-    Raises ValueError where end-of-sequence is the only special token.
-    """
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token to pad with that ends no row: the padding token if it is not also the end, else another special one, or where there
+    is none, as in GPT-2's tokenizer, one that no vocabulary holds."""
     special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special):
         if token is not None and token != tokenizer.eos_token:
             return token
-    raise ValueError(f"the tokenizer must have a special token besides its end-of-sequence {tokenizer.eos_token!r} to pad with")
+    return "<|causalrm_pad|>"
 
 
 def score_rows(scorer: SequenceScorer, rows: Sequence[Sequence[int]], batch_size: int = 128) -> Tensor:
@@ -171,7 +193,7 @@ def _in_batches(
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars, and no report that a new head is missing from a checkpoint, which is how every scorer starts."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -77,9 +77,9 @@ def model_size(model: str) -> ModelSize:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    text = AutoConfig.from_pretrained(model).get_text_config()
+    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
     with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(text)
+        blank = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
     return ModelSize(
         parameters=blank.num_parameters(),
         backbone=blank.base_model.num_parameters(),

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.errors import InputError
@@ -42,11 +42,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     too: `<|im_end|>`, `<end_of_turn>`. A template that `answer_template` made is the one that it was made of.
     """
     try:
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model))
-    except (OSError, ValueError) as error:
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+    except Exception as error:  # tokenizers raises nothing more precise for a file that it cannot read
         raise InputError(f"model {model} must be a Hugging Face folder or hub id with a tokenizer: {error}") from error
+    if isinstance(tokenizer.chat_template, dict):  # several by name
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not isinstance(tokenizer.chat_template, str):
-        raise InputError(f"the tokenizer of {model} has no chat template; prompts cannot be formatted without one")
+        raise InputError(
+            f"the tokenizer of {model} has no chat template, without which prompts cannot be formatted: give it one, a file, by "
+            "model.chat_template"
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {model} has no end-of-sequence token; answers could not end")
     tokenizer.chat_template = _own_template(tokenizer.chat_template)
@@ -189,7 +194,7 @@ def _separator_of(tokenizer: PreTrainedTokenizerBase, _template: str, end: str) 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, model: str) -> frozenset[int]:
     """The ids that end an answer of a model (folder or hub id): the tokenizer's, and those that its generation stops at."""
-    return frozenset((cast(int, tokenizer.eos_token_id), *_generation_stops(model)))
+    return frozenset((cast(int, tokenizer.eos_token_id), *generation_stops(model)))
 
 
 def as_logged(token_ids: Sequence[int], ends: Collection[int], end: int) -> tuple[int, ...]:
@@ -199,17 +204,29 @@ def as_logged(token_ids: Sequence[int], ends: Collection[int], end: int) -> tupl
     return (*(ids[:-1] if ids and ids[-1] in ends else ids), end)
 
 
-def _generation_stops(model: str) -> list[int]:
+def generation_config(model: str) -> GenerationConfig | None:
+    """How a model (folder or hub id) generates, by its own file; None without one."""
     try:
-        stops = GenerationConfig.from_pretrained(model).eos_token_id
-    except (OSError, ValueError):
-        return []
-    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return None
+
+
+def generation_stops(model: str) -> tuple[int, ...]:
+    """The ids that a model's generation stops at: by its own file, or without one by its configuration, as engines do."""
+    found = generation_config(model)
+    if found is None:
+        try:
+            found = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+        except (OSError, ValueError):  # a tokenizer alone
+            return ()
+    stops = getattr(found, "eos_token_id", None)
+    return tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (stops,)
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
     """The token that ends an answer in the chat template, if the model's generation stops at it; None if it is the usual one."""
-    stops = _generation_stops(model)
+    stops = generation_stops(model)
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hello"}]
     try:
         text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
@@ -221,14 +238,22 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str | int] = ()) -> str:
-    """Text of sampled ids without special tokens, and without NUL, which no database keeps.
+    """Text of sampled ids without special tokens, and without NUL, which no database keeps; with all of its blanks, so that it
+    has these ids again, but for a first one that the tokenizer puts before every text.
 
     It ends before a last token that is in `stop`, and before the first of the texts in `stop`.
     """
     written = list(token_ids[:-1] if token_ids and token_ids[-1] in stop else token_ids)
-    text = cast(str, tokenizer.decode(written, skip_special_tokens=True))
+    text = cast(str, tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    if text.startswith(" ") and _puts_blank(tokenizer):
+        text = text[1:]
     ends = [text.find(end) for end in stop if isinstance(end, str)]
-    return text[: min((end for end in ends if end >= 0), default=len(text))].replace("\x00", "").strip()
+    return text[: min((end for end in ends if end >= 0), default=len(text))].replace("\x00", "")
+
+
+@lru_cache(maxsize=32)
+def _puts_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.encode("x", add_special_tokens=False) == tokenizer.encode(" x", add_special_tokens=False)
 
 
 class LengthBound:

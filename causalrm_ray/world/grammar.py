@@ -238,7 +238,7 @@ def style_of(response: str) -> Style:
 
 def _undress(response: str) -> tuple[Style, str]:
     """The style and the text without flourish and farewell."""
-    body = response
+    body = response.strip()
     for flourish in FLOURISHES:
         body = body.removeprefix(f"{flourish} ")
     for farewell in FAREWELLS:

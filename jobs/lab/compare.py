@@ -90,7 +90,7 @@ def compare_methods(config: Config, models: Models, progress: Progress) -> Itera
         start = run.path / "start"
         with atomic_folder(start) as folder:
             serving = roles.save(folder)
-        fresh = [done for done in roles.stream.sample(task.evaluation_requests()) if done.response]
+        fresh = [done for done in roles.stream.sample(task.evaluation_requests()) if not done.is_blank]
         for method in METHODS:
             serving["reward"]["folder"] = fit.folders[method]
             verify_folder(start)

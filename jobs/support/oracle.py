@@ -46,7 +46,7 @@ class Oracle:
         completions = [answer.completion for answer in scored]
         return {
             "oracle_mean": float(self.scores(completions).mean()),
-            "shown": float(sum(bool(done.response) for done in completions)),
+            "shown": float(sum(not done.is_blank for done in completions)),
         }
 
     def preferences(self, snapshot: Path) -> np.ndarray:

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.config.embed import EmbedConfig
 from causalrm_ray.config.train import EMBEDDED, Config
-from causalrm_ray.conversation import Conversation
-from causalrm_ray.data.sources import read_prompts
-from causalrm_ray.errors import InputError, kind_of
-from causalrm_ray.models.identity import check_weights
+from causalrm_ray.conversation import Conversation, ConversationError
+from causalrm_ray.data.rows import Quarantine
+from causalrm_ray.data.sources import PromptRow, read_prompts
+from causalrm_ray.errors import InputError
+from causalrm_ray.models.checks.check import check_backbone, check_policy
+from causalrm_ray.models.identity import with_template
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
 from causalrm_ray.truncation import Cuts, TooLongError, truncate
 from causalrm_ray.types import Completion, Impression, Prompt, Request
@@ -41,19 +43,34 @@ class Models:
 
 
 def find_models(config: Config, on_progress: Progress | None = None) -> Models:
-    """The configured models, local folders as absolute paths; 'embedded' ones are trained on first use and cached."""
-    return Models(*(find_model(config, name, on_progress) for name in (config.model.policy, config.model.reward)))
+    """The configured models, local folders as absolute paths; 'embedded' ones are trained on first use and cached.
+
+    Raises InputError, naming what is wrong, for a model that cannot be tuned, scored with, saved or read again.
+    """
+    names, longest = config.model, config.model.max_length
+    models = Models(*(find_model(config, name, on_progress, names.chat_template) for name in (names.policy, names.reward)))
+    check_policy(models.policy, longest)
+    check_backbone(models.reward, longest)
+    return models
 
 
-def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | None = None) -> str:
-    """One model by name: 'embedded', a folder or a hub id. Raises InputError for a folder with unreadable weights."""
+def find_backbone(config: Config | EmbedConfig, name: str, max_length: int, on_progress: Progress | None = None) -> str:
+    """The same of the one model that a job reads rows with."""
+    template = config.model.chat_template if isinstance(config, Config) else None
+    model = find_model(config, name, on_progress, template)
+    check_backbone(model, max_length)
+    return model
+
+
+def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | None = None, template: Path | None = None) -> str:
+    """Where one model is, by name: 'embedded', a folder or a hub id; not checked."""
     if name == EMBEDDED:
         return str(ensure_policy(config.run.cache, seed=0, on_progress=on_progress))
     folder = Path(name).expanduser()
-    if not folder.exists():
-        return name
-    check_weights(str(folder))
-    return str(folder.resolve())
+    if not folder.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise InputError(f"model {name} must be a folder or hub id, and there is no such folder")
+    model = str(folder.resolve()) if folder.exists() else name
+    return with_template(model, template, config.run.cache) if template else model
 
 
 class PromptSource:
@@ -63,13 +80,14 @@ class PromptSource:
         self._config = config
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(models.policy)
         check_same_tokens(models, self.tokenizer)
-        own = config.feedback.prompts
-        prompts = read_prompts(own) if own else _turns(train_prompts())
-        held_out = [prompt for prompt in prompts if _held_out(prompt)] if own else _turns(evaluation_prompts())
-        if own and 0 < len(held_out) < len(prompts):
-            prompts = [prompt for prompt in prompts if not _held_out(prompt)]
-        self._prompts = self._encode(prompts)
-        self._held_out = self._encode(held_out or prompts)
+        if own := config.feedback.prompts:
+            prompts = self._encode(read_prompts(own), own)
+            held_out = [found for found in prompts if _held_out(found[0])]
+            if 0 < len(held_out) < len(prompts):
+                prompts = [found for found in prompts if not _held_out(found[0])]
+        else:
+            prompts, held_out = self._encode(_rows(train_prompts())), self._encode(_rows(evaluation_prompts()))
+        self._prompts, self._held_out = prompts, held_out or prompts
 
     def step_requests(self, step: int) -> list[Request]:
         """The requests of a policy step: `prompts_per_step` prompts, each `samples_per_prompt` times with its own seed."""
@@ -85,7 +103,7 @@ class PromptSource:
         return self._requests("evaluation", self._held_out, self._config.loop.evaluation_prompts)
 
     def impressions(self, completions: Sequence[Completion], time: float) -> list[Impression]:
-        """Impressions of `completions` shown at `time`; an empty answer is not shown, and without users none is.
+        """Impressions of `completions` shown at `time`; a blank answer is not shown, and without users none is.
 
         The id includes a hash of the answer: a resumed step that repeats its answers repeats their ids, and one that samples
         others (on a GPU) shows new impressions.
@@ -102,7 +120,7 @@ class PromptSource:
                 context={"style": style_of(done.response)},
             )
             for done in completions
-            if done.response
+            if not done.is_blank
         ]
 
     def _requests(
@@ -118,22 +136,48 @@ class PromptSource:
             for number, ((prompt, token_ids), seed) in enumerate(zip(chosen, seeds, strict=True))
         ]
 
-    def _encode(self, prompts: Sequence[Conversation]) -> list[tuple[Conversation, tuple[int, ...]]]:
+    def _encode(self, rows: Sequence[PromptRow], source: str = "") -> list[tuple[Conversation, tuple[int, ...]]]:
         """Each prompt as the policy reads it, with its ids: what was dropped of it is in no record of its answers either, so that
-        fits read the ids that were sampled from and scored, however short the answer."""
+        fits read the ids that were sampled from and scored, however short the answer.
+
+        Those of a `source` that do not fit, or that the chat template refuses, are left out and listed in the run's folder.
+        Raises InputError where none is left.
+        """
         room = self._config.model.max_length - self._config.rollout.max_new_tokens - 1  # the log appends an end token
         limit = f"model.max_length - rollout.max_new_tokens - 1 = {room} tokens"
-        encoded, cuts = [], Cuts()
-        for number, prompt in enumerate(prompts, start=1):
+        encoded, cuts, refused = [], Cuts(), list[tuple[PromptRow, str]]()
+        for row in rows:
             try:
-                found = truncate(prompt, partial(encode_prompt, self.tokenizer), room, self._config.model.truncation)
+                found = truncate(row.prompt, partial(encode_prompt, self.tokenizer), room, self._config.model.truncation)
             except TooLongError as error:
-                raise InputError(f"prompt {number} ({kind_of(prompt.text)}) must have at most {limit}{error}") from error
-            cuts.add(found)
-            encoded.append((found.prompt, found.ids))
-        for note in cuts.warnings(len(prompts), limit, "prompts"):
+                refused.append((row, f"a prompt must have at most {limit}{error}"))
+            except ConversationError as error:
+                refused.append((row, str(error)))
+            else:
+                cuts.add(found)
+                encoded.append((found.prompt, found.ids))
+        if refused:
+            self._quarantine(refused, len(rows), source)
+        for note in cuts.warnings(len(rows), limit, "prompts"):
             warn(note)
         return encoded
+
+    def _quarantine(self, refused: Sequence[tuple[PromptRow, str]], rows: int, source: str) -> None:
+        first, reason = refused[0]
+        if not source or len(refused) == rows:
+            raise InputError(
+                f"{source or 'the embedded world'}: no prompt can be asked; {first.where} row {first.number}: {reason}"
+            )
+        path = self._config.run.path / "quarantine-prompts.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            quarantine = Quarantine(file)
+            for row, why in refused:
+                quarantine.refuse(row.where, row.number, why, raw="")
+        warn(
+            f"{len(refused)} of {rows} prompts of {source} cannot be asked and are left out, the first in "
+            f"{quarantine.first_fault}; see {path}"
+        )
 
     def clock(self, step: int) -> float:
         """Simulated time at which the answers of `step` are shown, seconds since the epoch."""
@@ -144,8 +188,8 @@ class PromptSource:
         return self.clock(step - 1) if self._config.world.users != "none" else None
 
 
-def _turns(texts: Sequence[str]) -> list[Conversation]:
-    return [Conversation.user(text) for text in texts]
+def _rows(texts: Sequence[str]) -> list[PromptRow]:
+    return [PromptRow("the embedded world", number, Conversation.user(text)) for number, text in enumerate(texts, 1)]
 
 
 def _held_out(prompt: Conversation) -> bool:

@@ -92,7 +92,7 @@ def judge_start(config: Config, roles: Roles, prompts: PromptSource, oracle: Ora
     summary = fit_summary(fit, config.world if oracle.known else None)
     if not oracle.known:
         return Start(shown, summary, roles.score(answers).tolist(), None)
-    seen = [done for done in answers if done.response]  # by users
+    seen = [done for done in answers if not done.is_blank]  # by users
     impressions = prompts.impressions(seen, prompts.clock(0))
     models: dict[str, Any] = {"method": config.reward.method, "answers": len(seen)}
     for name, folder in fit.folders.items():

@@ -145,7 +145,7 @@ def test_a_log_that_cannot_be_opened_is_named_without_its_password(
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = refusal(capsys, "train-policy", "loop.max_failures=0", f"model.policy={tmp_path / 'nowhere'}", f"run.dir={tmp_path}")
-    assert "nowhere must be a Hugging Face folder or hub id with a tokenizer" in shown
+    assert "nowhere must be a folder or hub id, and there is no such folder" in shown
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,9 +226,24 @@ def test_a_refusal_deletes_nothing_but_an_import_that_it_ends(case: str, tmp_pat
         assert (config.run.path / name).read_text(encoding="utf-8") == "mine"
 
 
-def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_over_long_prompts_are_left_out_and_listed_by_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "ok"}) + "\n" + json.dumps({"prompt": "word " * 200}) + "\n", encoding="utf-8")
+    texts = ["word " * 200, "ok", "", "fine", "word " * 300]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" if text else "\n" for text in texts), encoding="utf-8")
+    config = load_config(None, [f"feedback.prompts={prompts}", "world.users=none", f"run.dir={tmp_path}", "run.name=r"])
+    task = PromptSource(config, find_models(config))
+    asked = {request.prompt.conversation.text for request in task.step_requests(0) + task.evaluation_requests()}
+    assert asked == {"ok", "fine"}
+    shown = capsys.readouterr().err
+    assert f"2 of 4 prompts of {prompts} cannot be asked and are left out, the first in {prompts} row 1: a prompt must" in shown
+    listed = [json.loads(line) for line in (tmp_path / "r" / "quarantine-prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["row"] for row in listed] == [1, 5]
+    assert all("at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in row["reason"] for row in listed)
+
+
+def test_prompts_of_which_none_can_be_asked_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "word " * 200}) + "\n", encoding="utf-8")
     shown = refusal(
         capsys,
         "train-policy",
@@ -237,8 +252,8 @@ def test_an_over_long_prompt_is_refused_by_number(tmp_path: Path, capsys: pytest
         "world.users=none",
         f"run.dir={tmp_path / 'runs'}",
     )
-    assert "prompt 2" in shown
-    assert "at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in shown
+    assert "no prompt can be asked" in shown
+    assert "row 1: a prompt must have at most model.max_length - rollout.max_new_tokens - 1 = 87 tokens" in shown
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
+from transformers import LlamaForCausalLM
 
+from causalrm_ray.config.options import load_config
 from causalrm_ray.config.train import Config
+from causalrm_ray.models.text import load_tokenizer, render
 from causalrm_ray.registry import ENGINES
+from causalrm_ray.world.grammar import train_prompts
+from causalrm_ray.world.pretrain import CHAT_TEMPLATE, PretrainSettings, llama_config, train_tokenizer
 from jobs import doctor
+from jobs.__main__ import main
+from jobs.support.prompts import find_models
 
 
 def test_a_library_that_cannot_be_imported_is_named_with_the_reason() -> None:
@@ -40,3 +48,67 @@ def test_another_package_s_engine_that_cannot_be_imported_is_a_finding(tmp_path:
     monkeypatch.syspath_prepend(tmp_path)
     broken = doctor.broken_engines(*ENGINES.names())
     assert broken == {"lost": "engine 'no_such_package:Engine' cannot be imported: No module named 'no_such_package'"}
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    settings = PretrainSettings(hidden=32, intermediate=32, layers=1, heads=1)
+    tokenizer = train_tokenizer(train_prompts(), settings)
+    tokenizer.save_pretrained(tmp_path / "model")
+    LlamaForCausalLM(llama_config(tokenizer, settings)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_that_works_is_described_with_its_memory_by_role(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", f"model={sound}"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "model.policy llama," in shown
+    assert "answers end at <|end|>" in shown
+    assert [role for role in ("generator-1", "learner-1", "reward", "propensity") if role not in shown] == []
+
+
+def test_a_model_that_does_not_work_is_named_with_the_reason_once(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sound / "model.safetensors").unlink()
+    assert main(["doctor", f"model={sound}"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("does not work") == 2
+    assert shown.err == f"{sound} must hold weights, *.safetensors, got none\n"
+
+
+def test_a_model_that_does_not_work_ends_a_job_before_anything_starts(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sound / "config.json").unlink()
+    runs = sound.parent / "runs"
+    assert main(["train-policy", f"model={sound}", "loop.max_failures=0", f"run.dir={runs}"]) == 2
+    assert "must be a Hugging Face folder or hub id" in capsys.readouterr().err
+    assert not (runs / "train-policy" / "checkpoints").exists()
+    assert not ray.is_initialized()
+
+
+def test_a_template_of_a_file_makes_a_base_model_usable(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sound / "chat_template.jinja").unlink()
+    options = [f"model={sound}", f"run.cache={sound.parent / 'cache'}"]
+    assert main(["doctor", *options]) == 1
+    assert "model.chat_template" in capsys.readouterr().err
+    template = sound.parent / "mine.jinja"
+    template.write_text(CHAT_TEMPLATE.replace("<|", "(").replace("|>", ")"))
+    config = load_config(None, [*options, f"model.chat_template={template}"])
+    models = find_models(config)
+    assert models.policy == models.reward
+    tokenizer = load_tokenizer(models.policy)
+    assert render(tokenizer, "hello") == "(user)hello(assistant)"
+    weights = Path(models.policy) / "model.safetensors"
+    assert weights.resolve() == sound / "model.safetensors"
+    assert main(["doctor", *options, f"model.chat_template={sound}/none.jinja"]) == 1
+    assert "model.chat_template: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["run.cache", "run.dir"])
+def test_a_folder_that_cannot_be_written_is_named_by_its_option(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    places = {"run.cache": tmp_path / "cache", "run.dir": tmp_path / "runs"} | {option: tmp_path / "file" / "below"}
+    assert main(["fit-reward", "feedback.source=x", *(f"{name}={path}" for name, path in places.items())]) == 2
+    shown = capsys.readouterr().err
+    assert f"{option}: {tmp_path / 'file' / 'below'} must be a folder that can be written" in shown
+    assert f"choose another: {option}=FOLDER" in shown

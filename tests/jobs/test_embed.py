@@ -68,7 +68,7 @@ def arguments(model: str, source: str, folder: Path, *more: str) -> list[str]:
 def _uninterrupted(config: EmbedConfig, folder: Path) -> dict[Path, bytes]:
     """The shards of states that a run is to leave, made here without Ray; none is left in their place."""
     shards = write_rows(read_graded(config.source, Quarantine(io.StringIO())), folder, config.shard_rows)
-    states, embedder = embed.states_folder(config, config.model, shards), Embedder(embed.find_backbone(config, config.model))
+    states, embedder = embed.states_folder(config, config.model, shards), Embedder(embed.backbone_of(config, config.model))
     for name in shards.names:
         embedder.embed(Shard(folder / name, states / name))
     found = {path: path.read_bytes() for path in sorted(states.iterdir())}

@@ -154,17 +154,19 @@ class FeedbackLog:
         target = exists().where(other.c.id == events.c.retracts, other.c.impression_id == events.c.impression_id)
         retraction = events.c.signal == RETRACT
         known = events.c.signal.in_([*self.signals, RETRACT])
-        columns = [
-            _count(impressions),
-            _count(events),
-            _count(events, ~shown),
-            _count(events, retraction),
-            _count(events, retraction, ~target),
-            _count(events, ~known),
-            select(state.c.redelivered).scalar_subquery(),
-            select(state.c.forgotten).scalar_subquery(),
-        ]
-        return transact(self._engine, lambda connection: LogCounts(*connection.execute(select(*columns)).one()))
+        columns = {
+            "impressions": _count(impressions),
+            "events": _count(events),
+            "orphans": _count(events, ~shown),
+            "retractions": _count(events, retraction),
+            "dangling_retractions": _count(events, retraction, ~target),
+            "unmapped": _count(events, ~known),
+            "redelivered": select(state.c.redelivered).scalar_subquery(),
+            "forgotten": select(state.c.forgotten).scalar_subquery(),
+        }
+        asked = select(*(column.label(name) for name, column in columns.items()))
+        found = transact(self._engine, lambda connection: connection.execute(asked).mappings().one())
+        return LogCounts(**{name: int(found[name]) for name in columns})
 
     def count_others(self, prefix: str) -> int:
         """How many impressions have an id that does not begin with `prefix`."""

@@ -192,3 +192,8 @@ def test_every_estimator_can_be_named() -> None:
     for name in ESTIMATORS.names():
         assert load_config(None, [f"reward.method={name}"]).reward.method == name
         assert load_method(name).paper
+
+
+def test_a_model_alone_is_both_models() -> None:
+    config = load_config(None, ["model.max_length=64", "model=some/folder", "model.reward=other"])
+    assert (config.model.policy, config.model.reward, config.model.max_length) == ("some/folder", "other", 64)

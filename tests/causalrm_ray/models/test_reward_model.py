@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from causalrm_ray.models import reward_model
-from causalrm_ray.models.reward_model import SequenceScorer, _groups, padding_token, row_states, score_rows
+from causalrm_ray.models.reward_model import SequenceScorer, _groups, row_states, score_rows
 
 WORDS = ["</s>", "<s>", "<unk>", "<pad>", *(f"w{number}" for number in range(28))]
 EOS, PAD = 0, 3
@@ -147,11 +147,6 @@ def test_head_and_backbone_both_learn(tmp_path: Path):
 def test_empty_row_is_refused_by_number(tmp_path: Path):
     with pytest.raises(ValueError, match="got none in row 1"):
         score_rows(make_scorer(tmp_path), [[4], []])
-
-
-def test_tokenizer_with_no_token_to_pad_with_is_refused():
-    with pytest.raises(ValueError, match=r"special token besides its end-of-sequence '</s>'"):
-        padding_token(make_tokenizer(pad_token="</s>"))
 
 
 def test_architecture_without_linear_score_is_refused(tmp_path: Path):

@@ -1,14 +1,18 @@
-"""The quick bound of a row's length is never below it."""
+"""The quick bound of a row's length is never below it; a text that was sampled has the ids again that it was sampled as."""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.conversation import Conversation
-from causalrm_ray.models.text import LengthBound, encode_pair, load_tokenizer
+from causalrm_ray.models.text import LengthBound, decode_response, encode_pair, encode_prompt, load_tokenizer
 from causalrm_ray.world.grammar import train_prompts
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
 
@@ -34,3 +38,15 @@ def test_a_row_has_at_most_as_many_tokens_as_the_bound(tokenizer: PreTrainedToke
 
 def test_tools_have_no_bound(tokenizer: PreTrainedTokenizerBase) -> None:
     assert LengthBound(tokenizer)(Conversation.of([{"role": "user", "content": "hi"}], [{"type": "function"}]), "hi") is None
+
+
+@pytest.mark.parametrize("blank", [True, False])
+@pytest.mark.parametrize("answer", ["so it is", " so it is", "so it is \n", "\n\n  so , it is .", "do n't ! "])
+def test_the_text_of_an_answer_keeps_the_blanks_of_its_ids(tokenizer: PreTrainedTokenizerBase, answer: str, blank: bool) -> None:
+    given: Any = copy.deepcopy(tokenizer)
+    given.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
+    given.clean_up_tokenization_spaces = True  # as many published tokenizers have it
+    prompt, sampled = encode_prompt(given, "hello"), (*given.encode(answer, add_special_tokens=False), given.eos_token_id)
+    response = decode_response(given, sampled, [given.eos_token_id])
+    assert response == (answer.removeprefix(" ") if blank else answer)
+    assert encode_pair(given, "hello", response) == prompt + sampled

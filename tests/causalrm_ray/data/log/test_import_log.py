@@ -288,9 +288,10 @@ def test_quarantine_never_overwrites_or_joins_its_source(log: FeedbackLog, tmp_p
 
 def test_prompts_are_read_in_order_from_jsonl_and_parquet(tmp_path: Path):
     rows = [{"prompt": "b"}, {"prompt": "a", "more": 1}, {"prompt": [{"role": "user", "content": "c"}]}]
-    assert read_prompts(jsonl(tmp_path / "p.jsonl", *rows)) == [Conversation.user(text) for text in "bac"]
+    source = jsonl(tmp_path / "p.jsonl", *rows)
+    assert read_prompts(source) == [(source, number, Conversation.user(text)) for number, text in enumerate("bac", 1)]
     pq.write_table(pa.table({"prompt": ["b", "a"]}), tmp_path / "p.parquet")
-    assert read_prompts(str(tmp_path / "p.parquet")) == [Conversation.user(text) for text in "ba"]
+    assert [row.prompt for row in read_prompts(str(tmp_path / "p.parquet"))] == [Conversation.user(text) for text in "ba"]
 
 
 def test_faulty_prompts_are_listed_by_row(tmp_path: Path):

@@ -1,0 +1,74 @@
+"""Models without memory for their weights: what they are made of, and whether their files hold all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+
+from causalrm_ray.errors import InputError
+from causalrm_ray.models.checks.files import refusing
+from causalrm_ray.models.kernels import SAFE
+from causalrm_ray.models.reward_model import quiet_transformers
+
+_WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures are called that write text
+_HEAD = {"score.weight", "score.bias"}  # a backbone gets a new one
+
+
+def policy_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of a folder or hub id. Raises InputError unless it is one and its files hold every weight."""
+    kind, named = f"a {config.model_type}", config.architectures or ()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{model}: a policy must be a decoder that transformers loads as a causal language model, got {kind}")
+    if named and not any(name.endswith(_WRITES) for name in named):
+        raise InputError(f"{model}: a policy must be a causal language model, got the architecture {', '.join(named)}")
+    found, missing = _load(model, config, AutoModelForCausalLM)
+    _check_complete(model, found, missing)
+    return found
+
+
+def backbone_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The same model with one output, for reward and propensity. Raises InputError unless transformers has it with a linear head
+    `score` over causal attention."""
+    kind = f"a {config.model_type}"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{model}: a backbone must be a decoder that transformers can put a classifier's head on, got {kind}")
+    found, missing = _load(model, config, AutoModelForSequenceClassification, num_labels=1)
+    head = getattr(found, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise InputError(f"{model}: a backbone must be a decoder, whose classifier has a linear head `score`, got {kind}")
+    _check_complete(model, found, missing - _HEAD)
+    return found
+
+
+def _load(model: str, config: PreTrainedConfig, kind: Any, **settings: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of weights that its files lack; of a hub id no file of weights is downloaded."""
+    with quiet_transformers(), refusing(f"{model}: its weights must be those that config.json describes"):
+        if not Path(model).is_dir():
+            with torch.device("meta"):
+                return kind.from_config(config, trust_remote_code=False, **settings), set()
+        report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        found, loading = kind.from_pretrained(model, device_map="meta", **report, **SAFE, **settings)
+    for name, stored, expected in sorted(loading["mismatched_keys"]):
+        raise InputError(f"{model}: {name} must be {list(expected)}, as config.json describes it, got {list(stored)}")
+    return found, set(loading["missing_keys"])
+
+
+def _check_complete(model: str, found: PreTrainedModel, missing: set[str]) -> None:
+    if missing:
+        raise InputError(
+            f"{model}: its files must hold all weights of a {type(found).__name__}, {len(missing)} are missing, such as "
+            f"{min(missing)}"
+        )
