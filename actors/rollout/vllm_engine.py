@@ -23,10 +23,14 @@ CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # more threads than idle cores are 15 times slower
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-# Types of models whose weights this vLLM (0.32) cannot replace, and why.
+# Types of models that this vLLM (0.32) cannot take new weights of, and why.
 NOT_SYNCED = MappingProxyType(
-    {"gpt_oss": "of a sync it keeps the old experts, and the old sinks of attention"},
+    {
+        "gpt_oss": "of a sync it keeps the old experts, and the old sinks of attention",
+        "deepseek_v3": "it counts the biases of its routing, which no learner sends, and on a CPU it computes another model",
+    }
 )
+OTHERWISE_ON_CPU = frozenset({"deepseek_v3"})  # by whole nats, as it was loaded
 
 
 class VllmEngine(StepThreadEngine):

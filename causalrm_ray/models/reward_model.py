@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from causalrm_ray.models.kernels import load, use_onednn
@@ -95,6 +96,9 @@ class SequenceScorer(nn.Module):
             self.model.resize_token_embeddings(padding + 1, mean_resizing=False)
         with self._padded_with(padding), quiet_transformers():
             self.model.save_pretrained(folder)
+            config = self.model.config
+            config.architectures = [_architecture(config) or type(self.model).__name__]
+            config.save_pretrained(folder)
 
     def save_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
         """Write the folder but for its weights; returns the id of the token that it pads with.
@@ -122,6 +126,14 @@ class SequenceScorer(nn.Module):
             yield
         finally:
             config.pad_token_id, text.vocab_size = before
+
+
+def _architecture(config: PreTrainedConfig) -> str | None:
+    """What vLLM knows the model's classifier by: the name of the causal model, whose own classifier may be called otherwise
+    (Gemma3ForCausalLM, but Gemma3TextForSequenceClassification). transformers goes by the type of the configuration."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    name = getattr(causal, "__name__", "")
+    return name.replace("ForCausalLM", "ForSequenceClassification") if name.endswith("ForCausalLM") else None
 
 
 def _groups(lengths: Sequence[int], most: int, tokens: int) -> list[int]:

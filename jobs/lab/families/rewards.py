@@ -15,7 +15,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.rollout.vllm_core import classifier_scores
+from actors.rollout.vllm_engine import OTHERWISE_ON_CPU
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.models.kernels import text_config
 from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.text import as_logged, decode_response, encode_pair, encode_prompt, end_tokens, load_tokenizer
 from jobs.lab.families.chats import CHATS
@@ -34,7 +36,7 @@ def check_reward(model: str, folder: Path, vllm: bool) -> dict[str, float]:
     rows = [encode_pair(tokenizer, chat, answer) for chat, answer in CHATS]
     logged = score_rows(scorer, rows)
     found = {"transformers": _largest(_in_transformers(folder, rows), logged)}
-    if vllm:
+    if vllm and (torch.cuda.is_available() or text_config(model).model_type not in OTHERWISE_ON_CPU):
         found["vLLM"] = _largest(torch.tensor(alone(classifier_scores, str(folder), rows)), logged)
     return found | {"rollout, log": _of_rollouts(model, scorer, logged), "chat, log": _of_chats(folder, scorer, logged)}
 
