@@ -171,7 +171,9 @@ def start_roles(
 def plan_roles(config: Config, policy: str, reward: str, parts: Collection[str] = ALL_ROLES) -> Plan:
     """Where the roles named in `parts` will run on the cluster that is joined. Raises ConfigError where they do not fit."""
     cluster = ray_resources()
-    plan = make_plan(config, model_size(policy), model_size(reward), parts, int(cluster.get("GPU", 0)))
+    plan = make_plan(
+        config, model_size(policy, config.learner.lora_targets), model_size(reward), parts, int(cluster.get("GPU", 0))
+    )
     plan.check_memory(cluster["memory"], gpu_bytes() if plan.bundles else 0)
     return plan
 

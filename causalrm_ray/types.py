@@ -16,6 +16,7 @@ from causalrm_ray.conversation import Conversation
 LABEL_SIGNALS: Mapping[str, int] = MappingProxyType({"liked": 1, "disliked": 0})  # stand for a bare label in an imported log
 PerUser = int | Literal["auto"] | None  # rows with feedback that a user counts for at most: data.users.concentration.cap
 Truncation = Literal["refuse", "oldest"]  # of what is too long for a model: causalrm_ray.truncation.truncate
+LoraTargets = Literal["auto"] | tuple[str, ...]  # of adapters: causalrm_ray.models.lora.linear_layers
 StopReason = Literal["stop", "length"]
 NoiseEstimator = Literal["curve", "anchors"]  # of the noise rates: estimators.nuisances.noise_rates
 

@@ -28,6 +28,7 @@ from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.models.size import WIDTHS, ModelSize, model_size
 from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
+from causalrm_ray.types import LoraTargets
 
 ROLES = frozenset(("generators", "learner", "reward"))
 PERF_PROMPT_TOKENS = 12  # of the embedded world's prompts, which `perf` uses, on average
@@ -36,7 +37,7 @@ PERF_PROMPT_TOKENS = 12  # of the embedded world's prompts, which `perf` uses, o
 def run(config: PlanConfig) -> int:
     """Run the job."""
     folder = config.run.path
-    policy, reward = size(config.model, config.shape), size(config.reward, config.reward_shape)
+    policy, reward = size(config.model, config.shape, config.lora_targets), size(config.reward, config.reward_shape)
     gpu, rates = hardware(config)
     roles = make_plan(main_tree(config), policy, reward, ROLES, config.hardware.gpus)
     measured = read_measured(config.measured) if config.measured else {}
@@ -68,10 +69,10 @@ def run(config: PlanConfig) -> int:
     return 0
 
 
-def size(model: str | None, shape: ShapeConfig) -> ModelSize:
-    """The size of a model that exists, or of one by its numbers. Raises InputError."""
+def size(model: str | None, shape: ShapeConfig, targets: LoraTargets = "auto") -> ModelSize:
+    """The size of a model that exists, for adapters at `targets`, or of one by its numbers. Raises InputError."""
     try:
-        return llama_size(**shape.model_dump()) if model is None else model_size(model)
+        return llama_size(**shape.model_dump()) if model is None else model_size(model, targets)
     except (OSError, ValueError) as error:
         what = f"model {model} must be a Hugging Face folder or hub id: " if model else ""
         raise InputError(f"{what}{error}") from error
@@ -107,7 +108,7 @@ def main_tree(config: PlanConfig) -> Config:
                 "max_new_tokens": config.answer_tokens,
             },
             "learner": {
-                **config.model_dump(include={"algorithm", "ranks", "zero_stage", "lora"}),
+                **config.model_dump(include={"algorithm", "ranks", "zero_stage", "lora", "lora_targets"}),
                 "save_memory": ["checkpointing"] if config.checkpointing else [],
             },
             "reward": {"workers": config.workers},

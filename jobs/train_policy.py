@@ -29,7 +29,7 @@ from jobs.support.lock import run_lock
 from jobs.support.log import run_log, warn
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
-from jobs.support.prompts import PromptSource, find_models
+from jobs.support.prompts import PromptSource, describe_adapters, find_models
 from jobs.support.run_folder import STOPPED, MemoryMonitor, RolloutWriter, Run, StopRequest
 from jobs.support.summary import Start, judge_start, promotion_metrics, summarise
 from jobs.support.trackers import Trackers
@@ -50,6 +50,7 @@ def run(config: Config, fresh_start: bool = False) -> int:
     ):
         run = Run(config, fresh_start, trackers)
         models = find_models(config, progress.pretraining)
+        adapters = describe_adapters(config, models)
         prompts = PromptSource(config, models)
         if not config.has_truth:
             import_feedback(config, prompts.tokenizer)
@@ -57,6 +58,8 @@ def run(config: Config, fresh_start: bool = False) -> int:
             open_log(config).close()
         run.start_tracking(config)
         with ray_cluster(config.cluster, config.run.cache):
+            if adapters:
+                progress.phase(adapters)
             progress.phase("starting roles")
             roles = start_roles(config, models.policy, models.reward, on_plan=progress.plan, on_replacement=progress.phase)
             summary = train(config, run, prompts, roles, progress)

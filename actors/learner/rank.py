@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -37,6 +37,7 @@ from causalrm_ray.rl.schedule import learning_rate_factor
 
 KL_HORIZON = 5000  # answers over which the adaptive KL coefficient reacts
 STATE = "learner.json"
+KEPT = {"algorithm", "zero_stage", "lora", "lora_targets", "weight_decay"}  # options that a saved state cannot be loaded without
 NO_TOKEN = torch.zeros(1, dtype=torch.long)
 PADDING_ROW = Answer(TokenRow(NO_TOKEN, NO_TOKEN), torch.zeros(1), False)  # of a rank that has no row left; its mask is 0
 
@@ -82,8 +83,8 @@ class LearnerRank(PolicyExport):
         self._kl_coefficient = config.kl.coefficient
         self._rewards_seen = RunningMoments()
         self._prepared: dict[str, Prepared] = {}
-        checkpointing = "checkpointing" in config.save_memory
-        module = ActorCritic(policy, self._objective.algorithm.critic, config.lora, seed, checkpointing)
+        checkpointing, critic = "checkpointing" in config.save_memory, self._objective.algorithm.critic
+        module = ActorCritic(policy, critic, config.lora, seed, checkpointing, config.lora_targets)
         groups = parameter_groups(module, config)
         # Under ZeRO-3 all ranks must call each layer alike, and one may have no prompt to share where another has.
         self._shares_prompts = module.shares_prompts and config.zero_stage < 3
@@ -146,13 +147,10 @@ class LearnerRank(PolicyExport):
         if self._rank == 0:
             state = {
                 "version": self.version,
-                "algorithm": self._config.algorithm,
                 "kl_coefficient": self._kl_coefficient,
                 "rewards_seen": self._rewards_seen,
-                "zero_stage": self._config.zero_stage,
-                "lora": self._config.lora,
-                "weight_decay": self._config.weight_decay,
                 "ranks": self._world_size,
+                **self._config.model_dump(mode="json", include=KEPT),
             }
             (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
@@ -163,9 +161,11 @@ class LearnerRank(PolicyExport):
         manifest of hashes.
         """
         folder, config = Path(folder), self._config
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        own = {"algorithm": config.algorithm, "zero_stage": config.zero_stage, "lora": config.lora}
-        own |= {"weight_decay": config.weight_decay} | ({"ranks": self._world_size} if config.zero_stage else {})
+        state: dict[str, Any] = {
+            "lora_targets": "auto",
+            **json.loads((folder / STATE).read_text(encoding="utf-8")),
+        }  # once the only choice
+        own = config.model_dump(mode="json", include=KEPT) | ({"ranks": self._world_size} if config.zero_stage else {})
         for option, value in own.items():
             if option not in state:
                 raise ValueError(f"{folder} was saved by an earlier version, without {option}: start a new run")

@@ -60,8 +60,7 @@ class Generator:
         if not is_adapter(weights):
             return self._engine.load_weights(weights)
         if self._merger is None:
-            dtype, rank = getattr(torch, self._settings.dtype), weights.index[0].shape[0]
-            self._merger = Merger(self._settings.model, dtype, rank)
+            self._merger = Merger(self._settings.model, getattr(torch, self._settings.dtype), weights)
         report = self._engine.load_weights(self._merger.merge(weights))
         return dataclasses.replace(report, bytes=weights.num_bytes)
 

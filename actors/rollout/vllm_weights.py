@@ -11,6 +11,7 @@ Imports vllm at the top: only an engine process may import this module. The inte
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm import LLMEngine
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -59,13 +61,17 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     _group: BroadcastGroup | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Join the group, if one is named. Raises ValueError for a model that keeps key-value heads twice, which no sum could
-        tell, and LostPeerError where not all members come."""
+        """Join the group, if one is named, and give transformers its classes back.
+
+        Raises ValueError for a model that keeps key-value heads twice, which no sum could tell, and LostPeerError where not all
+        members come.
+        """
         for layer in self.model.modules():
             if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
                 raise ValueError(
                     f"rollout.tensor_parallel must be at most the model's {layer.total_num_kv_heads} key-value heads"
                 )
+        _give_back_classes()
         if init_info.member is not None:
             member = replace(init_info.member, rank=init_info.member.rank + get_tensor_model_parallel_rank())
             with unpinned_nccl_env():  # the learner does not set the variables that vLLM sets for its own groups
@@ -158,6 +164,15 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield parameter
+
+
+def _give_back_classes() -> None:
+    """Let this process build transformers' models as it could before: vLLM serves those that it has no code of its own for
+    (GPT-NeoX) in transformers' classes, into which it puts an `__init__` that works only while vLLM builds one."""
+    for kind in TorchCompileWithNoGuardsWrapper.__subclasses__():
+        replaced = inspect.getclosurevars(kind.__init__).nonlocals
+        if "old_init" in replaced and not kind.__module__.startswith("vllm."):
+            kind.__init__ = replaced["old_init"]
 
 
 def _own_parameters(layer: nn.Module) -> Iterator[torch.Tensor]:

@@ -6,24 +6,15 @@ transformers joins some as it loads (the experts of a layer into one tensor) and
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from causalrm_ray.models.kernels import text_config
+from causalrm_ray.models.size import skeleton
 
 
 def as_in_checkpoints(model: str, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a model (folder or hub id), named as in transformers' module, as its checkpoint has them."""
-    skeleton = _skeleton(model)
+    blank = skeleton(model)
     for name, tensor in named_tensors:  # one by one: all that is made of a weight of a module is made of it alone
-        yield from revert_weight_conversion(skeleton, {name: tensor}).items()
-
-
-@lru_cache(maxsize=4)
-def _skeleton(model: str) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(text_config(model))
+        yield from revert_weight_conversion(blank, {name: tensor}).items()

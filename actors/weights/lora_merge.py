@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from actors.weights.packing import Weights, pack, unpack, verify
-from causalrm_ray.models.lora import FACTORS, adapter_of, weights_of, with_adapter
+from causalrm_ray.models.lora import FACTORS, adapter_of, layer_of, weights_of, with_adapter
 from causalrm_ray.models.policy import load_policy
 
 
@@ -17,13 +17,21 @@ def is_adapter(weights: Weights) -> bool:
     return all(any(f".{part}." in entry.name for part in FACTORS) for entry in weights.index)
 
 
+def adapted_layers(adapter: Weights) -> tuple[str, ...]:
+    """The names of the layers, in the policy, that the adapter's factors are beside."""
+    return tuple(dict.fromkeys(layer_of(entry.name) for entry in adapter.index))
+
+
 class Merger:
     """A model's own weights in memory, and what the learner's adapters make of them, by the learner's own arithmetic."""
 
-    def __init__(self, model: str, dtype: torch.dtype, rank: int) -> None:
-        """Read the weights of `model`, a folder or hub id, for adapters of `rank`."""
+    def __init__(self, model: str, dtype: torch.dtype, adapter: Weights) -> None:
+        """Read the weights of `model`, a folder or hub id, for adapters of the rank, and at the layers, of this one.
+
+        Raises ValueError for an adapter of other layers than the model has.
+        """
         self._plain = load_policy(model, dtype)
-        self._adapted = with_adapter(self._plain, rank, seed=0)
+        self._adapted = with_adapter(self._plain, adapter.index[0].shape[0], seed=0, targets=adapted_layers(adapter))
         self._factors = {name: weight.parameters[0] for name, weight in adapter_of(self._adapted)}
 
     @torch.no_grad()

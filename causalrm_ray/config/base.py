@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -64,6 +64,7 @@ def _check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 NotEmpty = AfterValidator(_check_not_empty)  # unlike min_length it does not count values that are refused
 Distinct = AfterValidator(_check_distinct)
 RatePair = Annotated[tuple[float, float], AfterValidator(_check_rates)]  # rho_01, rho_10
+LoraTargetNames = Literal["auto"] | Annotated[tuple[str, ...], NotEmpty]
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from causalrm_ray.config.base import AlgorithmName, RunFolder, Section
+from causalrm_ray.config.base import AlgorithmName, LoraTargetNames, RunFolder, Section
 from causalrm_ray.registry import ALGORITHMS
 
 Gpu = Literal["A100", "H100", "H200", "L4"]
@@ -71,6 +71,7 @@ class PlanConfig(Section):
     algorithm: AlgorithmName = Field("grpo", description="ppo has a critic")
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage")
     lora: int = Field(0, ge=0, description="rank of the adapter; 0: full tuning")
+    lora_targets: LoraTargetNames = Field("auto", description="linear layers with an adapter by name; needs `model`")
     checkpointing: bool = Field(True, description="activations computed twice")
     epochs: int = Field(1, ge=1, description="passes over a step's answers")
     staleness: Literal[0, 1] = Field(0, description="1: the next answers are written while the learner trains")
@@ -91,6 +92,8 @@ class PlanConfig(Section):
     def _groups(self) -> PlanConfig:
         if self.samples < 2 and ALGORITHMS.load(self.algorithm).grouped:
             raise ValueError(f"samples must be at least 2 with algorithm={self.algorithm}, got {self.samples}")
+        if self.lora_targets != "auto" and not (self.lora and self.model):
+            raise ValueError("lora_targets needs lora, at least 1, and the names of a `model`, got one without the others")
         if self.log_rows is not None and self.log_rows > self.log_events:
             raise ValueError(f"log_rows must be at most log_events={self.log_events}, got {self.log_rows}")
         return self

@@ -16,6 +16,7 @@ from causalrm_ray.config.base import (
     EngineName,
     EstimatorName,
     FormatName,
+    LoraTargetNames,
     RatePair,
     RunConfig,
     Section,
@@ -267,6 +268,9 @@ class LearnerConfig(Section):
         ge=0,
         description="rank of the adapter trained in place of the weights (LoRA, alpha twice that); 0: full tuning",
     )
+    lora_targets: LoraTargetNames = Field(
+        "auto", description="linear layers with an adapter by name, [q_proj, v_proj]; auto: all of the language model's"
+    )
     save_memory: tuple[Literal["checkpointing", "offload"], ...] = Field(
         (),
         description="checkpointing: activations computed twice; offload: optimizer (ZeRO 3: and weights) in CPU memory",
@@ -306,6 +310,12 @@ class LearnerConfig(Section):
     def _can_offload(self) -> LearnerConfig:
         if "offload" in self.save_memory and self.zero_stage == 0:
             raise ValueError("learner.zero_stage must be at least 1 with learner.save_memory=offload, got 0")
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_of_an_adapter(self) -> LearnerConfig:
+        if self.lora_targets != "auto" and not self.lora:
+            raise ValueError("learner.lora must be at least 1 with learner.lora_targets, got 0")
         return self
 
 

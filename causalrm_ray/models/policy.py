@@ -16,6 +16,7 @@ from causalrm_ray.models.kernels import load, use_onednn
 from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.token_batch import TokenBatch, read, shares_prompts
 from causalrm_ray.rl.policy_loss import entropy, log_distribution, token_logprobs
+from causalrm_ray.types import LoraTargets
 
 
 class TokenOutputs(NamedTuple):
@@ -31,19 +32,26 @@ class ActorCritic(nn.Module):
     """A causal language model `policy` and, if asked for, a critic that starts as a copy of its backbone, with a value head at 0.
 
     They share no trained weights, so neither objective disturbs the other. With `lora`, the rank of their adapters, both stand on
-    the frozen model that was given, each with an adapter of its own drawn from `seed`, and that model itself is `reference`.
+    the frozen model that was given, each with an adapter of its own, at the layers `targets`, drawn from `seed`, and that model
+    itself is `reference`.
     The module never enters training mode: dropout would make the ratio of new to old probabilities noise.
     """
 
     def __init__(
-        self, policy: PreTrainedModel, critic: bool = True, lora: int = 0, seed: int = 0, checkpointing: bool = False
+        self,
+        policy: PreTrainedModel,
+        critic: bool = True,
+        lora: int = 0,
+        seed: int = 0,
+        checkpointing: bool = False,
+        targets: LoraTargets = "auto",
     ) -> None:
         super().__init__()
-        self.policy = with_adapter(policy, lora, seed) if lora else policy
+        self.policy = with_adapter(policy, lora, seed, targets) if lora else policy
         self.critic = None
         if critic:
             backbone: Any = policy.base_model
-            self.critic = with_adapter(backbone, lora, seed) if lora else copy.deepcopy(backbone)
+            self.critic = with_adapter(backbone, lora, seed, targets) if lora else copy.deepcopy(backbone)
             self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=policy.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from causalrm_ray.types import LoraTargets
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,7 +37,7 @@ class ModelSize:
     layers: int
     hidden: int
     vocabulary: int
-    linear_widths: int  # inputs and outputs of all linear layers but the output head, added up
+    linear_widths: int  # inputs and outputs of the linear layers that adapters would be at, added up
     kv_width: int  # numbers kept per token and layer: keys and values of all key-value heads
 
     def training_bytes(self, width: int, ranks: int, zero_stage: int, critic: bool, lora: int = 0, offload: bool = False) -> int:
@@ -72,25 +75,32 @@ class ModelSize:
         return tokens * self.layers * self.kv_width * width
 
 
-def model_size(model: str) -> ModelSize:
-    """The size of a local folder's or hub id's causal language model; its weights are not read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def model_size(model: str, targets: LoraTargets = "auto") -> ModelSize:
+    """The size of a local folder's or hub id's causal language model, for adapters at `targets`; its weights are not read."""
+    from causalrm_ray.models.lora import linear_layers
 
-    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+    blank = skeleton(model)
+    text = blank.config.get_text_config()
     return ModelSize(
         parameters=blank.num_parameters(),
         backbone=blank.base_model.num_parameters(),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        linear_widths=sum(
-            layer.in_features + layer.out_features for layer in blank.base_model.modules() if isinstance(layer, torch.nn.Linear)
-        ),
+        linear_widths=sum(sum(layer.weight.shape) for layer in linear_layers(blank, targets).values()),
         kv_width=kv_width(text),
     )
+
+
+@lru_cache(maxsize=4)
+def skeleton(model: str) -> Any:
+    """The model of a folder or hub id without memory for its weights. It is shared: change nothing in it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text, trust_remote_code=False)
 
 
 def kv_width(config: PretrainedConfig) -> int:

@@ -25,7 +25,7 @@ from jobs.lab.tables import show, summarize, with_spread, write_csv, write_markd
 from jobs.support.feedback import simulate_feedback
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
-from jobs.support.prompts import Models, PromptSource, find_models
+from jobs.support.prompts import Models, PromptSource, describe_adapters, find_models
 from jobs.support.run_folder import Run
 from jobs.train_policy import policy_step
 
@@ -52,6 +52,7 @@ def run(config: Config) -> int:
     done = set(zip(rows["users"], rows["seed"], strict=True))
     with Progress() as progress:
         models = find_models(config, progress.pretraining)
+        describe_adapters(config, models)  # refuses what the learner would, of the first cell
         for users, seed in itertools.product(USERS, range(config.run.seed, config.run.seed + SEEDS)):
             if (users, seed) not in done:
                 progress.phase(f"{users} users, seed {seed}")

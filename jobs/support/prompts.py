@@ -20,6 +20,8 @@ from causalrm_ray.data.sources import PromptRow, read_prompts
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.checks.check import check_backbone, check_policy
 from causalrm_ray.models.identity import with_template
+from causalrm_ray.models.lora import describe, with_adapter
+from causalrm_ray.models.size import skeleton
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
 from causalrm_ray.truncation import Cuts, TooLongError, truncate
 from causalrm_ray.types import Completion, Impression, Prompt, Request
@@ -71,6 +73,18 @@ def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | 
         raise InputError(f"model {name} must be a folder or hub id, and there is no such folder")
     model = str(folder.resolve()) if folder.exists() else name
     return with_template(model, template, config.run.cache) if template else model
+
+
+def describe_adapters(config: Config, models: Models) -> str:
+    """What LoRA will adapt and what it leaves as it is; empty without LoRA. Raises InputError for targets that are not there."""
+    learner = config.learner
+    if not learner.lora:
+        return ""
+    try:
+        blank = skeleton(models.policy)
+        return f"LoRA {learner.lora} on {describe(blank, with_adapter(blank, learner.lora, 0, learner.lora_targets))}"
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.policy={config.model.policy}: {error}") from error
 
 
 class PromptSource:

@@ -345,6 +345,7 @@ def refusals(place: Rank) -> None:
     """Errors of a rank, by name of the fault."""
     learner = place.learner(**BASE)
     learner.rank.save(place.folder / "state-refused")
+    place.learner(**ADAPTED).rank.save(place.folder / "state-adapted")
     step = learner.sharder.step(prepared(learner, make_step(0)))[0]
     late, strange = replace(step, version=1), replace(step, ids=("stranger", *step.ids[1:]))
     calls: dict[str, Callable[[], object]] = {
@@ -352,6 +353,7 @@ def refusals(place: Rank) -> None:
         "strange": lambda: learner.rank.update(strange),
         "adapter": learner.rank.adapter,
         "lora": lambda: place.learner(**ADAPTED).load(place.folder / "state-refused"),
+        "targets": lambda: place.learner(**ADAPTED, lora_targets=("q_proj",)).load(place.folder / "state-adapted"),
     }
     messages = {}
     for name, call in calls.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from actors.placement_plan import GIB, Plan, make_plan
 from actors.rollout.engine import DEVICE_SHARE
@@ -69,11 +69,18 @@ def test_a_size_is_that_of_the_loaded_model(tied: bool, tmp_path: Path) -> None:
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert size.backbone == sum(parameter.numel() for parameter in model.base_model.parameters())
     assert (size.layers, size.hidden, size.vocabulary) == (3, 64, 50)
-    adapted = with_adapter(model, rank=3, seed=0)
-    assert 3 * size.linear_widths == sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    for targets in ("auto", ("q_proj", "down_proj")):
+        adapted = with_adapter(model, 3, 0, targets)
+        trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+        assert 3 * model_size(str(tmp_path), targets).linear_widths == trained
     kept = model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
     bytes_kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     assert size.cache_bytes(4, 7) == bytes_kept
+
+
+def test_a_size_counts_the_layers_for_adapters_of_models_that_keep_weights_transposed(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=64, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    assert model_size(str(tmp_path)).linear_widths == (64 + 3 * 64) + (64 + 64) + 2 * (64 + 4 * 64)
 
 
 def test_without_gpus_all_roles_are_seated_on_the_cpu() -> None:

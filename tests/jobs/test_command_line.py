@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from jobs.__main__ import main
 from jobs.catalog import JOBS
 from jobs.support.errors import discarding_refused_import
 from jobs.support.lock import lock_of
-from jobs.support.prompts import PromptSource, find_models
+from jobs.support.prompts import PromptSource, describe_adapters, find_models
 from jobs.support.run_folder import Run
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,22 @@ def test_a_log_that_cannot_be_opened_is_named_without_its_password(
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = refusal(capsys, "train-policy", "loop.max_failures=0", f"model.policy={tmp_path / 'nowhere'}", f"run.dir={tmp_path}")
     assert "nowhere must be a folder or hub id, and there is no such folder" in shown
+
+
+def test_layers_for_adapters_that_are_not_there_are_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("loop.max_failures=0", "learner.lora=4", "learner.lora_targets=[q_proj,query]", f"run.dir={tmp_path}")
+    shown = " ".join(refusal(capsys, "train-policy", *options).split())
+    assert "model.policy=embedded: learner.lora_targets must name linear layers of the language model" in shown
+    assert "(q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj), got 'query'" in shown
+
+
+def test_a_run_says_which_layers_get_adapters_and_which_stay_frozen() -> None:
+    config = load_config(None, ["learner.lora=4", "learner.lora_targets=[v_proj,q_proj]"])
+    found = describe_adapters(config, find_models(config))
+    assert re.fullmatch(r"LoRA 4 on q_proj, v_proj \(\d+ of each\); frozen: .*down_proj.*", found)
+    assert describe_adapters(load_config(None, []), find_models(config)) == ""
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

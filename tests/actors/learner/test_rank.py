@@ -325,4 +325,5 @@ def test_errors_of_a_rank_name_the_rule_and_the_value(folder: Path) -> None:
         "strange": "answer 'stranger' was not prepared on rank 0, which owns it in this step",
         "adapter": "learner.lora must be at least 1 for an adapter, got 0",
         "lora": "/state-refused was saved with learner.lora=0, the learner has 2",
+        "targets": "/state-adapted was saved with learner.lora_targets=auto, the learner has ['q_proj']",
     }

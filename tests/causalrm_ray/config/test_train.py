@@ -53,6 +53,8 @@ from causalrm_ray.types import Sampling
         ("learner.schedule=sine", ["learner.schedule", "'cosine'", "'sine'"]),
         ("learner.max_grad_norm=-1", ["learner.max_grad_norm", "greater than or equal to 0", "-1"]),
         ("learner.lora=-1", ["learner.lora", "greater than or equal to 0", "-1"]),
+        ("learner.lora_targets=[]", ["learner.lora_targets", "at least one value"]),
+        ("learner.lora_targets=[q_proj]", ["learner.lora must be at least 1 with learner.lora_targets, got 0"]),
     ],
 )
 def test_a_wrong_option_is_refused_by_name_rule_and_value(override: str, parts: list[str]) -> None:
@@ -141,7 +143,7 @@ def test_the_resolved_copy_reads_back_as_the_same_configuration(tmp_path: Path) 
 def test_a_user_meets_about_sixty_options_and_each_says_what_it_means() -> None:
     """Counted as a user meets them: each by the key that may be set, those of optional sections too."""
     known = {option.key: option for option in options()}
-    assert len(known) == len(list(keys(Config().model_dump() | {"rollout": rollout_with_evaluation()}))) <= 80
+    assert len(known) == len(list(keys(Config().model_dump() | {"rollout": rollout_with_evaluation()}))) <= 81
     assert [key for key, option in known.items() if not option.meaning] == []
 
 

@@ -10,11 +10,22 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
-from causalrm_ray.models.lora import adapter_of, save_adapter, weights_of, with_adapter
+from causalrm_ray.models.lora import adapter_of, describe, linear_layers, save_adapter, weights_of, with_adapter
 from causalrm_ray.models.policy import ActorCritic
 from causalrm_ray.models.token_batch import TokenRow, make_batch
+from tests.families.builder import FAMILIES
 
 TOKENS = torch.tensor([[3, 7, 1, 4, 9, 2], [5, 5, 8, 0, 0, 0]])
 ANSWERS = [TokenRow(row[:2], row[2:]) for row in TOKENS]
@@ -41,6 +52,16 @@ def opt() -> OPTForCausalLM:
     sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 32}
     config = OPTConfig(vocab_size=16, max_position_embeddings=16, dropout=0.5, attention_dropout=0.5, **sizes)
     return OPTForCausalLM(config).eval()
+
+
+def gemma3() -> PreTrainedModel:
+    """It sees pictures, too: its vision tower has layers of the same names."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16}
+    pictures = {**tower, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def move(module: nn.Module) -> nn.Module:
@@ -73,6 +94,52 @@ def test_an_adapter_starts_as_nothing_at_every_linear_layer_over_the_same_memory
     held = {value.data_ptr(): value.numel() for tree in (model, adapted) for value in tree.parameters()}
     assert sum(held.values()) == size + sum(value.numel() for value in trained.values())
     assert not any(value.requires_grad for value in model.parameters())
+
+
+def test_only_the_language_model_of_one_that_sees_pictures_gets_adapters() -> None:
+    plain = gemma3()
+    for model in (plain, plain.base_model):  # the policy's, and the critic's
+        adapted = with_adapter(model, RANK, seed=0)
+        trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
+        assert len(trained) == 2 * 2 * len(LINEAR)
+        assert all("language_model.layers." in name for name in trained)
+    adapted = with_adapter(plain, RANK, seed=0)
+    assert describe(plain, adapted) == (
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (2 of each); "
+        "frozen: vision_tower, multi_modal_projector, embed_tokens"
+    )
+
+
+def test_what_a_mixture_keeps_frozen_is_named_the_largest_first() -> None:
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(FAMILIES["Mixtral"]())
+    found = describe(plain, with_adapter(plain, RANK, seed=0))
+    assert found == "q_proj, k_proj, v_proj, o_proj (2 of each); frozen: experts, embed_tokens, lm_head, gate"
+
+
+def test_adapters_stand_at_the_layers_that_are_named_by_name_or_by_path() -> None:
+    plain = llama()
+    adapted = with_adapter(plain, RANK, 0, ("q_proj", "layers.1.mlp.up_proj"))
+    changed = [name.removesuffix(".weight") for name, weight in weights_of(plain, adapted) if len(weight.parameters) > 1]
+    assert changed == [*(f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)), "model.layers.1.mlp.up_proj"]
+    assert describe(plain, adapted).startswith("q_proj (2 of each), up_proj (1 of each); frozen: ")
+    assert list(linear_layers(plain.base_model, ("q_proj",))) == [f"layers.{number}.self_attn.q_proj" for number in (0, 1)]
+
+
+@pytest.mark.parametrize("target", ["lm_head", "proj", "query", "embed_tokens"])
+def test_a_target_that_is_no_linear_layer_is_refused_by_name_with_those_that_there_are(target: str) -> None:
+    message = rf"learner\.lora_targets must name linear layers of the language model \({', '.join(LINEAR)}\), got '{target}'"
+    with pytest.raises(ValueError, match=message):
+        with_adapter(llama(), RANK, 0, ("q_proj", target))
+
+
+def test_peft_loads_an_adapter_of_some_layers_as_it_was(tmp_path: Path) -> None:
+    adapted = move(with_adapter(gemma3(), RANK, 0, ("q_proj", "down_proj")))
+    factors = values(adapter_of(adapted))
+    save_adapter(tmp_path / "adapter", adapted, factors)
+    loaded = PeftModel.from_pretrained(gemma3(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(adapted), rtol=0, atol=0)
+    assert not torch.allclose(logits(loaded), logits(gemma3()), atol=1e-2)
 
 
 def test_adapters_are_drawn_from_the_seed() -> None:
