@@ -44,9 +44,9 @@ SIZE: dict[str, Any] = {
     "max_position_embeddings": LENGTH,
     "initializer_range": 0.08,  # large, so that answers differ
 }
-HEAD = {"head_dim": WIDTH // HEADS}
+HEAD: dict[str, Any] = {"head_dim": WIDTH // HEADS}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
-SOFT_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}  # low, so that they matter
+SOFT_CAPS: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}  # low, so that they matter
 WINDOWS: dict[str, Any] = {"query_pre_attn_scalar": 32, "sliding_window": 16}  # narrow, for the same reason
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ def run(config: FamiliesConfig) -> int:
     found = [Findings(**kept) for kept in read_json(file)] if file.exists() else []
     known = {each.family for each in found}
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed|peft")  # what they will do otherwise in later releases
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for engine in config.engines:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -64,7 +64,8 @@ def _written(tokenizer: PreTrainedTokenizerBase, chat: Conversation, answer: str
 
 
 def _of_chats(folder: Path, scorer: SequenceScorer, logged: torch.Tensor) -> float:
-    tokenizer, rows = AutoTokenizer.from_pretrained(folder), []
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    rows = []
     for chat, answer in CHATS:
         messages = [*chat.parse()[0], {"role": "assistant", "content": answer}]
         rows.append(tokenizer.apply_chat_template(messages, return_dict=False))
@@ -74,7 +75,7 @@ def _of_chats(folder: Path, scorer: SequenceScorer, logged: torch.Tensor) -> flo
 @torch.inference_mode()
 def _in_transformers(folder: Path, rows: Rows) -> torch.Tensor:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="right")
     return model(**tokenizer.pad({"input_ids": [list(row) for row in rows]}, return_tensors="pt")).logits[:, 0]
 
 

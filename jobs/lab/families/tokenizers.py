@@ -28,7 +28,7 @@ SENTENCES = (
     "The answer to the question is that the water was cold, the stones were wet and the lamp was lit.",
 )
 PIECES = 160  # that are trained, above bytes or letters
-Pieces = tuple[dict[str, int], list[tuple[str, str]]]
+Pieces = tuple[dict[str, int], Any]  # vocabulary; merges as pairs, which transformers takes, but declares as texts
 
 
 def _train(pre_tokenizer: Any, alphabet: Sequence[str]) -> Pieces:
@@ -55,7 +55,7 @@ def metaspace(first: Sequence[str]) -> Pieces:
     return {piece: number for number, piece in enumerate(pieces)}, merges
 
 
-def _special(*texts: str) -> dict[str, list[AddedToken]]:
+def _special(*texts: str) -> dict[str, Any]:
     return {"additional_special_tokens": [AddedToken(text, special=True, normalized=False) for text in texts]}
 
 
