@@ -24,12 +24,14 @@ from causalrm_ray.checkpoint import read_json
 from causalrm_ray.config.families import FamilyName
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.checks.check import check_backbone, check_policy
+from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.policy import load_policy
 from jobs.lab.families.builder import FAMILIES, build
 from jobs.lab.families.table import ENGINE, NAMES, Findings
 
 ALL = get_args(FamilyName)
 ON_VLLM = ("Mixtral", "Gemma 2", "Gemma 3 with images", "Phi-3")
+WITHOUT_LORA = ("DeepSeek-V3",)  # peft would adapt its experts, too
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -60,7 +62,7 @@ def test_a_family_is_right_in_the_learner_the_reward_model_and_transformers_engi
     found = in_transformers[family]
     assert found.reasons == {}
     assert found.passed(), found.figures
-    assert set(found.figures["hf"]) == set(ENGINE)
+    assert set(found.figures["hf"]) == set(ENGINE) - ({"adapter"} if family in WITHOUT_LORA else set())
     assert set(found.figures["learner"]) == set(NAMES["learner"])
     assert set(found.figures["reward"]) == {"transformers", "rollout, log", "chat, log"}
 
@@ -93,6 +95,13 @@ def test_a_model_whose_weights_vllm_cannot_replace_is_refused_before_it_is_loade
     build("GPT-OSS", tmp_path)
     with pytest.raises(InputError, match=r"cannot take new weights .* gpt_oss: .*rollout\.engine=hf"):
         VllmEngine(EngineSettings(str(tmp_path), 64, "float32", str(tmp_path / "cache"), 60.0, 4))
+
+
+@pytest.mark.parametrize("family", WITHOUT_LORA)
+def test_lora_is_refused_where_peft_would_adapt_what_engines_do_not_get(family: str, tmp_path: Path) -> None:
+    build(family, tmp_path)
+    with pytest.raises(ValueError, match=r"would adapt experts, too, such as .*mlp\.experts"):
+        with_adapter(load_policy(str(tmp_path), torch.float32), 2, seed=0)
 
 
 def test_of_a_model_that_also_sees_the_language_model_is_used_and_saved(tmp_path: Path) -> None:
