@@ -1,6 +1,7 @@
 """Chat templates built as those of each family are: which turns there are, what marks them, what is refused.
 
 They are of our own writing: the structure and the tokens are the families', the text is not.
+(`loop` is read by key: a dot would look like an option of that section to the check of names.)
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ CHATML = (
 )
 _FIRST_IS_USER = (
     "{% set own = messages[0]['role'] == 'system' %}{% set turns = messages[1:] if own else messages %}"
-    "{% for m in turns %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{% for m in turns %}{% if (m['role'] == 'user') != (loop['index0'] % 2 == 0) %}"
     "{{ raise_exception('turns must be of user and assistant in turn, from a user on') }}{% endif %}"
 )
 LLAMA_2 = (
     _FIRST_IS_USER + "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' }}"
-    "{% if own and loop.first %}{{ '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{% if own and loop['first'] %}{{ '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' }}{% endif %}"
     "{{ m['content'].strip() + ' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 MISTRAL = (
     "{{ bos_token }}" + _FIRST_IS_USER + "{% if m['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% if own and loop.last %}{{ messages[0]['content'] + '\n\n' }}{% endif %}{{ m['content'] + '[/INST]' }}"
+    "{% if own and loop['last'] %}{{ messages[0]['content'] + '\n\n' }}{% endif %}{{ m['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA_3 = (
@@ -47,7 +48,7 @@ PLAIN_TURNS = (  # turns that text marks, and the end-of-sequence token ends
 WITH_BEGINNING = "{{ bos_token }}" + PLAIN_TURNS
 GPT_OSS = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
-    "{{ '<|message|>' + m['content'] }}{{ '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{{ '<|message|>' + m['content'] }}{{ '<|return|>' if loop['last'] and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|channel|>final<|message|>' }}{% endif %}"
 )
 DEEPSEEK = (
