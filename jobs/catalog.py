@@ -62,6 +62,9 @@ GROUPS = {
             "jobs.lab.noise_study", "estimated rates of label noise against the truth", "benchmark:NoiseStudyConfig"
         ),
         "perf": Job("jobs.lab.perf", "speed of every part of a step, against the same work without us", "perf:PerfConfig"),
+        "families": Job(
+            "jobs.lab.families.job", "tiny models of every family through engines, learner, reward", "families:FamiliesConfig"
+        ),
         "chaos": Job("jobs.lab.chaos", "kill roles, drivers and nodes of a small run, and audit the rest", "chaos:ChaosConfig"),
     },
     "Prepare and operate": {

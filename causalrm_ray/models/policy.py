@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from causalrm_ray.models.kernels import SAFE, attention, use_onednn
+from causalrm_ray.errors import InputError
+from causalrm_ray.models.kernels import load, use_onednn
 from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.token_batch import TokenBatch, read, shares_prompts
 from causalrm_ray.rl.policy_loss import entropy, log_distribution, token_logprobs
@@ -131,8 +132,13 @@ class Reference(nn.Module):
 
 
 def load_policy(model: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a local folder or hub id, in `dtype`."""
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention(model), **SAFE)
+    """The causal language model of a local folder or hub id, in `dtype`; of one that also sees or hears, its language model.
+
+    Raises InputError where its files do not hold all weights.
+    """
+    policy, loading = load(AutoModelForCausalLM, model, dtype)
+    if missing := loading["missing_keys"]:
+        raise InputError(f"the weights of {model} must cover {type(policy).__name__}, {min(missing)} is missing")
     use_onednn(policy)
     return policy
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from causalrm_ray.models.kernels import SAFE, attention, use_onednn
+from causalrm_ray.models.kernels import load, use_onednn
 from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS
 from causalrm_ray.models.text import answer_template
 
@@ -38,22 +39,14 @@ class SequenceScorer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> SequenceScorer:
-        """The scorer in a folder or hub id: a saved one, or a causal model under a new head.
+        """The scorer in a folder or hub id: a saved one, or a causal model (its language model alone) under a new head.
 
         A new head is zero, so that every logit starts at 0 and a fit depends on no random draw here.
         Raises ValueError for an architecture without a linear head `score` (encoders such as BERT).
         """
         with quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                str(source),
-                num_labels=1,
-                dtype=dtype,
-                attn_implementation=attention(str(source)),
-                output_loading_info=True,
-                **SAFE,
-            )
-        scorer = cls(model)
-        missing = set(loading["missing_keys"])
+            model, loading = load(AutoModelForSequenceClassification, str(source), dtype, num_labels=1)
+        scorer, missing = cls(model), set(loading["missing_keys"])
         if foreign := missing - {"score.weight", "score.bias"}:
             raise ValueError(f"the weights of {source} must cover the backbone, missing {sorted(foreign)[:3]}")
         if missing:
@@ -103,6 +96,9 @@ class SequenceScorer(nn.Module):
             self.model.resize_token_embeddings(padding + 1, mean_resizing=False)
         with self._padded_with(padding), quiet_transformers():
             self.model.save_pretrained(folder)
+            config = self.model.config
+            config.architectures = [_architecture(config) or type(self.model).__name__]
+            config.save_pretrained(folder)
 
     def save_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
         """Write the folder but for its weights; returns the id of the token that it pads with.
@@ -130,6 +126,14 @@ class SequenceScorer(nn.Module):
             yield
         finally:
             config.pad_token_id, text.vocab_size = before
+
+
+def _architecture(config: PreTrainedConfig) -> str | None:
+    """What vLLM knows the model's classifier by: the name of the causal model, whose own classifier may be called otherwise
+    (Gemma3ForCausalLM, but Gemma3TextForSequenceClassification). transformers goes by the type of the configuration."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    name = getattr(causal, "__name__", "")
+    return name.replace("ForCausalLM", "ForSequenceClassification") if name.endswith("ForCausalLM") else None
 
 
 def _groups(lengths: Sequence[int], most: int, tokens: int) -> list[int]:

@@ -98,10 +98,9 @@ def skeleton(model: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(model, trust_remote_code=False), trust_remote_code=False
-        )
+        return AutoModelForCausalLM.from_config(text, trust_remote_code=False)
 
 
 def kv_width(config: PretrainedConfig) -> int:

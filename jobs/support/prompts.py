@@ -51,7 +51,7 @@ def find_models(config: Config, on_progress: Progress | None = None) -> Models:
     """
     names, longest = config.model, config.model.max_length
     models = Models(*(find_model(config, name, on_progress, names.chat_template) for name in (names.policy, names.reward)))
-    check_policy(models.policy, longest)
+    check_policy(models.policy, longest, config.rollout.engine)
     check_backbone(models.reward, longest)
     return models
 

@@ -23,8 +23,10 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.models.checks.files import check_config, check_length, check_weights, refusing
 from causalrm_ray.models.checks.skeleton import backbone_skeleton, policy_skeleton
 from causalrm_ray.models.checks.tokens import check_tokens
+from causalrm_ray.models.kernels import text_config
 from causalrm_ray.models.reward_model import SequenceScorer, embedding_rows
 from causalrm_ray.models.text import encode_pair, end_tokens, generation_config, load_tokenizer
+from causalrm_ray.registry import ENGINES
 
 _ASKED, _ANSWER = "What is 2 + 2?", "Four, of course."
 
@@ -45,10 +47,22 @@ class ModelFacts:
         return f"{self.family}, {self.parameters:,} parameters, {self.rows:,} rows of embedding, answers end at {ends}"
 
 
-def check_policy(model: str, max_length: int | None = None) -> ModelFacts:
+def check_engine(engine: str, model: str) -> None:
+    """Raise InputError for a model that an engine cannot take new weights of."""
+    kind = text_config(model).model_type
+    if reason := ENGINES.load(engine).unsupported.get(kind):
+        raise InputError(
+            f"rollout.engine={engine} cannot take new weights of {model}, a model of type {kind}: {reason}. Take "
+            "rollout.engine=hf, or another model.policy"
+        )
+
+
+def check_policy(model: str, max_length: int | None = None, engine: str | None = None) -> ModelFacts:
     """What a folder or hub id is. Raises InputError, naming what is wrong, unless it can be tuned on rows of at most `max_length`
-    tokens, saved and read again."""
+    tokens, written with by an `engine`, saved and read again."""
     config = _check_files(model, max_length)
+    if engine is not None:
+        check_engine(engine, model)
     tokenizer, skeleton = load_tokenizer(model), policy_skeleton(model, config)
     facts = _facts(model, tokenizer, skeleton)
     with tempfile.TemporaryDirectory(prefix="check-model-") as folder:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.checks.files import refusing
-from causalrm_ray.models.kernels import SAFE
+from causalrm_ray.models.kernels import load
 from causalrm_ray.models.reward_model import quiet_transformers
 
 _WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures are called that write text
@@ -29,12 +29,12 @@ _HEAD = {"score.weight", "score.bias"}  # a backbone gets a new one
 
 def policy_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model of a folder or hub id. Raises InputError unless it is one and its files hold every weight."""
-    kind, named = f"a {config.model_type}", config.architectures or ()
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+    text, kind, named = config.get_text_config(), f"a {config.model_type}", config.architectures or ()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{model}: a policy must be a decoder that transformers loads as a causal language model, got {kind}")
     if named and not any(name.endswith(_WRITES) for name in named):
         raise InputError(f"{model}: a policy must be a causal language model, got the architecture {', '.join(named)}")
-    found, missing = _load(model, config, AutoModelForCausalLM)
+    found, missing = _load(model, text, AutoModelForCausalLM)
     _check_complete(model, found, missing)
     return found
 
@@ -42,10 +42,10 @@ def policy_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
 def backbone_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The same model with one output, for reward and propensity. Raises InputError unless transformers has it with a linear head
     `score` over causal attention."""
-    kind = f"a {config.model_type}"
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or getattr(config, "is_encoder_decoder", False):
+    text, kind = config.get_text_config(), f"a {config.model_type}"
+    if type(text) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{model}: a backbone must be a decoder that transformers can put a classifier's head on, got {kind}")
-    found, missing = _load(model, config, AutoModelForSequenceClassification, num_labels=1)
+    found, missing = _load(model, text, AutoModelForSequenceClassification, num_labels=1)
     head = getattr(found, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise InputError(f"{model}: a backbone must be a decoder, whose classifier has a linear head `score`, got {kind}")
@@ -53,14 +53,14 @@ def backbone_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
     return found
 
 
-def _load(model: str, config: PreTrainedConfig, kind: Any, **settings: Any) -> tuple[PreTrainedModel, set[str]]:
+def _load(model: str, text: PreTrainedConfig, kind: Any, **options: Any) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of weights that its files lack; of a hub id no file of weights is downloaded."""
     with quiet_transformers(), refusing(f"{model}: its weights must be those that config.json describes"):
         if not Path(model).is_dir():
             with torch.device("meta"):
-                return kind.from_config(config, trust_remote_code=False, **settings), set()
-        report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        found, loading = kind.from_pretrained(model, device_map="meta", **report, **SAFE, **settings)
+                return kind.from_config(text, trust_remote_code=False, **options), set()
+        reading = {"device_map": "meta", "ignore_mismatched_sizes": True}
+        found, loading = load(kind, model, torch.float32, reading, **options)
     for name, stored, expected in sorted(loading["mismatched_keys"]):
         raise InputError(f"{model}: {name} must be {list(expected)}, as config.json describes it, got {list(stored)}")
     return found, set(loading["missing_keys"])
