@@ -30,7 +30,7 @@ from jobs.lab.families.builder import FAMILIES, build
 from jobs.lab.families.table import ENGINE, NAMES, Findings
 
 ALL = get_args(FamilyName)
-ON_VLLM = ("Mixtral", "Gemma 2", "Gemma 3 with images", "Phi-3")
+ON_VLLM = ("Mixtral", "Gemma 2", "Gemma 3 with images")
 WITHOUT_LORA = ("DeepSeek-V3",)  # peft would adapt its experts, too
 pytestmark = pytest.mark.timeout(900)
 
