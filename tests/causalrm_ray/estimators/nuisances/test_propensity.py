@@ -117,7 +117,7 @@ def test_report_by_hand() -> None:
     assert report.ess_fraction == pytest.approx(0.9)
     assert report.mean == pytest.approx((0.01 + 0.5 + 0.5 + 0.25) / 4)
     assert report.mean_weight == pytest.approx((2 + 4) / 4)
-    assert report.ece == pytest.approx((0.01 + 1 - 0.5 - 0.5 + 1 - 0.25) / 4, abs=1e-6)  # a bin each, the two of 0.5 in one
+    assert report.ece == pytest.approx((0.01 + 0.5 + 0.5 + 0.75) / 4)  # each row is a bin
     assert report.overlap[0] == pytest.approx(0.01)
     assert report.overlap[-1] == 0.5
     assert any("25% of the propensities lie below the clip" in warning for warning in report.warnings)
