@@ -36,7 +36,7 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.diagnostics.advice import advise
 from causalrm_ray.estimators.diagnostics.diagnose import FitDiagnostics, diagnose_fit
-from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit, diagnose
+from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit, diagnose, lowest_weighted
 from causalrm_ray.estimators.nuisances.strata import stratify
 from causalrm_ray.estimators.pipeline import HELD_OUT, RewardFits, fit_reward_models
 from causalrm_ray.losses.selection import outcomes
@@ -67,7 +67,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         selection works; "causalrm_dr" and "causalrm_ips" are the paper's (arXiv 2603.18736); "naive" corrects nothing.
     hidden, dropout, lr, weight_decay, batch_size, epochs, patience: the head and its training, of propensity and reward models.
         Ensembles ("auto", "latent", "two_stage", "..._stable") have sizes and schedules of their own.
-    clip: lowest propensity used in a weight, in (0, 1).
+    clip: lowest propensity used in a weight, in (0, 1); None: a quarter of the share of rows with feedback, and 0.1 at most.
     rho: known noise rates (rho_01, rho_10) = (P(r = 0 | r* = 1), P(r = 1 | r* = 0)); None estimates them.
     noise_rates: how they are estimated: "curve" of the labels along a proxy's ranks, or the paper's "anchors".
     random_state: seed; the same seed and data give the same model.
@@ -93,7 +93,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         batch_size: int = _DEFAULT.batch_size,
         epochs: int = _DEFAULT.epochs,
         patience: int = _DEFAULT.patience,
-        clip: float = _DEFAULT.clip,
+        clip: float | None = _DEFAULT.clip,
         rho: tuple[float, float] | None = None,
         noise_rates: NoiseEstimator = "curve",
         random_state: int | np.random.RandomState | None = 0,
@@ -263,7 +263,7 @@ def _strata(traits: Any, observations: Observations) -> tuple[Tensor | None, tup
 
 
 def _propensity(
-    given: Any, o: Tensor, fit: Callable[[Tensor], tuple[Tensor, Any]], clip: float, seed: int
+    given: Any, o: Tensor, fit: Callable[[Tensor], tuple[Tensor, Any]], clip: float | None, seed: int
 ) -> tuple[Tensor, tuple[str, ...]]:
     """P(o = 1 | x) [N] in [clip, 1], given or fitted, and warnings about it."""
     if given is None and bool(o.all()):
@@ -274,6 +274,7 @@ def _propensity(
     prob = torch.from_numpy(as_vector("propensity", given).astype(np.float32))
     check_rows_match(X=len(o), propensity=len(prob))
     check_propensity("propensity", prob)
+    clip = lowest_weighted(clip, o)
     return prob.clamp(min=clip), () if bool(o.all()) else diagnose(prob, o, clip).warnings
 
 

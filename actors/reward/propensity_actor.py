@@ -53,7 +53,7 @@ class PropensityActor:
         self,
         backbone: str,
         settings: FitSettings,
-        clip: float,
+        clip: float | None,
         *,
         max_length: int,
         per_user: PerUser = None,
@@ -62,8 +62,8 @@ class PropensityActor:
         memory: Path | None = None,
     ) -> None:
         """`backbone` is a folder or hub id of a causal model with its tokenizer; `max_length` in tokens; `clip` in (0, 1) is the
-        lowest propensity used in a weight; `per_user` rows with feedback are what a user counts for at most, and
-        `truncation` says what becomes of longer rows (see `load_rows`).
+        lowest propensity used in a weight, None one that suits the log (`lowest_weighted`); `per_user` rows with feedback are
+        what a user counts for at most, and `truncation` says what becomes of longer rows (see `load_rows`).
         The file `memory` records what is served, for a role that restarts."""
         torch.set_num_threads(1)  # sums in one order, so that a repeated fit repeats its bits
         self._backbone = backbone

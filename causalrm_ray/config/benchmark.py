@@ -33,7 +33,13 @@ class HeadConfig(Section):
     epochs: int = Field(60, ge=1, description="most passes over the rows")
     patience: int = Field(10, ge=1, description="epochs without a lower held-out risk before a fit stops")
     bf16: bool = Field(False, description="compute outputs in bfloat16, twice as fast on processors that have it")
-    clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity used in a weight")
+    clip: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="lowest propensity used in a weight; if not given, a quarter of the share of rows with feedback, and 0.1 at "
+        "most",
+    )
 
 
 class BenchmarkConfig(Section):

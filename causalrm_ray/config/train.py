@@ -163,7 +163,13 @@ class RewardConfig(Section):
     )
     epochs: int = Field(4, ge=1, description="most passes over the log")
     lr: float = Field(1e-3, gt=0, description="learning rate of reward and propensity models")
-    clip: float = Field(0.1, gt=0, lt=1, description="lowest propensity of feedback used in a weight")
+    clip: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="lowest propensity of feedback used in a weight; if not given, a quarter of the share of impressions with "
+        "feedback, and 0.1 at most",
+    )
     workers: int = Field(2, ge=0, description="Ray Train workers; 0: the reward role fits by itself")
     caution: float = Field(
         0.0, ge=0, description="standard deviations of its ensemble that the reward model stays below their mean; 0: the mean"

@@ -20,13 +20,14 @@ from causalrm_ray.estimators.core.frozen import with_settings
 from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Observations
 from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
+from causalrm_ray.estimators.nuisances.propensity import lowest_weighted
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.losses.selection import class_weights, graded_outcomes, outcomes
 from causalrm_ray.models.heads import EnsembleScorer, to_logit
 from causalrm_ray.types import NoiseRates
 
 CENTRE, STRENGTH = 0.15, 5.0  # prior of the noise rates: a Gaussian on logit(2 rho), worth a few rows
-CLIP = 0.05  # lowest propensity of an opinion used in a weight
+HIGHEST_CLIP = 0.05  # lowest propensity of an opinion used in a weight, unless feedback is rare
 START_GRADE = 0.1  # log-odds by which a strong opinion is assumed to matter at first
 START_ODDS = 2.0  # log-odds by which feedback of the satisfied exceeds that of others at the members' start, to either side of 0
 FEW_LABELS = 250  # beyond these they assume FEW_LABELS / labels of it
@@ -155,10 +156,12 @@ class Mechanism:
     report: FitReport
 
     def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
-        """(v_1, v_0) [N] of losses.selection.class_weights; P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), clipped at CLIP."""
+        """(v_1, v_0) [N] of losses.selection.class_weights; P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), clipped at
+        HIGHEST_CLIP or `lowest_weighted`."""
+        clip = min(HIGHEST_CLIP, lowest_weighted(None, observations.o))
         m = spread(self.opinion, self.rows, len(observations), 0.5)
         shares = torch.stack([m, 1 - m], dim=1)
-        p1, p0 = (spread(self.joint, self.rows, len(observations), 0.0) / shares.clamp_min(1e-6)).clamp(CLIP, 1).T
+        p1, p0 = (spread(self.joint, self.rows, len(observations), 0.0) / shares.clamp_min(1e-6)).clamp(clip, 1).T
         return class_weights(observations.o, observations.r, p1, p0, self.rates)
 
 

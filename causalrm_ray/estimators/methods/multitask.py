@@ -18,11 +18,11 @@ from torch import Tensor
 from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need, Observations
 from causalrm_ray.estimators.core.training import Objective
 from causalrm_ray.estimators.methods.observed import minimise
+from causalrm_ray.estimators.nuisances.propensity import lowest_weighted
 from causalrm_ray.losses import multitask, reweighted
 from causalrm_ray.losses.pointwise import Loss, bce, bounded_bce
 from causalrm_ray.models.heads import WithHeads
 
-FLOOR = 0.1  # lowest learned propensity in a weight, as arXiv 2603.18736 clips
 MIN_SHARE = 0.01  # the propensity starts at least this far from 0 and 1
 PENALTY = 1.0  # of the squared constraint of stable DR
 ALPHA, GAMMA = 0.1, 0.01  # of CVIB's contrast and confidence penalty
@@ -33,6 +33,8 @@ Risk = Callable[..., Tensor]  # (loss, the scorer's logit [B], that of each furt
 @dataclass(frozen=True)
 class MultiTask:
     """A method whose risk is of a scorer and `heads` further heads, the first a propensity's, the second an imputation's.
+
+    Learned propensities are clipped in weights at `lowest_weighted`.
 
     `subtracts`: the risk subtracts losses, and takes a bounded one in place of `bce`.
     """
@@ -60,8 +62,10 @@ class MultiTask:
         if not bool(observations.o[rows].any()):
             raise ValueError(f"o must hold at least one row with feedback, got none in {len(rows)} rows")
 
+        floor = lowest_weighted(None, observations.o)
+
         def risk(outputs: Tensor, index: Tensor) -> Tensor:
-            return self.risk(loss, *outputs.unbind(1), observations.o[index], observations.r[index])
+            return self.risk(loss, *outputs.unbind(1), observations.o[index], observations.r[index], floor=floor)
 
         return Objective(rows, risk)
 
@@ -85,8 +89,8 @@ def cvib_objective(observations: Observations, loss: Loss, rows: Tensor) -> Obje
 
 _ZHANG = "Zhang et al. 2020, arXiv 1910.09337"
 MULTITASK: dict[str, MultiTask | FunctionMethod] = {
-    "mt_ips": MultiTask(partial(multitask.mt_ips, floor=FLOOR), 1, _ZHANG),
-    "mt_dr": MultiTask(partial(multitask.mt_dr, floor=FLOOR), 2, _ZHANG, subtracts=True),
-    "sdr": MultiTask(partial(multitask.sdr, floor=FLOOR, penalty=PENALTY), 2, "Li et al. 2022, arXiv 2205.04701"),
+    "mt_ips": MultiTask(multitask.mt_ips, 1, _ZHANG),
+    "mt_dr": MultiTask(multitask.mt_dr, 2, _ZHANG, subtracts=True),
+    "sdr": MultiTask(partial(multitask.sdr, penalty=PENALTY), 2, "Li et al. 2022, arXiv 2205.04701"),
     "cvib": FunctionMethod(fit_cvib, "Wang et al. 2020, arXiv 2009.02623"),
 }

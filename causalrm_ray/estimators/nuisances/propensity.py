@@ -19,6 +19,8 @@ from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_cal
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece, quantiles
 
+HIGHEST_CLIP = 0.1  # as arXiv 2603.18736 clips
+CLIP_SHARE = 0.25  # of the share of rows with feedback: where feedback is rare, 0.1 would touch most rows, and undo the weights
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
@@ -27,7 +29,8 @@ class PropensityReport:
     """Can this log be reweighted? All figures are out of fold; `dataclasses.asdict` gives its JSON.
 
     `ece` in probability; `ess` rows is the effective sample size of the weights o / p, `ess_fraction` of the rows with feedback;
-    `clipped_share` of all rows lay below `clip`; `overlap` has the quantiles QUANTILES of the propensity before clipping;
+    `clipped_share` of all rows lay below `clip`; `mean_weight` is the mean of o / p over all rows, 1 where the weights add up to
+    the whole log; `ece`, `curve` and the quantiles QUANTILES in `overlap` are of the propensity before clipping;
     `warnings` are sentences for the user.
     """
 
@@ -40,6 +43,7 @@ class PropensityReport:
     ess_fraction: float
     clip: float
     clipped_share: float
+    mean_weight: float
     overlap: tuple[float, ...]
     curve: tuple[CalibrationBin, ...]
     warnings: tuple[str, ...]
@@ -116,16 +120,25 @@ def cross_fit(
     return torch.sigmoid(logit), modules
 
 
-def calibrate(raw: Tensor, o: Tensor, clip: float, folds: int = 5, seed: int = 0, cluster: Tensor | None = None) -> Propensity:
-    """Honest propensities from raw out-of-fold ones: isotonic, cross-fitted over `folds`, clipped below at `clip` in (0, 1).
+def lowest_weighted(clip: float | None, o: Tensor) -> float:
+    """The lowest propensity used in a weight: `clip`, or a quarter of the share of `o` [N], at most the paper's 0.1."""
+    return min(HIGHEST_CLIP, CLIP_SHARE * float(o.double().mean())) if clip is None else clip
+
+
+def calibrate(
+    raw: Tensor, o: Tensor, clip: float | None, folds: int = 5, seed: int = 0, cluster: Tensor | None = None
+) -> Propensity:
+    """Honest propensities from raw out-of-fold ones: isotonic, cross-fitted over `folds`, clipped below at `clip` in (0, 1), or
+    where that is None at `lowest_weighted`.
 
     `raw` [N] in [0, 1], `o` [N] in {0, 1} with both classes; else ValueError. Rows of one `cluster` [N] share a fold.
     """
-    if not 0 < clip < 1:
+    if clip is not None and not 0 < clip < 1:
         raise ValueError(f"clip must be in (0, 1), got {clip}")
     check_same_length(raw=raw, o=o)
     check_unit_interval("raw", raw)
     check_both_classes("o", o)
+    clip = lowest_weighted(clip, o)
     calibrated = cross_calibrate(raw, o, torch.ones(len(o), dtype=torch.bool), folds, seed, cluster=cluster)
     return Propensity(calibrated.clamp(min=clip), fit_calibration(raw, o), clip, diagnose(calibrated, o, clip))
 
@@ -137,23 +150,25 @@ def diagnose(prob: Tensor, o: Tensor, clip: float) -> PropensityReport:
     check_both_classes("o", o)
     clipped = prob.clamp(min=clip)
     check_propensity("propensity", clipped)
-    ess = effective_sample_size((o / clipped)[o == 1])
+    weights = o / clipped
+    ess = effective_sample_size(weights[o == 1])
     observed = int((o == 1).sum())
     clipped_share = float((prob < clip).double().mean())
-    error = ece(clipped, o)
+    error, mean_weight = ece(prob, o), float(weights.double().mean())
     return PropensityReport(
         rows=len(o),
         observed=observed,
-        mean=float(clipped.double().mean()),
+        mean=float(prob.double().mean()),
         auroc=auroc(prob, o),
         ece=error,
         ess=ess,
         ess_fraction=ess / observed,
         clip=clip,
         clipped_share=clipped_share,
+        mean_weight=mean_weight,
         overlap=tuple(quantiles(prob, QUANTILES)),
-        curve=calibration_curve(clipped, o),
-        warnings=_warnings(ess / observed, clipped_share, error, float((prob > 0.99).double().mean())),
+        curve=calibration_curve(prob, o),
+        warnings=_warnings(ess / observed, clipped_share, error, float((prob > 0.99).double().mean()), mean_weight),
     )
 
 
@@ -179,7 +194,9 @@ def split_rows(rows: Tensor, held_out: float, seed: int, cluster: Tensor | None 
     return order[:cut].sort().values, order[cut:].sort().values
 
 
-def _warnings(ess_fraction: float, clipped_share: float, error: float, certain_share: float) -> tuple[str, ...]:
+def _warnings(
+    ess_fraction: float, clipped_share: float, error: float, certain_share: float, mean_weight: float
+) -> tuple[str, ...]:
     faults = (
         (
             ess_fraction < 0.3,
@@ -190,6 +207,11 @@ def _warnings(ess_fraction: float, clipped_share: float, error: float, certain_s
             clipped_share > 0.2,
             f"Poor overlap: {clipped_share:.0%} of the propensities lie below the clip, where weights are too small. "
             "Ask some users at random for feedback; a lower reward.clip trades this bias for variance.",
+        ),
+        (
+            mean_weight < 0.9,
+            f"The weights average {mean_weight:.2f} over the log, where 1 is right: the clip takes weight from the rows that "
+            "stand for most others. Lower reward.clip.",
         ),
         (
             error > 0.05,

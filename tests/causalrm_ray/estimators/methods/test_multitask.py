@@ -120,9 +120,9 @@ def test_the_propensity_is_learned_beside_the_reward(name: str) -> None:
     method, seen = MULTITASK[name], []
     assert isinstance(method, MultiTask)
 
-    def spy(loss, *given: Tensor) -> Tensor:
+    def spy(loss, *given: Tensor, floor: float) -> Tensor:
         seen.append((given[1].detach(), given[-2]))
-        return method.risk(loss, *given)
+        return method.risk(loss, *given, floor=floor)
 
     MultiTask(spy, method.heads, method.paper, method.subtracts).fit(WORLD.task())
     first, _ = seen[0]

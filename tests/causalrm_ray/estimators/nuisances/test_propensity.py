@@ -21,6 +21,7 @@ from causalrm_ray.estimators.nuisances.propensity import (
     cross_fit_logits,
     diagnose,
     effective_sample_size,
+    lowest_weighted,
     split_rows,
 )
 from causalrm_ray.losses.pointwise import bce
@@ -114,11 +115,33 @@ def test_report_by_hand() -> None:
     assert (report.rows, report.observed, report.clipped_share) == (4, 2, 0.25)
     assert report.ess == pytest.approx((2 + 4) ** 2 / (4 + 16))
     assert report.ess_fraction == pytest.approx(0.9)
-    assert report.mean == pytest.approx((0.1 + 0.5 + 0.5 + 0.25) / 4)
+    assert report.mean == pytest.approx((0.01 + 0.5 + 0.5 + 0.25) / 4)
+    assert report.mean_weight == pytest.approx((2 + 4) / 4)
+    assert report.ece == pytest.approx((0.01 + 0.5 + 0.5 + 0.75) / 4)  # each row is a bin
     assert report.overlap[0] == pytest.approx(0.01)
     assert report.overlap[-1] == 0.5
     assert any("25% of the propensities lie below the clip" in warning for warning in report.warnings)
     json.dumps(asdict(report))
+
+
+def test_where_feedback_is_rare_the_default_clip_touches_few_rows_and_keeps_the_weights_whole() -> None:
+    rng = torch.Generator().manual_seed(3)
+    raw = 0.08 * torch.exp(0.8 * torch.randn(40_000, generator=rng) - 0.32)  # 8 % on average
+    o = torch.bernoulli(raw.clamp(max=1), generator=rng)
+    absolute, relative = (calibrate(raw.clamp(max=1), o, clip).report for clip in (0.1, None))
+    assert absolute.clipped_share > 0.7
+    assert absolute.mean_weight < 0.75
+    assert any("Lower reward.clip" in warning for warning in absolute.warnings)
+    assert relative.clip == pytest.approx(float(o.mean()) / 4)
+    assert relative.clipped_share < 0.15
+    assert relative.mean_weight == pytest.approx(1, abs=0.05)
+    assert abs(absolute.ece - relative.ece) < 1e-6  # of what was estimated, not of what is used
+
+
+@pytest.mark.parametrize(("share", "lowest"), [(0.2, 0.05), (0.08, 0.02), (0.5, 0.1), (1.0, 0.1)])
+def test_the_default_clip_is_a_quarter_of_the_feedback_and_at_most_the_papers(share: float, lowest: float) -> None:
+    assert lowest_weighted(None, torch.ones(100) * (torch.arange(100) < round(100 * share))) == pytest.approx(lowest)
+    assert lowest_weighted(0.3, torch.ones(100)) == 0.3
 
 
 def test_clipping_holds_on_every_row() -> None:
