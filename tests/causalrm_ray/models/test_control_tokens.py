@@ -44,7 +44,7 @@ def test_what_people_write_controls_nothing_and_keeps_its_letters(
     # this tokenizer begins each part of a text with a space
     assert written.removesuffix(END).replace(" ", "") == answer.replace(" ", "")
     assert asked in render(tokenizer, prompt)
-    written_any = any(token in asked + answer for token in (END, "<|user|>", "<|assistant|>"))
+    written_any = any(token in text for text in (asked, answer) for token in (END, "<|user|>", "<|assistant|>"))
     bound = LengthBound(tokenizer)(prompt, answer)
     assert (bound is None) == written_any
     assert bound is None or len(ids) <= bound
