@@ -26,11 +26,11 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.models.checks.check import check_backbone, check_policy
 from causalrm_ray.models.lora import with_adapter
 from causalrm_ray.models.policy import load_policy
-from jobs.lab.families.builder import FAMILIES, build
+from jobs.lab.families.builder import FAMILIES, LENGTH, build
 from jobs.lab.families.table import ENGINE, NAMES, Findings
 
 ALL = get_args(FamilyName)
-ON_VLLM = ("Mixtral", "Gemma 2", "Gemma 3 with images")
+ON_VLLM = ("Mixtral", "Gemma 2", "Gemma 3 with images", "GPT-NeoX")  # the last: in transformers' classes
 WITHOUT_LORA = ("DeepSeek-V3",)  # peft would adapt its experts, too
 pytestmark = pytest.mark.timeout(900)
 
@@ -80,6 +80,13 @@ def test_a_family_is_right_in_vllm_before_and_after_syncs_and_its_reward_model_i
 
 def test_each_family_that_may_be_named_is_built() -> None:
     assert set(FAMILIES) == set(ALL)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_family_passes_the_check_of_its_files(family: str, tmp_path: Path) -> None:
+    build(family, tmp_path)
+    policy, backbone = check_policy(str(tmp_path), LENGTH), check_backbone(str(tmp_path), LENGTH)
+    assert set(policy.ends) == set(backbone.ends) >= set(FAMILIES[family].ends)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from actors.weights.packing import pack
 from causalrm_ray.models.policy import load_policy
 from causalrm_ray.registry import ENGINES
 from causalrm_ray.types import Sampling
-from tests.families.builder import build
-from tests.families.engine_gaps import LENGTH
+from jobs.lab.families.builder import LENGTH, build
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"  # square
 EXPERTS = "model.layers.1.mlp.experts.down_proj"

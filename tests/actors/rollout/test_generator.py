@@ -23,7 +23,7 @@ from causalrm_ray.config.base import RunConfig
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.models.lora import adapter_of, with_adapter
 from causalrm_ray.types import Completion, Prompt, Request, Sampling
-from tests.families.builder import VOCAB, WORDS, save_tokenizer
+from tests.word_tokenizer import VOCAB, WORDS, save_tokenizer
 
 MAX_LENGTH = 128
 BUFFER = 4

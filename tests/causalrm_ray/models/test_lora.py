@@ -25,7 +25,7 @@ from transformers import (
 from causalrm_ray.models.lora import adapter_of, describe, linear_layers, save_adapter, weights_of, with_adapter
 from causalrm_ray.models.policy import ActorCritic
 from causalrm_ray.models.token_batch import TokenRow, make_batch
-from tests.families.builder import FAMILIES
+from jobs.lab.families.builder import FAMILIES
 
 TOKENS = torch.tensor([[3, 7, 1, 4, 9, 2], [5, 5, 8, 0, 0, 0]])
 ANSWERS = [TokenRow(row[:2], row[2:]) for row in TOKENS]
@@ -112,7 +112,9 @@ def test_only_the_language_model_of_one_that_sees_pictures_gets_adapters() -> No
 
 def test_what_a_mixture_keeps_frozen_is_named_the_largest_first() -> None:
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(FAMILIES["Mixtral"]())
+        plain = AutoModelForCausalLM.from_config(
+            FAMILIES["Mixtral"].config(vocab_size=200, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+        )
     found = describe(plain, with_adapter(plain, RANK, seed=0))
     assert found == "q_proj, k_proj, v_proj, o_proj (2 of each); frozen: experts, embed_tokens, lm_head, gate"
 
