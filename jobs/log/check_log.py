@@ -34,8 +34,9 @@ def run(config: CheckConfig) -> int:
     tokenizer = None
     if config.model.reward != EMBEDDED:
         from causalrm_ray.models.text import load_tokenizer
+        from jobs.support.prompts import find_model
 
-        tokenizer = load_tokenizer(config.model.reward)
+        tokenizer = load_tokenizer(find_model(config, config.model.reward, template=config.model.chat_template))
     with tempfile.TemporaryDirectory(prefix="check-log-") as folder:
         log = FeedbackLog(f"sqlite:///{folder}/log.db", config.feedback.signals, config.feedback.order)
         quarantine = Path(folder) / "quarantine.jsonl"
