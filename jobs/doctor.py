@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +30,7 @@ LIBRARIES = {  # what must import, whatever the engine
     "datasets": Library(("datasets",), "pip install datasets"),
     "peft": Library(("peft",), "pip install peft"),
 }
+ROLES = {"policy": ("generators", "learner"), "reward": ("reward",)}  # that run each model
 BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -73,45 +74,59 @@ def run(config: Config) -> int:
 
 
 def check_models(config: Config) -> int:
-    """Print of each role whether its model works, and the memory that it would take on this machine; 0 if all do, 1 otherwise."""
+    """Print of each role of the models that are given whether they work, and the memory that it would take on this machine; 0 if
+    all do, 1 otherwise."""
     from causalrm_ray.models.checks.check import check_backbone, check_policy
-    from jobs.support.prompts import find_model
+    from causalrm_ray.models.text import load_tokenizer
+    from jobs.support.prompts import Models, check_same_tokens, describe_adapters, find_model
 
-    facts, faults, found = Table("model", "what it is", box=None), {}, {}
-    template, longest = config.model.chat_template, config.model.max_length
-    as_policy = partial(check_policy, engine=config.rollout.engine)
-    for use, name, check in (("policy", config.model.policy, as_policy), ("reward", config.model.reward, check_backbone)):
+    given = {"policy": config.model.policy, "reward": config.model.reward}
+    checks = {"policy": partial(check_policy, engine=config.rollout.engine), "reward": check_backbone}
+    table, faults, found = Table("model", "what it is", box=None), [], {}
+    for use, name in given.items():
+        if name == EMBEDDED:
+            continue
         try:
-            found[use] = find_model(config, name, template=template)
-            facts.add_row(f"model.{use}", check(found[use], longest).summary())
+            found[use] = find_model(config, name, template=config.model.chat_template)
+            table.add_row(f"model.{use}", checks[use](found[use], config.model.max_length).summary())
         except InputError as error:
-            faults[use] = str(error)
-            facts.add_row(f"model.{use}", "does not work: see below")
-    Console().print(facts)
+            faults.append(str(error))
+            table.add_row(f"model.{use}", "does not work: see below")
+    Console().print(table)
     if not faults:
         try:
-            _show_memory(config, found["policy"], found["reward"])
-        except ConfigError as error:
-            faults["memory"] = str(error)
-    for fault in dict.fromkeys(faults.values()):
+            models = Models(found.get("policy", ""), found.get("reward", ""))
+            if len(found) == 2:
+                check_same_tokens(models, load_tokenizer(models.policy))
+            if models.policy and (adapters := describe_adapters(config, models)):
+                Console().print(adapters, soft_wrap=True)
+            _show_memory(config, found)
+        except (ConfigError, InputError) as error:
+            faults.append(str(error))
+    for fault in dict.fromkeys(faults):
         Console(stderr=True).print(fault, style="red", markup=False, highlight=False, soft_wrap=True)
     return 1 if faults else 0
 
 
-def _show_memory(config: Config, policy: str, reward: str) -> None:
+def _show_memory(config: Config, found: Mapping[str, str]) -> None:
     """Print what each role would take on this machine. Raises ConfigError, saying what to change, where it is too much."""
+    import torch
+
     from actors.placement_plan import GIB, make_plan
-    from actors.system import ALL_ROLES
     from causalrm_ray.models.size import model_size
 
-    gpus = len(_gpus())
-    plan = make_plan(config, model_size(policy), model_size(reward), ALL_ROLES, gpus)
+    gpus = torch.cuda.device_count()
+    parts = [part for use, roles in ROLES.items() if use in found for part in roles]
+    sizes = {use: model_size(model, config.learner.lora_targets) for use, model in found.items()}
+    size = next(iter(sizes.values()))
+    plan = make_plan(config, sizes.get("policy", size), sizes.get("reward", size), parts, gpus)
     table = Table("role", "model", "GiB", "where", box=None)
     for role, taken in plan.allocations.items():
-        use = "model.policy" if role.startswith(("generator", "learner")) else "model.reward"
-        table.add_row(role, use, f"{taken.bytes / GIB:.1f}", "GPU" if taken.gpus else "host")
+        use = "policy" if role.startswith(("generator", "learner")) else "reward"
+        table.add_row(role, f"model.{use}", f"{taken.bytes / GIB:.1f}", "GPU" if taken.gpus else "host")
     Console().print(table)
-    plan.check_memory(psutil.virtual_memory().total, _gpu_bytes() if gpus else 0)
+    on_gpu = min((torch.cuda.get_device_properties(number).total_memory for number in range(gpus)), default=0)
+    plan.check_memory(psutil.virtual_memory().total, on_gpu)
 
 
 def engine_libraries(*engines: str) -> dict[str, Library]:
@@ -154,12 +169,6 @@ def _gpus() -> list[str]:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False).stdout
     return [line.split(" (UUID")[0] for line in listed.splitlines() if line.startswith("GPU")]
-
-
-def _gpu_bytes() -> int:
-    import torch
-
-    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
 
 
 def _cluster_resources(config: Config) -> dict[str, float]:

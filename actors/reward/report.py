@@ -86,7 +86,7 @@ class CandidateFit:
     train_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VersionedPropensity(PropensityReport, Report):
     """The report of a propensity model, and its version: fits are counted from 1.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -27,6 +28,7 @@ class EmbedConfig(Section):
         "auto", description="schema of the source; auto: recognised by its columns (generic: prompt, response, score)"
     )
     model: str = Field(description="frozen backbone: folder or hub id of a causal model with a chat template, or 'embedded'")
+    chat_template: Path | None = Field(None, description="file with a Jinja chat template for it; null: its own")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the backbone's weights")
     max_length: int = Field(2048, ge=8, description="longest prompt + response, tokens; longer ones are quarantined")
     batch_size: int = Field(16, ge=1, description="answers that go through the backbone at a time")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
@@ -12,6 +13,7 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.files import write_whole
 
 _TEMPLATE = "chat_template.jinja"
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
 def model_digest(model: str) -> str:
@@ -35,22 +37,26 @@ def with_template(model: str, template: Path, cache: Path) -> str:
     try:
         text = template.expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InputError(f"model.chat_template: {template} must be a file with a Jinja template: {error}") from error
+        raise InputError(f"chat_template: {template} must be a file with a Jinja template: {error}") from error
     source = Path(model)
     if not source.is_dir():
-        source = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        try:
+            source = Path(snapshot_download(model, allow_patterns=list(_FILES), ignore_patterns=["*/*", "consolidated*"]))
+        except OSError as error:
+            raise InputError(f"model {model} must be a Hugging Face folder or hub id: {error}") from error
     key = hashlib.sha256(f"{source.resolve()}\n{text}".encode()).hexdigest()[:32]
     folder = cache.expanduser().resolve() / "templates" / key
     folder.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in source.iterdir() if path.is_file()} - {_TEMPLATE}
-    for link in folder.iterdir():
-        if link.name not in {*names, _TEMPLATE}:
-            link.unlink()  # to a file that is gone
-    for name in names:
-        if not (folder / name).exists():
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to((source / name).resolve())
-    write_whole(folder / _TEMPLATE, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    with FileLock(f"{folder}.lock"):
+        for link in folder.iterdir():
+            if link.name not in {*names, _TEMPLATE}:
+                link.unlink()  # to a file that is gone
+        for name in names:
+            if not (folder / name).exists():
+                (folder / name).unlink(missing_ok=True)
+                (folder / name).symlink_to((source / name).resolve())
+        write_whole(folder / _TEMPLATE, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
     return str(folder)
 
 

@@ -59,6 +59,7 @@ def linear_layers(model: PreTrainedModel, targets: LoraTargets = "auto") -> dict
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer in inside}
     if targets == "auto":
         return found
+    targets = tuple(target.removeprefix(f"{model.base_model_prefix}.") for target in targets)  # a critic's names begin below it
     for target in targets:
         if not any(_is_named(name, target) for name in found):
             known = ", ".join(dict.fromkeys(_last(name) for name in found))

@@ -50,7 +50,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer.chat_template, str):
         raise InputError(
             f"the tokenizer of {model} has no chat template, without which prompts cannot be formatted: give it one, a file, by "
-            "model.chat_template"
+            "the option chat_template"
         )
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {model} has no end-of-sequence token; answers could not end")
@@ -253,7 +253,9 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 
 @lru_cache(maxsize=32)
 def _puts_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.encode("x", add_special_tokens=False) == tokenizer.encode(" x", add_special_tokens=False)
+    """Whether a tokenizer puts a blank before a text, which its decoder leaves there."""
+    ids = tokenizer.encode("x", add_special_tokens=False)
+    return ids == tokenizer.encode(" x", add_special_tokens=False) and cast(str, tokenizer.decode(ids)).startswith(" ")
 
 
 class LengthBound:

@@ -106,8 +106,8 @@ def _draw_overlap(panel: Axes, found: Json) -> None:
     if found["propensity"]["clipped_share"] > 0:
         label = f"clip: {found['propensity']['clipped_share']:.0%} of rows lie below"
         panel.axvline(clip, color=ORANGE, linewidth=1, linestyle="--", label=label)
-    mean = f"weights average {found['propensity']['mean_weight']:.2f} (1 is right)"
-    panel.plot([], [], linestyle="none", label=mean)
+    if found["propensity"]["mean_weight"] is not None:
+        panel.plot([], [], linestyle="none", label=f"weights average {found['propensity']['mean_weight']:.2f} (1 is right)")
     panel.set(title="overlap of rows with and without", xlabel="propensity: probability of feedback", ylabel="share of the group")
     panel.set_ylim(top=panel.get_ylim()[1] * 1.3)
     panel.legend(frameon=False, fontsize=SMALL, loc="upper right")

@@ -58,7 +58,7 @@ def find_models(config: Config, on_progress: Progress | None = None) -> Models:
 
 def find_backbone(config: Config | EmbedConfig, name: str, max_length: int, on_progress: Progress | None = None) -> str:
     """The same of the one model that a job reads rows with."""
-    template = config.model.chat_template if isinstance(config, Config) else None
+    template = config.model.chat_template if isinstance(config, Config) else config.chat_template
     model = find_model(config, name, on_progress, template)
     check_backbone(model, max_length)
     return model
@@ -66,6 +66,8 @@ def find_backbone(config: Config | EmbedConfig, name: str, max_length: int, on_p
 
 def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | None = None, template: Path | None = None) -> str:
     """Where one model is, by name: 'embedded', a folder or a hub id; not checked."""
+    if name == EMBEDDED and template:
+        raise InputError(f"chat_template goes with models of your own, got {template} and an embedded one")
     if name == EMBEDDED:
         return str(ensure_policy(config.run.cache, seed=0, on_progress=on_progress))
     folder = Path(name).expanduser()

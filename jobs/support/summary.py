@@ -43,7 +43,7 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
         "propensity": propensity,
         "diagnostics": {
             **found,
-            "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "curve")},
+            "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "mean_weight", "curve")},
             "rates": rates,
             "verdict": verdict(found),
             "warnings": [*advise(found, propensity, rates), *_doubts(fit.reward)],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from causalrm_ray.config.options import load_config
 from causalrm_ray.config.train import Config
+from causalrm_ray.models.identity import with_template
 from causalrm_ray.models.text import load_tokenizer, render
 from causalrm_ray.registry import ENGINES
 from causalrm_ray.world.grammar import train_prompts
@@ -67,6 +70,28 @@ def test_a_model_that_works_is_described_with_its_memory_by_role(sound: Path, ca
     assert [role for role in ("generator-1", "learner-1", "reward", "propensity") if role not in shown] == []
 
 
+def test_models_that_do_not_go_together_and_layers_that_are_not_there_are_named(
+    sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(sound, sound.parent / "other")
+    (other / "chat_template.jinja").write_text(CHAT_TEMPLATE + "x")
+    assert main(["doctor", f"model.policy={sound}", f"model.reward={other}"]) == 1
+    assert "model.reward must share the policy's tokenizer and chat template" in capsys.readouterr().err
+    assert main(["doctor", f"model.policy={sound}", "learner.lora=4", "learner.lora_targets=[nosuch]"]) == 1
+    shown = capsys.readouterr()
+    assert "got 'nosuch'" in shown.err
+    assert "model.reward" not in shown.out
+
+
+def test_a_template_is_put_before_a_model_by_several_at_once(sound: Path) -> None:
+    template = sound.parent / "mine.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    with ThreadPoolExecutor(8) as pool:
+        found = {*pool.map(lambda _: with_template(str(sound), template, sound.parent / "cache"), range(64))}
+    assert len(found) == 1
+    assert {path.name for path in Path(found.pop()).iterdir()} >= {"config.json", "model.safetensors", "chat_template.jinja"}
+
+
 def test_a_model_that_does_not_work_is_named_with_the_reason_once(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (sound / "model.safetensors").unlink()
     assert main(["doctor", f"model={sound}"]) == 1
@@ -88,7 +113,7 @@ def test_a_template_of_a_file_makes_a_base_model_usable(sound: Path, capsys: pyt
     (sound / "chat_template.jinja").unlink()
     options = [f"model={sound}", f"run.cache={sound.parent / 'cache'}"]
     assert main(["doctor", *options]) == 1
-    assert "model.chat_template" in capsys.readouterr().err
+    assert "chat_template" in capsys.readouterr().err
     template = sound.parent / "mine.jinja"
     template.write_text(CHAT_TEMPLATE.replace("<|", "(").replace("|>", ")"))
     config = load_config(None, [*options, f"model.chat_template={template}"])
@@ -99,7 +124,7 @@ def test_a_template_of_a_file_makes_a_base_model_usable(sound: Path, capsys: pyt
     weights = Path(models.policy) / "model.safetensors"
     assert weights.resolve() == sound / "model.safetensors"
     assert main(["doctor", *options, f"model.chat_template={sound}/none.jinja"]) == 1
-    assert "model.chat_template: " in capsys.readouterr().err
+    assert "chat_template: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["run.cache", "run.dir"])

@@ -43,10 +43,10 @@ class PropensityReport:
     ess_fraction: float
     clip: float
     clipped_share: float
-    mean_weight: float
     overlap: tuple[float, ...]
     curve: tuple[CalibrationBin, ...]
     warnings: tuple[str, ...]
+    mean_weight: float | None = None  # of one that was saved before it was reported
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ def diagnose(prob: Tensor, o: Tensor, clip: float) -> PropensityReport:
         mean_weight=mean_weight,
         overlap=tuple(quantiles(prob, QUANTILES)),
         curve=calibration_curve(prob, o),
-        warnings=_warnings(ess / observed, clipped_share, error, float((prob > 0.99).double().mean()), mean_weight),
+        warnings=_warnings(ess / observed, clipped_share, error, float((prob > 0.99).double().mean()), mean_weight, clip),
     )
 
 
@@ -195,7 +195,7 @@ def split_rows(rows: Tensor, held_out: float, seed: int, cluster: Tensor | None 
 
 
 def _warnings(
-    ess_fraction: float, clipped_share: float, error: float, certain_share: float, mean_weight: float
+    ess_fraction: float, clipped_share: float, error: float, certain_share: float, mean_weight: float, clip: float
 ) -> tuple[str, ...]:
     faults = (
         (
@@ -209,9 +209,9 @@ def _warnings(
             "Ask some users at random for feedback; a lower reward.clip trades this bias for variance.",
         ),
         (
-            mean_weight < 0.9,
-            f"The weights average {mean_weight:.2f} over the log, where 1 is right: the clip takes weight from the rows that "
-            "stand for most others. Lower reward.clip.",
+            mean_weight < 0.9 and clipped_share > 0.05,
+            f"The weights average {mean_weight:.2f} over the log, where 1 is right: the clip of {clip:.3g} takes weight from the "
+            "rows that stand for most others. Lower reward.clip.",
         ),
         (
             error > 0.05,

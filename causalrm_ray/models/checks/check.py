@@ -66,7 +66,10 @@ def check_policy(model: str, max_length: int | None = None, engine: str | None =
     tokenizer, skeleton = load_tokenizer(model), policy_skeleton(model, config)
     facts = _facts(model, tokenizer, skeleton)
     with tempfile.TemporaryDirectory(prefix="check-model-") as folder:
-        with refusing(f"{model}: generation_config.json must be one that transformers saves"):
+        with refusing(
+            f"{model}: generation_config.json must be one that transformers saves; where it is refused for how it samples, "
+            '"do_sample": true in it, or no such settings, makes it one'
+        ):
             (generation_config(model) or GenerationConfig.from_model_config(skeleton.config)).save_pretrained(folder)
         with refusing(f"{model}: configuration and tokenizer must be those that transformers reads again once saved"):
             skeleton.config.save_pretrained(folder)

@@ -44,10 +44,11 @@ def check_config(model: str) -> PreTrainedConfig:
                 f"{model}: config.json asks for code of its own (auto_map), which is never run, and {release} knows no {kind!r}"
             )
         raise InputError(f"{model}: model_type in config.json must be one that {release} knows, got {kind!r}")
-    if "quantization_config" in raw:
-        how = raw["quantization_config"].get("quant_method", "unknown")
+    if quantised := raw.get("quantization_config"):
+        how = quantised.get("quant_method", "unknown")
         raise InputError(
-            f"{model}: weights must not be quantised, got {how}: no gradient trains them. Give the model as it was trained"
+            f"{model}: weights must not be quantised, got {how}: no gradient trains them. Give a dequantised copy, such as "
+            "in bfloat16"
         )
     with refusing(f"{model}: config.json must describe a {kind}"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -90,7 +91,7 @@ def check_weights(model: str) -> None:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} must be a readable .safetensors file: {error}") from error
         if other := next((name for name, dtype in found.items() if dtype.startswith(_QUANTISED)), None):
-            raise InputError(f"{file}: weights must not be quantised, got {other} as {found[other]}: no gradient trains them")
+            raise InputError(f"{file}: weights must not be quantised, got {other} as {found[other]}: give a dequantised copy")
     _check_index(folder, {file.name for file in files})
 
 

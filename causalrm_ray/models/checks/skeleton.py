@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from causalrm_ray.models.kernels import load
 from causalrm_ray.models.reward_model import quiet_transformers
 
 _WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures are called that write text
+_LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 _HEAD = {"score.weight", "score.bias"}  # a backbone gets a new one
 
 
@@ -57,12 +60,19 @@ def _load(model: str, text: PreTrainedConfig, kind: Any, **options: Any) -> tupl
     """The model, and the names of weights that its files lack; of a hub id no file of weights is downloaded."""
     with quiet_transformers(), refusing(f"{model}: its weights must be those that config.json describes"):
         if not Path(model).is_dir():
+            text = copy.deepcopy(text)
+            for name, value in options.items():
+                setattr(text, name, value)
             with torch.device("meta"):
-                return kind.from_config(text, trust_remote_code=False, **options), set()
+                return kind.from_config(text, trust_remote_code=False), set()
         reading = {"device_map": "meta", "ignore_mismatched_sizes": True}
         found, loading = load(kind, model, torch.float32, reading, **options)
     for name, stored, expected in sorted(loading["mismatched_keys"]):
         raise InputError(f"{model}: {name} must be {list(expected)}, as config.json describes it, got {list(stored)}")
+    layers = text.num_hidden_layers
+    beyond = [name for name in loading["unexpected_keys"] if any(int(number) >= layers for number in _LAYER.findall(name))]
+    if beyond:
+        raise InputError(f"{model}: config.json must describe all layers of its files, got {layers}, and {min(beyond)}")
     return found, set(loading["missing_keys"])
 
 

@@ -37,7 +37,9 @@ def run(config: FamiliesConfig) -> int:
     if file.exists() and not config.run.resume:
         raise InputError(f"{folder} holds figures already: remove it, or choose another run.name")
     dump_config(config, folder / "config.yaml")
-    found = [Findings(**kept) for kept in read_json(file)] if file.exists() else []
+    kept = [Findings(**each) for each in read_json(file)] if file.exists() else []
+    wanted = {*config.parts} - {"engines"} | ({*config.engines} if "engines" in config.parts else set())
+    found = [each for each in kept if each.passed() and wanted <= {*each.figures, *each.reasons}]
     known = {each.family for each in found}
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"torch\.distributed|peft")  # what they will do otherwise in later releases
@@ -59,7 +61,11 @@ def run(config: FamiliesConfig) -> int:
 def check(family: FamilyName, folder: Path, config: FamiliesConfig) -> Findings:
     """What was found of a family; its folders are removed."""
     model, found = str(folder / "model"), Findings(family)
-    build(family, Path(model))
+    try:
+        build(family, Path(model))
+    except Exception as error:  # of one family, in this release of a library
+        logging.getLogger(__name__).exception("%s", family)
+        return Findings(family, reasons={part: f"{FAILED}: {type(error).__name__}: {error}" for part in config.parts})
     checks: dict[str, Callable[[], Mapping[str, float]]] = {}
     if "engines" in config.parts:
         for engine in config.engines:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.cluster.ports import free_port
 from actors.learner.rank import LearnerRank
 from actors.learner.shares import Sharder
 from actors.weights.packing import unpack
@@ -28,9 +28,7 @@ class Learner:
     """One rank, and the driver's part in front of it."""
 
     def __init__(self, model: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        address = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
         common = {"temperature": 1.0, "seed": 0, "rank": 0, "world_size": 1, "max_new_tokens": TOKENS, "steps": 10}
         self.rank = LearnerRank(model, CONFIG, dtype=torch.float32, init_method=address, **common)
         self.sharder = Sharder(CONFIG, ranks=1, seed=0, max_length=LENGTH, tokens_per_micro_batch=4096)

@@ -126,6 +126,8 @@ def test_adapters_stand_at_the_layers_that_are_named_by_name_or_by_path() -> Non
     assert changed == [*(f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)), "model.layers.1.mlp.up_proj"]
     assert describe(plain, adapted).startswith("q_proj (2 of each), up_proj (1 of each); frozen: ")
     assert list(linear_layers(plain.base_model, ("q_proj",))) == [f"layers.{number}.self_attn.q_proj" for number in (0, 1)]
+    for model in (plain, plain.base_model):  # the policy's, and the critic's, by the same path
+        assert [name[-18:] for name in linear_layers(model, ("model.layers.1.mlp.up_proj",))] == ["layers.1.mlp.up_proj"[-18:]]
 
 
 @pytest.mark.parametrize("target", ["lm_head", "proj", "query", "embed_tokens"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from causalrm_ray.conversation import Conversation
 from causalrm_ray.models.text import LengthBound, decode_response, encode_pair, encode_prompt, load_tokenizer
 from causalrm_ray.world.grammar import train_prompts
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
+from jobs.lab.families import templates, tokenizers
 
 # control tokens have no bound: see test_control_tokens
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(lambda text: bool(text.strip()) and "<|" not in text)
@@ -51,3 +53,15 @@ def test_the_text_of_an_answer_keeps_the_blanks_of_its_ids(tokenizer: PreTrained
     response = decode_response(given, sampled, [given.eos_token_id])
     assert response == (answer.removeprefix(" ") if blank else answer)
     assert encode_pair(given, "hello", response) == prompt + sampled
+
+
+@pytest.mark.parametrize("written", ["two", " two", "    return x"])
+def test_a_decoder_that_drops_the_first_blank_keeps_the_second(written: str, tmp_path: Path) -> None:
+    tokenizer = tokenizers.llama_2()
+    tokenizer.chat_template = templates.LLAMA_2
+    tokenizer.save_pretrained(tmp_path)
+    given = load_tokenizer(str(tmp_path))
+    row = encode_pair(given, "hello", written)
+    sampled = row[len(encode_prompt(given, "hello")) : -1]
+    assert encode_pair(given, "hello", decode_response(given, sampled)) == row
+    assert decode_response(given, sampled) == written

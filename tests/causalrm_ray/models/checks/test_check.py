@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,7 +187,7 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[Callable[..., object], ...]
     "no template": (
         lambda folder: (folder / "chat_template.jinja").unlink(),
         BOTH,
-        "has no chat template.* by model.chat_template",
+        "has no chat template.* by the option chat_template",
     ),
     "a template with a fault": (
         lambda folder: (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}"),
@@ -223,6 +225,11 @@ BAD: dict[str, tuple[Callable[[Path], object], tuple[Callable[..., object], ...]
         BOTH,
         "pad_token_id.*300",
     ),
+    "fewer layers than its files": (
+        lambda folder: change_json(folder, "config.json", num_hidden_layers=1),
+        BOTH,
+        "must describe all layers of its files, got 1, and model.layers.1",
+    ),
     "rows longer than its positions": (
         lambda folder: change_json(folder, "config.json", max_position_embeddings=32),
         BOTH,
@@ -256,6 +263,27 @@ def test_special_tokens_beyond_the_rows_are_let_through_where_nothing_produces_t
     check_backbone(str(folder), 64)
     tokenizer = load_tokenizer(str(folder))
     assert max(encode_pair(tokenizer, "an <image> of it", "<image>")) < 300
+
+
+def test_nothing_is_quantised_where_the_configuration_says_so(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    change_json(folder, "config.json", quantization_config=None)
+    check_policy(str(folder), 64)
+
+
+def test_a_model_of_a_hub_is_checked_without_its_weights(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--team--tiny"
+    shutil.copytree(sound, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    program = (
+        "from causalrm_ray.models.checks.check import check_backbone, check_policy\n"
+        "print(check_policy('team/tiny', 64).rows, check_backbone('team/tiny', 64).rows)"
+    )
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["300", "300"], done.stderr[-2000:]
 
 
 def test_a_template_by_name_among_several_is_the_default_one(sound: Path, tmp_path: Path) -> None:
