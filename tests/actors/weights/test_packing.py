@@ -109,7 +109,7 @@ def test_a_sum_that_knows_places_is_that_of_a_naive_loop_and_changes_with_any_mo
 def test_a_sum_that_knows_places_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(100, generator=torch.Generator().manual_seed(0))
     whole = placed_sum(values)
-    monkeypatch.setattr(packing, "_CHUNK", 7)
+    monkeypatch.setattr(packing, "_CHUNK", {"cpu": 7})
     assert placed_sum(values) == whole
 
 
