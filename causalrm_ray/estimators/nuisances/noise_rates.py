@@ -254,6 +254,8 @@ def _anchor_rows(end: str, prob: Tensor, o: Tensor) -> Tensor:
 def _rates(rho_01: float, rho_10: float) -> NoiseRates:
     if rho_01 + rho_10 >= 1:
         raise InputError(
-            f"estimated rho_01 + rho_10 must be below 1, got {rho_01:.4f} + {rho_10:.4f}: the proxy separates nothing"
+            f"noise rates: rho_01 + rho_10 must be below 1, got estimates of {rho_01:.4f} + {rho_10:.4f}: the feedback on the "
+            "best rows is no better than that on the worst. Give known rates as reward.rho=[RHO_01,RHO_10], estimate them "
+            "in another way (reward.noise_rates=curve or anchors), or use a method that finds its own (reward.method=auto)"
         )
     return NoiseRates(rho_01, rho_10)
