@@ -140,7 +140,7 @@ def _check_against_the_model(model: str, folder: Path) -> None:
     ("override", "part"),
     [
         ("source=none.jsonl", "none.jsonl"),
-        ("model=/nowhere/at/all", "/nowhere/at/all must be a Hugging Face folder or hub id"),
+        ("model=/nowhere/at/all", "/nowhere/at/all must be a folder or hub id, and there is no such folder"),
         ("max_length=65", "max_length must be at most the 64 positions of"),
         ("actors=0", "actors: Input should be greater than or equal to 1, got 0"),
         ("format=csv", "format: Input should be 'auto', 'helpsteer'"),
