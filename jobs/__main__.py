@@ -68,10 +68,10 @@ def _run_folder(job: Job, config: Section) -> Iterator[None]:
     run = getattr(config, "run", None)
     learning = config if isinstance(config, Config) and job.uses_run == "writes" else None
     with contextlib.ExitStack() as held:
-        if run is not None:
-            check_writable("run.cache", run.cache)
         if run is not None and job.uses_run == "writes":
             held.enter_context(run_lock(run))
+        elif run is not None:
+            check_writable("run.cache", run.cache)
         if learning:
             from jobs.support.log import run_log  # only now: it loads Ray
 

@@ -22,7 +22,6 @@ CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # more threads than idle cores are 15 times slower
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-OTHERWISE_ON_CPU = frozenset({"deepseek_v3"})  # by whole nats, as it was loaded
 
 
 class VllmEngine(StepThreadEngine):

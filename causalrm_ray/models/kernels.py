@@ -33,7 +33,8 @@ def text_config(model: str) -> PreTrainedConfig:
 
 def is_part(model: str) -> bool:
     """Whether the language model of a folder or hub id is a part of a larger one."""
-    return text_config(model).model_type != AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return config.get_text_config().model_type != config.model_type
 
 
 def load(

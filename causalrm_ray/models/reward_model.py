@@ -22,6 +22,8 @@ from causalrm_ray.models.kernels import load, use_onednn
 from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS
 from causalrm_ray.models.text import answer_template
 
+HEAD = frozenset({"score.weight", "score.bias"})  # weights that a backbone's files lack
+
 
 class SequenceScorer(nn.Module):
     """Logit of a row of token ids: s(x) = w^T h_T(x), h_T the backbone's state [D] at the row's true last token.
@@ -47,7 +49,7 @@ class SequenceScorer(nn.Module):
         with quiet_transformers(), torch.random.fork_rng(devices=[]):  # loading draws a random head, which is replaced below
             model, loading = load(AutoModelForSequenceClassification, str(source), dtype, num_labels=1)
         scorer, missing = cls(model), set(loading["missing_keys"])
-        if foreign := missing - {"score.weight", "score.bias"}:
+        if foreign := missing - HEAD:
             raise ValueError(f"the weights of {source} must cover the backbone, missing {sorted(foreign)[:3]}")
         if missing:
             nn.init.zeros_(scorer.head.weight)

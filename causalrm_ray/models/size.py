@@ -96,11 +96,12 @@ def model_size(model: str, targets: LoraTargets = "auto") -> ModelSize:
 def skeleton(model: str) -> Any:
     """The model of a folder or hub id without memory for its weights. It is shared: change nothing in it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    from causalrm_ray.models.kernels import text_config
+
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(text_config(model), trust_remote_code=False)
 
 
 def kv_width(config: PretrainedConfig) -> int:

@@ -14,11 +14,12 @@ from functools import lru_cache
 from typing import Any, cast
 
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.control_tokens import control_tokens
+from causalrm_ray.models.kernels import text_config
 from causalrm_ray.truncation import Truncated, truncate
 from causalrm_ray.types import Truncation
 
@@ -217,7 +218,7 @@ def generation_stops(model: str) -> tuple[int, ...]:
     found = generation_config(model)
     if found is None:
         try:
-            found = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+            found = text_config(model)
         except (OSError, ValueError):  # a tokenizer alone
             return ()
     stops = getattr(found, "eos_token_id", None)

@@ -23,11 +23,10 @@ from transformers.models.auto.modeling_auto import (
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.checks.files import refusing
 from causalrm_ray.models.kernels import load
-from causalrm_ray.models.reward_model import quiet_transformers
+from causalrm_ray.models.reward_model import HEAD, quiet_transformers
 
 _WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures are called that write text
 _LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
-_HEAD = {"score.weight", "score.bias"}  # a backbone gets a new one
 
 
 def policy_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
@@ -52,7 +51,7 @@ def backbone_skeleton(model: str, config: PreTrainedConfig) -> PreTrainedModel:
     head = getattr(found, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise InputError(f"{model}: a backbone must be a decoder, whose classifier has a linear head `score`, got {kind}")
-    _check_complete(model, found, missing - _HEAD)
+    _check_complete(model, found, missing - HEAD)
     return found
 
 

@@ -67,7 +67,7 @@ class Family:
 
 
 def _of(config: type[PreTrainedConfig], **fixed: Any) -> Callable[..., PreTrainedConfig]:
-    return lambda **tokens: config(**{**SIZE, **fixed, **tokens})
+    return _small(config, **{**SIZE, **fixed})
 
 
 def _small(config: type[PreTrainedConfig], **fixed: Any) -> Callable[..., PreTrainedConfig]:

@@ -70,16 +70,18 @@ def answers(
         generator.close()
 
 
-@torch.no_grad()
 def gap(model: Any, answers: Sequence[Completion]) -> float:
     """The largest |difference| between the answers' log-probabilities and the model's, nats."""
-    largest = 0.0
-    for answer in answers:
-        prompt = answer.prompt.token_ids
-        logits = model(input_ids=torch.tensor([prompt + answer.token_ids])).logits[0, len(prompt) - 1 : -1].double()
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-        largest = max(largest, float((expected - torch.tensor(answer.logprobs, dtype=torch.float64)).abs().max()))
-    return largest
+    gaps = [answer_logprobs(model, answer) - torch.tensor(answer.logprobs, dtype=torch.float64) for answer in answers]
+    return max(float(found.abs().max()) for found in gaps)
+
+
+@torch.no_grad()
+def answer_logprobs(model: Any, answer: Completion) -> torch.Tensor:
+    """What a transformers model makes of the tokens of an answer: their log-probabilities [T], nats, float64."""
+    prompt = answer.prompt.token_ids
+    logits = model(input_ids=torch.tensor([prompt + answer.token_ids])).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
 
 
 def _named(plain: Any, adapted: Any) -> Any:

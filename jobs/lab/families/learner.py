@@ -19,7 +19,7 @@ from causalrm_ray.models.text import as_logged, encode_prompt, end_tokens, load_
 from causalrm_ray.types import Completion, Prompt, Scored
 from jobs.lab.families.builder import LENGTH
 from jobs.lab.families.chats import CHATS
-from jobs.lab.families.engines import TOKENS
+from jobs.lab.families.engines import TOKENS, answer_logprobs
 
 CONFIG = LearnerConfig(algorithm="ppo", ranks=1, zero_stage=3, epochs=1, minibatches=1, lr=1e-3)
 
@@ -86,14 +86,11 @@ def _scored(model: str) -> list[Scored]:
     return scored
 
 
-@torch.no_grad()
 def _gap(learner: Learner, saved: torch.nn.Module, scored: Sequence[Scored]) -> float:
     answers = []
     for each in scored:
-        prompt, ids = each.completion.prompt.token_ids, each.completion.token_ids
-        logits = saved(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-        answers.append(dataclasses.replace(each.completion, logprobs=tuple(logprobs), policy_version=learner.rank.version))
+        logprobs = tuple(answer_logprobs(saved, each.completion).tolist())
+        answers.append(dataclasses.replace(each.completion, logprobs=logprobs, policy_version=learner.rank.version))
     return max(learner.rank.gaps(learner.sharder.split_apart(answers)[0]).values())
 
 

@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.rollout.vllm_core import classifier_scores
-from actors.rollout.vllm_engine import OTHERWISE_ON_CPU
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.models.kernels import text_config
 from causalrm_ray.models.reward_model import SequenceScorer, score_rows
@@ -23,6 +22,7 @@ from causalrm_ray.models.text import as_logged, decode_response, encode_pair, en
 from jobs.lab.families.chats import CHATS
 from jobs.lab.families.processes import alone
 
+OTHERWISE_ON_CPU = frozenset({"deepseek_v3"})  # in vLLM 0.32, by whole nats, as it was loaded
 Rows = Sequence[Sequence[int]]
 
 
