@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from causalrm_ray.estimators.diagnostics.advice import DRIVES
 from causalrm_ray.report.pictures import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -123,13 +124,14 @@ def _draw_weights(panel: Axes, weights: Json) -> None:
 
 
 def _draw_mechanisms(panel: Axes, found: Json) -> None:
-    words = {"label": "the opinion", "features": "prompt and answer"}
     names = sorted(found["weights"])
-    panel.barh([words.get(name, name) for name in names], [found["weights"][name] for name in names], color=BLUE, height=0.5)
+    panel.barh([DRIVES.get(name, name) for name in names], [found["weights"][name] for name in names], color=BLUE, height=0.5)
     for place, name in enumerate(names):
-        text = f"{found['weights'][name]:.0%};  {-found['heldout'][name]:.4f} nats per row"
+        text = f"{found['weights'][name]:.0%}"
+        if name in found.get("adds", ()):
+            text += f";  adds {found['adds'][name]:.1f} standard errors to the other"
         panel.text(0.02, place + 0.32, text, fontsize=SMALL, va="bottom")
-    panel.set(title="what decides who gives feedback", xlabel="weight by held-out log-likelihood", xlim=(0, 1))
+    panel.set(title="what decides who gives feedback", xlabel="weight by what explains the labels", xlim=(0, 1))
     panel.set_ylim(-0.6, len(names) - 0.2)
 
 

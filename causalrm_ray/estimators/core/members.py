@@ -54,6 +54,26 @@ class Folds:
         return mean_where(value, self.unseen(index))
 
 
+class Together:
+    """All members learn from every training row, and every held-out row measures all: members then differ in nothing else.
+
+    As Folds otherwise: `learn` [L] and `measure` [M] are the task's training and held-out rows.
+    """
+
+    def __init__(self, task: FitTask, members: int) -> None:
+        self.members, self.learn, self.measure = members, task.train, task.heldout
+
+    def taught(self, index: Tensor) -> Tensor:
+        """Mask [B, K] of True."""
+        return torch.ones(len(index), self.members, dtype=torch.bool)
+
+    unseen = taught
+
+    def out_of_fold(self, value: Tensor, index: Tensor) -> Tensor:
+        """Mean [B, ...] of `value` [B, K, ...] over the members."""
+        return mean_where(value, self.unseen(index))
+
+
 def mean_where(value: Tensor, mask: Tensor) -> Tensor:
     """Mean [B, ...] of `value` [B, K, ...] over the members that `mask` [B, K] names."""
     mask = mask.reshape(*mask.shape, *[1] * (value.ndim - 2))
@@ -67,7 +87,7 @@ class BestMembers:
     on the same rows; its value is the mean over members of their lowest risks so far, which falls while any of them improves.
     """
 
-    def __init__(self, module: nn.Module, risk: Risk, folds: Folds, task: FitTask) -> None:
+    def __init__(self, module: nn.Module, risk: Risk, folds: Folds | Together, task: FitTask) -> None:
         self._parameters = list(module.parameters())
         self._risk, self._folds, self._shard = risk, folds, task.shard
         self._best = torch.full((folds.members,), torch.inf)
@@ -93,11 +113,13 @@ class BestMembers:
 
 @dataclass(frozen=True, eq=False)
 class CrossFit:
-    """How training went; `output` [M, K, ...] of the rows `rows` [M] that measure, and their out-of-fold risk [M]."""
+    """How training went; of the rows `rows` [M] that measure the `output` [M, K, ...], each member's risk `members` [M, K], and
+    the out-of-fold `risk` [M]."""
 
     report: FitReport
     rows: Tensor
     output: Tensor
+    members: Tensor
     risk: Tensor
 
 
@@ -105,7 +127,7 @@ def cross_fit_members(
     task: FitTask,
     module: nn.Module,
     risk: Risk,
-    folds: Folds,
+    folds: Folds | Together,
     rows: Tensor,
     prior: Callable[[], Tensor] = lambda: torch.zeros(()),
 ) -> CrossFit:
@@ -120,4 +142,5 @@ def cross_fit_members(
     report = fit(module, task.inputs, train, Objective(measured, best), task.settings, task.shard)
     best.restore()
     output = predict(module, task.inputs, measured, shard=task.shard)
-    return CrossFit(report, measured, output, folds.out_of_fold(risk(output, measured), measured))
+    risks = risk(output, measured)
+    return CrossFit(report, measured, output, risks, folds.out_of_fold(risks, measured))

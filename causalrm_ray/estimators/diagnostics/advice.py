@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,10 @@ MOVED = 0.1  # of the mean preference, by rates that the log allows
 FRAGILE = 1.25  # strength of hidden selection that is easily there
 HEAVY = 0.05  # share of all weight on one row
 SIGNIFICANT = 2.0  # standard errors
-DRIVES = {
-    "label": "the opinion itself decides who gives feedback",
-    "features": "only what is seen, prompt and answer, decides who gives feedback",
-}
+SURE = 0.9  # weight of a mechanism that a log supports
+SMALL_SHIFT = 0.1  # log-odds: a tenth more or less readily
+DRIVES = {"label": "the opinion itself", "features": "prompt and answer"}
+JUDGE = "A few hundred impressions drawn at random and judged with care would tell: give them as feedback.clean."
 
 
 def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -28,28 +29,52 @@ def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates:
 
 
 def verdict(diagnostics: Mapping[str, Any]) -> str:
-    """The selection mechanism that the log supports, in a sentence or two."""
+    """The selection mechanism that the log supports, in a few sentences.
+
+    Selection by the opinion alone is a restriction, which a log may support or rule out. Selection by features is none: it fits
+    any log, so it is never confirmed, only assumed where the restriction is ruled out.
+    """
     found = diagnostics["mechanisms"]
     if found is None:
         return (
             f"{diagnostics['method']} assumes one selection mechanism and compares no others: fit with reward.method=auto "
             "to compare them on the log."
         )
-    weights = found["weights"]
+    weights, adds = found["weights"], found.get("adds")
     best = max(weights, key=weights.__getitem__)
-    drives = DRIVES.get(best, best)
-    if max(weights.values()) - min(weights.values()) < 1e-6:
-        return "The log does not show what decides who gives feedback: all mechanisms have the same weight."
-    error = "standard error unknown" if found["gap_stderr"] is None else f"standard error {found['gap_stderr']:.4f}"
-    gap = f"{abs(found['gap']):.4f} nats a row {'more' if found['gap'] >= 0 else 'less'} likely on held-out rows ({error})"
-    strength = "The log supports this" if weights[best] >= 0.9 else "The log favours this"
-    start = strength if _is_significant(found) else "The log is not conclusive. Assumed"
-    return f"{start}: {drives} (weight {weights[best]:.0%}); the outcomes are {gap} than otherwise."
+    if weights[best] < SURE:
+        shares = ", ".join(f"{DRIVES.get(name, name)} {weight:.0%}" for name, weight in sorted(weights.items()))
+        return f"The log does not tell what decides who gives feedback; predictions are averaged ({shares}). {JUDGE}"
+    if not adds:
+        return f"The log favours {DRIVES.get(best, best)} (weight {weights[best]:.0%}) as what decides who gives feedback."
+    if best == "label":
+        return (
+            f"The log supports selection by the opinion itself (weight {weights[best]:.0%}): one opinion explains who gives "
+            f"feedback and what it says. It adds {adds['label']:.1f} standard errors to what prompt and answer tell of the "
+            f"labels; these add {adds['features']:.1f} to it."
+        )
+    return (
+        "The log rules out that the opinion alone decides who gives feedback: prompt and answer add "
+        f"{adds['features']:.1f} standard errors to what it tells of the labels. They are taken to decide (weight "
+        f"{weights[best]:.0%}). {_besides(found)} {JUDGE}"
+    )
 
 
-def _is_significant(found: Mapping[str, Any]) -> bool:
-    """Whether the gap in held-out likelihood between the two mechanisms exceeds SIGNIFICANT standard errors."""
-    return found["gap"] > SIGNIFICANT * (found["gap_stderr"] or 0.0)
+def _besides(found: Mapping[str, Any]) -> str:
+    """What opinions are taken to do besides features."""
+    if abs(found["shift"]) < SMALL_SHIFT:
+        return "Whether opinions play a part besides cannot be read from any log; none is assumed."
+    times, seen = math.exp(found["shift"]), math.exp(found["shift_found"])
+    return (
+        f"Besides, the pleased are taken to give feedback {times:.2f} times as readily as others (the log suggests {seen:.2f}, "
+        "if all else that drives feedback has nothing to do with opinions)."
+    )
+
+
+def _leans_to_opinion(found: Mapping[str, Any]) -> bool:
+    """Whether a log supports selection by the opinion, and by evidence rather than for want of it."""
+    adds = found.get("adds", {})
+    return found["weights"].get("label", 0) >= SURE and adds.get("label", 0.0) - adds.get("features", 0.0) > SIGNIFICANT
 
 
 def _weights(diagnostics: Mapping[str, Any]) -> list[str]:
@@ -111,7 +136,7 @@ def _model(diagnostics: Mapping[str, Any]) -> list[str]:
 def _selection(diagnostics: Mapping[str, Any]) -> list[str]:
     sentences = []
     found, ranking = diagnostics["mechanisms"], diagnostics["ranking"]
-    if found is not None and found["weights"].get("label", 0) >= 0.9 and _is_significant(found):
+    if found is not None and _leans_to_opinion(found):
         sentences.append(
             "Opinions decide who gives feedback, so figures that rest on propensities alone (calibration, share of liked "
             "answers, held-out risk) are biased: use a method that models this (reward.method=auto)."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -119,15 +119,17 @@ class Ranking:
 class Mechanisms:
     """Who gives feedback, by a method: `weights` of the mechanisms, their held-out negative log-likelihood in nats a row.
 
-    `gap` is the next likely's minus that of the greatest weight, below 0 where this is less likely, and `gap_stderr` its standard
-    error (None: the method has none); `signal` standard errors by which P(o | x) beats a constant.
+    `adds` are the standard errors by which each one's account of what feedback says adds to the others' (empty: the method does
+    not ask); `signal` standard errors by which P(o | x) beats a constant; `shift` the log-odds by which the pleased are taken to
+    give feedback more readily besides what features decide, of the `shift_found` in the log (None: the method has none).
     """
 
     weights: Mapping[str, float]
     heldout: Mapping[str, float]
-    gap: float
-    gap_stderr: float | None
-    signal: float | None
+    adds: Mapping[str, float] = field(default_factory=dict)  # an earlier version did not save these
+    signal: float | None = None
+    shift: float | None = None
+    shift_found: float | None = None
 
 
 @dataclass(frozen=True)
@@ -277,14 +279,15 @@ def ranking(label: Tensor, propensity: Tensor, top: Tensor, cluster: Tensor | No
 
 
 def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
-    """Who gives feedback, of a method's `figures` ("weight_NAME", "heldout_NAME", "gap_stderr", "signal"); None if no weights."""
-    weights = {name.removeprefix("weight_"): value for name, value in figures.items() if name.startswith("weight_")}
+    """Who gives feedback, of a method's `figures` ("weight_NAME", "heldout_NAME", "adds_NAME", "signal", "shift_used",
+    "shift_found"); None if no weights."""
+    weights, heldout, adds = (
+        {name.removeprefix(kind): value for name, value in figures.items() if name.startswith(kind)}
+        for kind in ("weight_", "heldout_", "adds_")
+    )
     if not weights:
         return None
-    heldout = {name: figures[f"heldout_{name}"] for name in weights}
-    best = max(weights, key=weights.__getitem__)
-    gap = min(value for name, value in heldout.items() if name != best) - heldout[best]
-    return Mechanisms(weights, heldout, gap, figures.get("gap_stderr"), figures.get("signal"))
+    return Mechanisms(weights, heldout, adds, *(figures.get(name) for name in ("signal", "shift_used", "shift_found")))
 
 
 def _mean(value: Tensor, propensity: Tensor, cluster: Tensor | None = None) -> tuple[float, float]:

@@ -9,119 +9,29 @@ that of arXiv 2603.18736.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from causalrm_ray.estimators.core.clusters import stderr
 from causalrm_ray.estimators.core.frozen import with_settings
-from causalrm_ray.estimators.core.members import Folds, cross_fit_members
+from causalrm_ray.estimators.core.members import CrossFit, Folds, Together, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Observations
 from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
+from causalrm_ray.estimators.methods.outcome_models import CENTRE, FeedbackByFeatures, LabelSelection, NoisyLabel, logit
 from causalrm_ray.estimators.nuisances.propensity import lowest_weighted
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.losses.selection import class_weights, graded_outcomes, outcomes
+from causalrm_ray.losses.selection import FLOOR, class_weights, outcomes
 from causalrm_ray.models.heads import EnsembleScorer, to_logit
 from causalrm_ray.types import NoiseRates
 
-CENTRE, STRENGTH = 0.15, 5.0  # prior of the noise rates: a Gaussian on logit(2 rho), worth a few rows
 HIGHEST_CLIP = 0.05  # lowest propensity of an opinion used in a weight, unless feedback is rare
 START_GRADE = 0.1  # log-odds by which a strong opinion is assumed to matter at first
-START_ODDS = 2.0  # log-odds by which feedback of the satisfied exceeds that of others at the members' start, to either side of 0
-FEW_LABELS = 250  # beyond these they assume FEW_LABELS / labels of it
-SPEED = 10.0  # how much faster the few scalars learn than the weights
-
-
-class ScalarParameters(nn.Module):
-    """A few numbers of each member that start at given values [K, ...] and learn SPEED times as fast as weights do."""
-
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("start", start)
-        self.moved = nn.Parameter(torch.zeros_like(start))
-
-    def forward(self) -> Tensor:
-        """Their values, in the shape of `start`."""
-        return cast(Tensor, self.start) + SPEED * self.moved
-
-
-class LabelNoise(nn.Module):
-    """rho_01 and rho_10 in (0, 0.5) of each of K members, learned under a prior."""
-
-    def __init__(self, members: int) -> None:
-        super().__init__()
-        self.logits = ScalarParameters(torch.full((members, 2), _logit(2 * CENTRE)))
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """The rates (rho_01 [K], rho_10 [K])."""
-        return (torch.sigmoid(self.logits()) / 2).unbind(1)
-
-    def penalty(self) -> Tensor:
-        """Minus the log-prior, up to a constant, in nats; the mean over members."""
-        return STRENGTH * (self.logits() - _logit(2 * CENTRE)).square().sum(1).mean()
-
-    def means(self) -> NoiseRates:
-        """The rates, means over members."""
-        return NoiseRates(*(float(rate.detach().mean()) for rate in self()))
-
-
-class LabelSelection(nn.Module):
-    """Outcomes where selection depends on the opinion: log-probabilities [B, K, 3] of K members (see losses.selection)."""
-
-    def __init__(self, scorer: EnsembleScorer, start: Tensor) -> None:
-        """`start` [K, S, 3] are each member's (a, c, d) of each stratum at first."""
-        super().__init__()
-        self.scorer = scorer
-        self.selection = ScalarParameters(start)
-        self.noise = LabelNoise(len(start))
-
-    def forward(self, stratum: Tensor, **batch: Tensor) -> Tensor:
-        """Per row and member [B, K, 6]: the three log-probabilities, P(r*=1 | x), and P(o=1, r*=k | x), k = 1, 0.
-
-        The rows of the batch lie in `stratum` [B].
-        """
-        f = self.scorer.members(**batch)
-        a, c, d = self.selection()[:, stratum].permute(2, 1, 0)
-        logprob, on1, on0 = graded_outcomes(f, a, c, d, *self.noise())
-        return torch.cat([logprob, torch.stack([torch.sigmoid(f), on1, on0], dim=2)], dim=2)
-
-    def penalty(self) -> Tensor:
-        """Minus the log-prior of the scalars: that of the label noise, and a standard normal for each grade effect."""
-        return self.noise.penalty() + self.selection()[:, :, 2].square().sum(1).mean()
-
-
-class FeedbackByFeatures(nn.Module):
-    """Logits [B, K] of P(o = 1 | x, stratum): an ensemble on x, and a level for each stratum that x may not show."""
-
-    def __init__(self, scorer: EnsembleScorer, strata: int) -> None:
-        super().__init__()
-        self.scorer = scorer
-        self.level = ScalarParameters(torch.zeros(len(scorer.bias), strata))
-
-    def forward(self, stratum: Tensor, **batch: Tensor) -> Tensor:
-        """Logits [B, K] of a batch whose rows lie in `stratum` [B]."""
-        return self.scorer.members(**batch) + self.level()[:, stratum].T
-
-    def penalty(self) -> Tensor:
-        """Minus the log-prior of the levels, a standard normal for each."""
-        return self.level().square().sum(1).mean() / 2
-
-
-class NoisyLabel(nn.Module):
-    """The opinion e = P(r* = 1 | x), and P(r = 1 | x, o = 1) = rho_10 + (1 - rho_01 - rho_10) e, its noisy label."""
-
-    def __init__(self, scorer: EnsembleScorer) -> None:
-        super().__init__()
-        self.scorer = scorer
-        self.noise = LabelNoise(len(scorer.bias))
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        """P(r = 1 | x, o = 1) and P(r* = 1 | x) of a batch."""
-        rho_01, rho_10 = self.noise()
-        opinion = torch.sigmoid(self.scorer.members(**batch))
-        return torch.stack([rho_10 + (1 - rho_01 - rho_10) * opinion, opinion], dim=2)
+WIDEST = 2.0  # standard deviations of the prior between which starts compete
+SPREAD = 2.0  # log-odds to either side of the likely ones at which members begin
+FEW_LABELS = 250  # beyond these labels FEW_LABELS / labels of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +65,23 @@ class Mechanism:
     joint: Tensor
     report: FitReport
 
+    def label_logit(self) -> Tensor:
+        """logit P(r = 1 | x, o = 1) [M]."""
+        liked, disliked = self.joint.double().unbind(1)
+        rho_01, rho_10 = self.rates.rho_01, self.rates.rho_10
+        says_liked, says_disliked = liked * (1 - rho_01) + disliked * rho_10, liked * rho_01 + disliked * (1 - rho_10)
+        return says_liked.clamp_min(FLOOR).log() - says_disliked.clamp_min(FLOOR).log()
+
+    def shifted(self, log_odds: float) -> Mechanism:
+        """The same outcomes where the pleased give feedback more readily by `log_odds` at the same x: P(r* = 1 | x) is lower.
+
+        The scorer, an EnsembleScorer, is changed in place.
+        """
+        scorer = cast(EnsembleScorer, self.scorer)
+        with torch.no_grad():
+            scorer.bias.sub_(log_odds)
+        return replace(self, opinion=torch.sigmoid(to_logit(self.opinion) - log_odds))
+
     def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
         """(v_1, v_0) [N] of losses.selection.class_weights; P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), clipped at
         HIGHEST_CLIP or `lowest_weighted`."""
@@ -178,12 +105,45 @@ def to_logits(opinion: Tensor, rows: Tensor, number: int) -> Tensor:
 
 
 def fit_label(task: FitTask) -> Mechanism:
-    """Maximum likelihood of all rows' outcomes, selection depending on the opinion, in each stratum in its own way."""
+    """Maximum likelihood of all rows' outcomes, selection depending on the opinion, in each stratum in its own way.
+
+    The likelihood has an optimum also where the pleased are taken for the displeased, and it hardly identifies the level of
+    P(r* = 1), which trades off against the odds. So every member begins at the `likely_odds`, and stops early.
+    """
+    number = len(_scorer(task)[0].bias)
+    folds = Folds(task, number)
+    odds = likely_odds(task) + _spread(float(task.observations.o[folds.learn].sum()), number)
+    module, fitted = _fit_label(task, folds, odds)
+    found = folds.out_of_fold(fitted.output, fitted.rows)
+    return Mechanism(module.scorer, module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
+
+
+def likely_odds(task: FitTask) -> float:
+    """logit P(o=1 | r*=1) - logit P(o=1 | r*=0) that a fit begins with: the mean of what prior and held-out rows leave likely.
+
+        odds ~ N(0, 1),   logit P(r* = 1) = logit(liked) - odds ~ N(0, 1),   liked = P(r* = 1 | o = 1)
+
+    The two are one Gaussian about logit(liked) / 2. Starts within two of its standard deviations are fitted on the training rows,
+    a member to each, and weighed by prior and likelihood of the held-out rows, these counted as if they were as many
+    independent ones.
+    """
+    scorer, liked = _scorer(task)
+    everyone = Together(task, len(scorer.bias))
+    steps = torch.linspace(-WIDEST, WIDEST, everyone.members)
+    odds = logit(liked) / 2 + steps * 0.5**0.5
+    _, fitted = _fit_label(task, everyone, odds)
+    worse = fitted.members - fitted.members[:, [int(fitted.members.mean(0).argmin())]]
+    cluster = task.observations.clusters(fitted.rows)
+    independent = (stderr(worse, None) / stderr(worse, cluster).clamp_min(1e-12)).square().clamp(max=1)
+    return float(torch.softmax(-worse.sum(0) * independent - steps.square() / 2, 0) @ odds)
+
+
+def _fit_label(task: FitTask, folds: Folds | Together, odds: Tensor) -> tuple[LabelSelection, CrossFit]:
+    """All members' outcomes by maximum likelihood from their own `odds` [K]."""
     strata = _strata(task)
     outcome = outcomes(task.observations.o, task.observations.r)
     scorer, liked = _scorer(task)
-    folds = Folds(task, len(scorer.bias))
-    assumed = _logit(liked) - _start_odds(float(task.observations.o[folds.learn].sum()), folds.members)
+    assumed = logit(liked) - odds
     scorer.start_at(assumed)
     starts = [_selection_start(task, strata, folds.learn, float(share)) for share in torch.sigmoid(assumed)]
     module = LabelSelection(scorer, torch.stack(starts))
@@ -193,18 +153,16 @@ def fit_label(task: FitTask) -> Mechanism:
         return -output.gather(2, outcome[index][:, None, None].expand(-1, output.shape[1], 1)).squeeze(2)
 
     everyone = torch.arange(len(outcome))
-    fitted = cross_fit_members(task, module, nll, folds, everyone, lambda: module.penalty().cpu() / len(folds.learn))
-    found = folds.out_of_fold(fitted.output, fitted.rows)
-    return Mechanism(scorer, module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
+    return module, cross_fit_members(task, module, nll, folds, everyone, lambda: module.penalty().cpu() / len(folds.learn))
 
 
-def _start_odds(labels: float, members: int) -> Tensor:
-    """logit P(o=1 | r*=1) - logit P(o=1 | r*=0) that each of K members assumes at first, [K].
+def _spread(labels: float, members: int) -> Tensor:
+    """How far from the odds that were found each of K members begins, [K].
 
     A few labels hardly identify how much selection differs between opinions, so members start all over the range and their mean
     allows for it; many labels identify it, and then a far start would only cost steps.
     """
-    return torch.linspace(-1, 1, members) * START_ODDS * min(1, FEW_LABELS / labels)
+    return torch.linspace(-1, 1, members) * SPREAD * min(1, FEW_LABELS / labels)
 
 
 def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) -> Tensor:
@@ -224,7 +182,7 @@ def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) 
         share = float(o.mean())
         satisfied = _denoised(float(labels.mean())) if len(labels) else 0.5
         on1, on0 = (min(max(on, 0.005), 0.95) for on in (share * satisfied / liked, share * (1 - satisfied) / (1 - liked)))
-        start.append([_logit(on0), _logit(on1) - _logit(on0), START_GRADE])
+        start.append([logit(on0), logit(on1) - logit(on0), START_GRADE])
     return torch.tensor(start)
 
 
@@ -234,7 +192,7 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
     propensity, _ = _scorer(task)
     scorer, _ = _scorer(task)
     folds = Folds(task, len(scorer.bias))
-    propensity.start_at(_logit(float(o[folds.learn].mean())))
+    propensity.start_at(logit(float(o[folds.learn].mean())))
 
     def feedback_risk(output: Tensor, index: Tensor) -> Tensor:
         return bce(output, o[index].unsqueeze(1).expand_as(output))
@@ -272,14 +230,10 @@ def _scorer(task: FitTask) -> tuple[EnsembleScorer, float]:
     rows = task.train[task.observations.o[task.train] == 1]
     liked = _denoised(float(task.observations.r[rows].mean()))
     scorer = cast(EnsembleScorer, task.scorer())
-    scorer.start_at(_logit(liked))
+    scorer.start_at(logit(liked))
     return scorer, liked
 
 
 def _denoised(share: float) -> float:
     """P(r* = 1 | o = 1) from the share of likes among feedback, at rates of CENTRE."""
     return min(max((share - CENTRE) / (1 - 2 * CENTRE), 0.05), 0.95)
-
-
-def _logit(probability: float) -> float:
-    return math.log(probability / (1 - probability))

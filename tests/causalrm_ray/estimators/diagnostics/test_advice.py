@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from causalrm_ray.estimators.diagnostics.advice import advise, verdict
 
 RATES: dict[str, Any] = {name: {"estimate": 0.15, "low": 0.1, "high": 0.2} for name in ("rho_01", "rho_10")}
+OPINION = {"weights": {"features": 0.05, "label": 0.95}}
 PROPENSITY: dict[str, Any] = {"warnings": []}
 SOUND: dict[str, Any] = {
     "method": "auto",
@@ -20,8 +22,10 @@ SOUND: dict[str, Any] = {
     "mechanisms": {
         "weights": {"features": 0.95, "label": 0.05},
         "heldout": {"features": 0.5, "label": 0.52},
-        "gap": 0.02,
-        "gap_stderr": None,
+        "adds": {"features": 6.1, "label": 0.4},
+        "signal": 9.0,
+        "shift": 0.0,
+        "shift_found": 0.3,
     },
 }
 
@@ -58,7 +62,10 @@ def test_a_sound_fit_has_no_warnings() -> None:
             {"calibration": [{"predicted": 0.95, "actual": 1.3, "stderr": 0.1}]},
             ("rho_01 looks too large", "1.30 ± 0.10", "reward.rho"),
         ),
-        ({"mechanisms": {"weights": {"features": 0.05, "label": 0.95}}}, ("Opinions decide who gives feedback", "reward.method")),
+        (
+            {"mechanisms": {**OPINION, "adds": {"features": 0.4, "label": 6.1}}},
+            ("Opinions decide who gives feedback", "reward.method"),
+        ),
         ({"ranking": None}, ("cannot be checked", "Collect more feedback")),
         ({"ranking": {"contrast": 0.05}}, ("liked more by 0.05 ± 0.05 (100 rows)", "Collect more feedback")),
         ({"ranking": {"gamma": 1.1}}, ("a factor of 1.10", "random sample")),
@@ -97,17 +104,24 @@ def test_warnings_of_the_propensity_come_first() -> None:
 
 def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     assert verdict(SOUND) == (
-        "The log supports this: only what is seen, prompt and answer, decides who gives feedback (weight 95%); the outcomes are "
-        "0.0200 nats a row more likely on held-out rows (standard error unknown) than otherwise."
+        "The log rules out that the opinion alone decides who gives feedback: prompt and answer add 6.1 standard errors to what it "
+        "tells of the labels. They are taken to decide (weight 95%). Whether opinions play a part besides cannot be read from any "
+        "log; none is assumed. A few hundred impressions drawn at random and judged with care would tell: give them as "
+        "feedback.clean."
     )
-    leaning = changed(mechanisms={"weights": {"features": 0.3, "label": 0.7}, "gap": 0.05, "gap_stderr": 0.015})
-    assert verdict(leaning).startswith("The log favours this: the opinion itself decides who gives feedback (weight 70%)")
-    assert "0.0500 nats a row more likely on held-out rows (standard error 0.0150)" in verdict(leaning)
-    assumed = changed(mechanisms={"weights": {"features": 0.1, "label": 0.9}, "gap": -0.01, "gap_stderr": 0.015})
-    assert verdict(assumed).startswith("The log is not conclusive. Assumed: the opinion itself decides")
-    assert "0.0100 nats a row less likely" in verdict(assumed)
+    besides = verdict(changed(mechanisms={"shift": math.log(2), "shift_found": math.log(3)}))
+    assert "the pleased are taken to give feedback 2.00 times as readily as others (the log suggests 3.00, if all else" in besides
+    opinion = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 6.1}})
+    assert verdict(opinion) == (
+        "The log supports selection by the opinion itself (weight 95%): one opinion explains who gives feedback and what it says. "
+        "It adds 6.1 standard errors to what prompt and answer tell of the labels; these add 0.4 to it."
+    )
+    assumed = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 0.5}})
     assert not any("Opinions decide who" in sentence for sentence in advise(assumed, PROPENSITY, RATES))
-    alike = changed(mechanisms={"weights": {"features": 0.5, "label": 0.5}})
-    assert verdict(alike).startswith("The log does not show what decides")
+    alike = changed(mechanisms={"weights": {"features": 0.4, "label": 0.6}})
+    assert verdict(alike).startswith("The log does not tell what decides who gives feedback")
+    assert "(prompt and answer 40%, the opinion itself 60%)" in verdict(alike)
+    others = changed(mechanisms={"weights": {"weather": 0.95, "label": 0.05}, "adds": {}})
+    assert verdict(others) == "The log favours weather (weight 95%) as what decides who gives feedback."
     assert "reward.method=auto" in verdict(changed(mechanisms=None, method="naive"))
     assert verdict(changed(mechanisms=None, method="naive")).startswith("naive assumes one selection mechanism")

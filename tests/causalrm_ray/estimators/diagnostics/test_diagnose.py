@@ -214,10 +214,10 @@ def test_mechanisms_are_read_from_figures() -> None:
     assert found is not None
     assert found.weights == {"label": 0.9, "features": 0.1}
     assert found.heldout == {"label": 0.5, "features": 0.52}
-    assert (found.gap, found.gap_stderr, found.signal) == (pytest.approx(0.02), None, 4.0)
-    known = mechanisms({**figures, "gap_stderr": 0.01})
+    assert (found.adds, found.signal, found.shift, found.shift_found) == ({}, 4.0, None, None)
+    known = mechanisms({**figures, "adds_label": 3.0, "adds_features": 0.5, "shift_used": 0.2, "shift_found": 0.6})
     assert known is not None
-    assert known.gap_stderr == 0.01
+    assert (known.adds, known.shift, known.shift_found) == ({"label": 3.0, "features": 0.5}, 0.2, 0.6)
     assert mechanisms({"rho_01": 0.2}) is None
 
 

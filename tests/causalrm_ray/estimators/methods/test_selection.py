@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.estimators.core.members import CrossFit
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
+from causalrm_ray.estimators.methods import mechanisms
 from causalrm_ray.estimators.methods.class_wise import CLASS_WISE, weighted_risk
-from causalrm_ray.estimators.methods.mechanisms import _selection_start, _start_odds, fit_label
-from causalrm_ray.estimators.methods.selection import SELECTION, Averaged, fit_mechanisms, mechanism_weights, propensity_signal
+from causalrm_ray.estimators.methods.mechanisms import _selection_start, _spread, fit_label, likely_odds
+from causalrm_ray.estimators.methods.selection import SELECTION, Averaged, fit_mechanisms
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import r2
 from causalrm_ray.models.heads import Corrected, EnsembleScorer
@@ -36,6 +38,7 @@ def world(selection: str) -> tuple[Tensor, Observations, Tensor, Tensor]:
     propensity = {
         "label": torch.where(clean == 1, 0.65, 0.15),
         "features": torch.sigmoid(1.5 * x[:, 1] - 0.5),
+        "mirrored": torch.where(clean == 1, 0.15, 0.65),
         "trait": torch.where(clean == trait, 0.5, 0.1),
     }[selection]
     wrong = torch.where(clean == 1, RATES.rho_01, RATES.rho_10)
@@ -147,24 +150,9 @@ def test_hidden_feedback_changes_nothing_and_seeds_repeat() -> None:
     assert torch.equal(*scores)
 
 
-def test_selection_by_features_must_win_by_more_than_the_noise() -> None:
-    noise = torch.tensor([1.0, -1.0]).repeat(200)  # a mean gap of sd / 20 is one standard error of 400 rows
-    phi = {
-        -3.0: 0.0,
-        0.0: 0.004998,
-        0.576: 0.0227501,
-        1.576: 0.1586553,
-        2.576: 0.5,
-        4.576: 0.9772499,
-    }  # a table
-    for errors, expected in phi.items():
-        weights = mechanism_weights(torch.zeros(400), noise + noise.std() * errors / 20)
-        torch.testing.assert_close(weights, torch.tensor([expected, 1 - expected]), rtol=1e-3, atol=1e-6)
-
-
-def test_members_start_about_equal_odds_and_nearer_to_it_the_more_labels_there_are() -> None:
-    torch.testing.assert_close(_start_odds(100.0, 5), torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
-    torch.testing.assert_close(_start_odds(1000.0, 3), torch.tensor([-0.5, 0.0, 0.5]))
+def test_members_start_about_the_likely_odds_and_nearer_to_them_the_more_labels_there_are() -> None:
+    torch.testing.assert_close(_spread(100.0, 5), torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
+    torch.testing.assert_close(_spread(1000.0, 3), torch.tensor([-0.5, 0.0, 0.5]))
     given = task("label")
     start = _selection_start(given, torch.zeros(ROWS, dtype=torch.long), TRAIN, 0.5)[0]
     o, r = given.observations.o[TRAIN], given.observations.r[TRAIN]
@@ -174,12 +162,28 @@ def test_members_start_about_equal_odds_and_nearer_to_it_the_more_labels_there_a
     torch.testing.assert_close(start, torch.tensor(expected))
 
 
-def test_signal_counts_standard_errors_over_a_constant() -> None:
-    o = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(100)
-    constant = bce(torch.logit(torch.tensor(0.25)).expand_as(o), o)
-    assert propensity_signal(constant + 1e-6 * o, o) < 0
-    informed = constant - torch.tensor([0.1, 0.3]).repeat(200)
-    assert propensity_signal(informed, o) == pytest.approx(0.2 / (0.1 * math.sqrt(400 / 399) / 20), rel=1e-4)
+@pytest.mark.parametrize(("selection", "low", "high"), [("label", 0.6, 2.5), ("mirrored", -2.5, -0.6), ("features", -0.4, 0.4)])
+def test_likely_odds_lean_to_who_gives_feedback(selection: str, low: float, high: float) -> None:
+    """True log-odds of 2.4, -2.4 and 0; a start stays within two standard deviations of its prior, 1.4 from half the log-odds of
+    what is liked among the feedback."""
+    assert low < likely_odds(task(selection)) < high
+
+
+def test_likely_odds_are_the_mean_of_what_prior_and_held_out_rows_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = task("label")
+    liked = 0.8
+    risks = torch.tensor([[0.2, 0.1, 0.1], [0.4, 0.3, 0.5]]).repeat(2, 1)  # nats of four rows under each start
+    fitted = CrossFit(None, torch.arange(4), torch.zeros(4, 3, 6), risks, risks.mean(1))
+    monkeypatch.setattr(mechanisms, "_scorer", lambda task: (EnsembleScorer(world("label")[0], members=3), liked))
+    monkeypatch.setattr(mechanisms, "_fit_label", lambda task, folds, odds: (None, fitted))
+    odds = [math.log(4) / 2 + steps * math.sqrt(0.5) for steps in (-2, 0, 2)]
+    density = [
+        math.exp(-sum(column)) * math.exp(-(steps**2) / 2) for column, steps in zip(risks.T.tolist(), (-2, 0, 2), strict=True)
+    ]
+    assert likely_odds(given) == pytest.approx(sum(w * o for w, o in zip(density, odds, strict=True)) / sum(density), rel=1e-5)
+    clusters = Observations(given.observations.o, given.observations.r, torch.arange(ROWS) // 2)
+    pairs = likely_odds(replace(given, observations=clusters))  # rows in pairs that differ: as if there were more than they are
+    assert pairs == pytest.approx(likely_odds(given), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["latent", "auto"])

@@ -1,0 +1,87 @@
+"""Which mechanism explains what feedback says? Either one's out-of-fold predictions are asked what they add to the other's.
+
+labels, predictions of two models -> what each adds to the other (J test) -> weights of the mechanisms
+P(o | x) against a constant       -> whether selection works on x at all
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from causalrm_ray.estimators.core.clusters import in_standard_errors, summed
+from causalrm_ray.losses.pointwise import bce
+
+PRIOR_NATS = 6.0  # for the mechanism that ties feedback to opinion: its predictions were ventured, those of two free stages not
+MIN_SIGNAL = 2.0  # standard errors by which P(o | x) must beat a constant, for that mechanism to have ventured any
+RIDGE, STEPS = 1e-3, 30  # of the regression: a prior too weak to matter, and steps of Newton's method
+
+
+def added_information(label: Tensor, predictions: Sequence[Tensor], cluster: Tensor | None = None) -> list[float]:
+    """Standard errors by which each of `predictions`, logits [M], adds to the others in predicting `label` [M] in {0, 1}.
+
+        P(label = 1) = sigmoid(b_0 + b_1 prediction_1 + b_2 prediction_2 + ...),   z_k = b_k / stderr(b_k)
+
+    A model that is right leaves nothing to be added by another, whatever the other's levels and scale are; of two wrong ones
+    each may add something. Davidson and MacKinnon 1981, the J test of models that do not contain each other. The standard errors
+    hold where rows of a `cluster` [M] depend on one another. A prediction that hardly varies adds 0.
+    """
+    columns = torch.stack([one.double() for one in predictions], dim=1)
+    spread = columns.std(0)
+    known = spread > 1e-6
+    design = torch.cat([torch.ones(len(label), 1).double(), ((columns - columns.mean(0)) / spread.clamp_min(1e-6))[:, known]], 1)
+    target, weight = label.double(), torch.zeros(design.shape[1], dtype=torch.float64)
+    for _ in range(STEPS):
+        gradient, information = _slope(design, target, weight)
+        step = torch.linalg.solve(information, gradient).clamp(-2, 2)
+        weight = weight + step
+        if float(step.abs().max()) < 1e-9:
+            break
+    scores = summed(design * (target - torch.sigmoid(design @ weight))[:, None], cluster)
+    bread = torch.linalg.inv(_slope(design, target, weight)[1])
+    variance = (bread @ scores.T @ scores @ bread).diagonal()
+    z = torch.zeros(len(predictions), dtype=torch.float64)
+    z[known] = (weight / variance.sqrt().clamp_min(1e-12))[1:]
+    return z.tolist()
+
+
+def _slope(design: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient [P] and information [P, P] of the logistic log-likelihood, less the ridge, at `weight` [P]."""
+    prob = torch.sigmoid(design @ weight)
+    information = design.T @ ((prob * (1 - prob))[:, None] * design) + RIDGE * torch.eye(len(weight), dtype=design.dtype)
+    return design.T @ (target - prob) - RIDGE * weight, information
+
+
+def evidence(features_adds: float, label_adds: float) -> float:
+    """Nats by which labels are likelier under `features` than under `label`, from what each one adds to the other.
+
+    A predictor that adds z standard errors raises a maximal likelihood by z^2 / 2; one that would have to be turned round adds
+    nothing.
+    """
+    return (max(features_adds, 0.0) ** 2 - max(label_adds, 0.0) ** 2) / 2
+
+
+def mechanism_weights(nats: float, ventured: bool) -> Tensor:
+    """Weights [2] of `features` and `label`: posterior probabilities, from `evidence` for the first.
+
+        w_features = sigmoid(nats - PRIOR_NATS)
+
+    Two free stages, P(o | x) and P(r | x, o = 1), can mimic any outcomes, selection by the opinion among them; a single function
+    of x that explains both can only do so if it is true or next to it. So it has PRIOR_NATS in its favour (0 nats: 0.2 % for the
+    features, 6: half, 12: 99.8 %), unless it never `ventured` anything as P(o | x) is constant: then both begin alike.
+    """
+    free = torch.sigmoid(torch.tensor(nats - PRIOR_NATS * ventured))
+    return torch.stack([free, 1 - free])
+
+
+def propensity_signal(nll: Tensor, o: Tensor, cluster: Tensor | None = None) -> float:
+    """Standard errors by which P(o | x), of held-out negative log-likelihood `nll` [M], beats the mean of `o` [M].
+
+    At most sqrt(2 nats) of the rows' whole gain: tiny gains may be as steady as they are meaningless.
+    """
+    gain = bce(torch.logit(o.mean()).expand_as(o), o) - nll
+    whole = float(gain.double().sum())
+    return min(float(in_standard_errors(gain, cluster)), math.copysign(math.sqrt(2 * abs(whole)), whole))
