@@ -62,7 +62,8 @@ class LogDiagnostics(FitDiagnostics):
 
 @dataclass(frozen=True)
 class RewardReport(Report):
-    """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found along by the method `rates_by`;
+    """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found by the method `rates_by` along with
+    the opinion, without an interval;
     `serving_risk` is the held-out risk of the model that served as `serving_version` on the same rows (None: none served)."""
 
     methods: Mapping[str, MethodReport]

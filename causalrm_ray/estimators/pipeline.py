@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_propensity, check_same_length
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
-from causalrm_ray.estimators.core.task import FitTask, Fitted, Method, Nuisances, Observations, load_method
+from causalrm_ray.estimators.core.task import FitTask, Fitted, Method, Nuisances, Observations, Propensities, load_method
 from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, mean_risk
 from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, fit_oracle
 from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_by_anchors, estimate_noise_rates
 from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits, split_rows
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
+from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.losses.surrogate import denoise
 from causalrm_ray.types import NoiseEstimator, NoiseRates
 
@@ -37,8 +37,9 @@ HELD_OUT = 0.2  # share of rows that decide when to stop and whether to promote
 class RewardFits:
     """All that one fit makes.
 
-    `fits` by method, and each one's held-out observed risk (`risks`); `rates` used, and how they were estimated (`noise`; None
-    where they were given, or where the log does not identify them and the first method found its own); `ranking` [N], the
+    `fits` by method, and each one's held-out observed risk (`risks`); the `rates` used, the first method's own where it finds
+    them, and how they were estimated otherwise (`noise`; None also where they were given); `selection`, P(o = 1 | x, r* = k) [N],
+    k = 1, 0, by the first method (None: it takes P(o = 1 | x) for both); `ranking` [N], the
     out-of-fold P(r = 1 | x), `proxy` [N], the same calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (None
     where nothing needs them); `heldout` row numbers and the risk of the serving model on them (None where none serves).
     """
@@ -47,6 +48,7 @@ class RewardFits:
     risks: dict[str, float]
     rates: NoiseRates
     noise: NoiseEstimate | None
+    selection: Propensities | None
     ranking: Tensor | None
     proxy: Tensor | None
     imputation: Tensor | None
@@ -118,13 +120,13 @@ def fit_reward_models(
     )
     needs = frozenset[str]().union(*(method.needs for method in loaded.values()))
     first_finds_rates = bool(methods) and methods[0] != ORACLE and "states" in loaded[methods[0]].needs
-    required = "rates" in needs or not first_finds_rates
-    found = _find_nuisances(task, propensity, "imputation" in needs, required, noise_rates, states)
+    estimate = "rates" in needs or not first_finds_rates
+    found = _find_nuisances(task, propensity, "imputation" in needs, estimate, noise_rates, states)
     fitted: dict[str, Fitted] = {}
     for name in methods:
         given = replace(task, nuisances=found.nuisances)
         if name in loaded:
-            fitted[name] = _fit_method(name, loaded[name], given, states, found.proxy, serving, caution)
+            fitted[name] = _fit_method(name, loaded[name], given, rates, states, found.proxy, serving, caution)
         elif clean_labels is not None:
             fitted[name] = fit_oracle(given, clean_labels)
     return _judge(task, found, fitted, serving)
@@ -132,15 +134,19 @@ def fit_reward_models(
 
 def _judge(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.Module | None) -> RewardFits:
     """Held-out risks of all that was fitted, and of the serving model."""
-    weights = next((one.weights for one in fitted.values()), None)
-    rates = found.nuisances.rates
-    if rates is None:  # the log does not identify them: those that the first method found
-        rates = NoiseRates(*(next(iter(fitted.values())).figures[name] for name in ("rho_01", "rho_10")))
+    first = next(iter(fitted.values()), None)
+    rates = found.nuisances.rates if first is None or first.rates is None else first.rates
+    if rates is None:
+        raise ValueError("a method that needs states and no rates must find rates of its own (Fitted.rates), got None")
+    selection = None if first is None else first.propensities
     nuisances = replace(found.nuisances, rates=rates)
-    risk = heldout_objective(task.observations, nuisances, task.loss, task.heldout, weights)
+    risk = heldout_objective(task.observations, nuisances, task.loss, task.heldout, selection)
     risks = {name: _gate_risk(one, task, risk) for name, one in fitted.items()}
     served = None if serving is None else mean_risk(serving, task.inputs, risk, shard=task.shard)
-    return RewardFits(fitted, risks, rates, found.noise, found.ranking, found.proxy, nuisances.imputation, task.heldout, served)
+    noise = found.noise if rates is found.nuisances.rates else None
+    return RewardFits(
+        fitted, risks, rates, noise, selection, found.ranking, found.proxy, nuisances.imputation, task.heldout, served
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +158,9 @@ class _Found:
 
 
 def _find_nuisances(
-    task: FitTask, propensity: Tensor, impute: bool, required: bool, noise_rates: NoiseEstimator, states: Tensor | None
+    task: FitTask, propensity: Tensor, impute: bool, estimate: bool, noise_rates: NoiseEstimator, states: Tensor | None
 ) -> _Found:
-    """The nuisances not given; no rates where the log does not identify them, unless `required`: then InputError."""
+    """The nuisances not given; rates only where they are to be estimated: InputError if the log does not identify them."""
     given, observations, seed = task.nuisances, task.observations, task.settings.seed
     if given.rates is not None and not impute:
         return _Found(given)
@@ -163,14 +169,10 @@ def _find_nuisances(
     seen = observations.o == 1
     proxy = cross_calibrate(ranking, observations.r, seen, 5, seed, 1 / propensity, observations.cluster)
     noise, rates = None, given.rates
-    if rates is None:
-        try:
-            curve = noise_rates == "curve"
-            noise = estimate_noise_rates(ranking, observations, seed=seed) if curve else estimate_by_anchors(proxy, observations)
-            rates = noise.rates
-        except InputError:
-            if required:
-                raise
+    if rates is None and estimate:
+        curve = noise_rates == "curve"
+        noise = estimate_noise_rates(ranking, observations, seed=seed) if curve else estimate_by_anchors(proxy, observations)
+        rates = noise.rates
     imputation = denoise(proxy, rates) if rates is not None and impute else None
     return _Found(replace(given, rates=rates, imputation=imputation), noise, ranking, proxy)
 
@@ -179,13 +181,16 @@ def _fit_method(
     name: str,
     method: Method,
     task: FitTask,
+    known: NoiseRates | None,
     states: Tensor | None,
     proxy: Tensor | None,
     serving: nn.Module | None,
     caution: float,
 ) -> Fitted:
-    if "rates" not in method.needs:  # a method that takes feedback as true imputes feedback
-        task = replace(task, nuisances=replace(task.nuisances, imputation=proxy))
+    if (
+        "rates" not in method.needs
+    ):  # a method that takes feedback as true imputes feedback; one that finds rates, those not known
+        task = replace(task, nuisances=replace(task.nuisances, imputation=proxy, rates=known))
     if "states" not in method.needs:
         return method.fit(task)
     if isinstance(task.inputs, FeatureRows):
@@ -208,19 +213,19 @@ def heldout_objective(
     nuisances: Nuisances,
     loss: Loss,
     rows: Tensor,
-    weights: tuple[Tensor, Tensor] | None = None,
+    selection: Propensities | None = None,
 ) -> Objective:
     """The risk that a promotion gate compares, over the rows with feedback among `rows`.
 
         sum of v_1 l(s, 1) + v_0 l(s, 0)  /  sum of v_1 + v_0
 
-    `weights` (v_1, v_0) [N] are those of a method that modelled selection; without them it is the noise-corrected,
-    self-normalised IPS, which is the same with one propensity for both opinions.
+    (v_1, v_0) [N] are losses.selection.class_weights by the nuisances' rates, of a method that modelled `selection`, P(o = 1 | x,
+    r* = k); without it, it is the noise-corrected, self-normalised IPS, which is the same with one propensity for both opinions.
     """
     method = REWEIGHTING["causalrm_snips"]
-    if weights is None:
+    if selection is None or nuisances.rates is None:
         return method.build(observations, nuisances, method.pointwise(loss), rows)
-    v1, v0 = weights
+    v1, v0 = class_weights(observations.o, observations.r, *selection, nuisances.rates)
     pointwise = method.pointwise(loss)
     seen = rows[observations.o[rows] == 1]
     scale = (v1 + v0)[rows].mean().clamp_min(0.5) * len(rows) / len(seen)  # its mean is 1 where the weights are right

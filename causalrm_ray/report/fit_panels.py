@@ -62,7 +62,8 @@ def _draw_rates(panel: Axes, rates: Mapping[str, Json]) -> None:
         if low is not None:
             label = "95 % interval" if first else None
             panel.plot([place, place], [low, high], color=BLUE, linewidth=6, alpha=0.35, label=label)
-        panel.plot(place, rate["estimate"], "o", color=BLUE, label="estimate" if first else None)
+        label = "rate used" if low is not None else "rate used (no interval)"
+        panel.plot(place, rate["estimate"], "o", color=BLUE, label=label if first else None)
         if rate["truth"] is not None:
             label = "truth" if first else None
             panel.plot(place, rate["truth"], "_", color=ORANGE, markersize=24, markeredgewidth=2, label=label)

@@ -46,7 +46,7 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
             "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "mean_weight", "curve")},
             "rates": rates,
             "verdict": verdict(found),
-            "warnings": [*advise(found, propensity, rates), *_doubts(fit.reward)],
+            "warnings": [*advise(found, propensity, rates), *(fit.reward.noise.warnings if fit.reward.noise else ())],
         },
         "reward_fit": {
             "heldout_risk": {name: method.heldout_risk for name, method in fit.reward.methods.items()},
@@ -61,14 +61,6 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
 def with_drift(diagnostics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """A fit's diagnostics, with warnings about the policy's drift in the metrics since."""
     return {**diagnostics, "warnings": [*diagnostics["warnings"], *drift_warnings(rows)]}
-
-
-def _doubts(reward: RewardReport) -> list[str]:
-    """Warnings about the estimates of the noise rates."""
-    if reward.rates_by is None:
-        return list(reward.noise.warnings) if reward.noise else []
-    rates = f"rho_01 {reward.rates.rho_01:.2f}, rho_10 {reward.rates.rho_10:.2f}"
-    return [f"No rows are surely liked and surely disliked: the rates are those that {reward.rates_by} estimated, {rates}."]
 
 
 def _rate(reward: RewardReport, name: str) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.types import NoiseRates
 
 NOISE_FREE = NoiseRates(0.0, 0.0)
+Propensities = tuple[Tensor, Tensor]
 Need = Literal["propensity", "rates", "imputation", "states"]
 
 
@@ -104,15 +105,16 @@ class Fitted:
     """A scorer whose logit is that of P(r* = 1 | x), how its training went, and what else was learned (JSON figures).
 
     `opinion` [N] are logits of all rows by those members of an ensemble that did not learn from them (None: no ensemble; the
-    scorer learned from no held-out row, and what it says of these is honest). `weights` (v_1, v_0) [N] are what a row's feedback
-    says for and against r* = 1 under the selection that was found (losses.selection.class_weights; none: propensities say it).
+    scorer learned from no held-out row, and what it says of these is honest). `rates`, and `propensities` P(o = 1 | x, r* = k)
+    [N], k = 1, 0, are nuisances that the method found itself (None: it took those that it was given).
     """
 
     scorer: nn.Module
     report: FitReport
     figures: Mapping[str, float] = field(default_factory=dict)
     opinion: Tensor | None = None
-    weights: tuple[Tensor, Tensor] | None = None
+    rates: NoiseRates | None = None
+    propensities: Propensities | None = None
 
 
 class Method(Protocol):

@@ -138,8 +138,8 @@ def _selection(diagnostics: Mapping[str, Any]) -> list[str]:
     found, ranking = diagnostics["mechanisms"], diagnostics["ranking"]
     if found is not None and _leans_to_opinion(found):
         sentences.append(
-            "Opinions decide who gives feedback, so figures that rest on propensities alone (calibration, share of liked "
-            "answers, held-out risk) are biased: use a method that models this (reward.method=auto)."
+            "Opinions decide who gives feedback, so figures that rest on propensities alone (calibration, ranking, hidden "
+            "selection) are biased, and so are methods that do: use one that models this (reward.method=auto)."
         )
     if ranking is None:
         sentences.append(

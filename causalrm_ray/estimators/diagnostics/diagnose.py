@@ -23,6 +23,7 @@ from causalrm_ray.estimators.nuisances.propensity import QUANTILES, effective_sa
 from causalrm_ray.estimators.pipeline import RewardFits, heldout_objective
 from causalrm_ray.losses.pointwise import LOSSES
 from causalrm_ray.losses.reweighted import snips_weights
+from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.losses.sensitivity import corrected_label, hidden_selection_weights, largest_mean, sign_change
 from causalrm_ray.metrics import quantiles
 from causalrm_ray.types import NoiseRates
@@ -218,13 +219,17 @@ def reward_calibration(
 def rho_sensitivity(
     fits: RewardFits, observations: Observations, propensity: Tensor, logit: Tensor, loss: str = "bce"
 ) -> RhoSensitivity:
-    """Mean preference and held-out risk of a model with `logit` [M] on `fits.heldout`, had the rates been others; no refit."""
-    seen = observations.o == 1
+    """Mean preference and held-out risk of a model with `logit` [M] on `fits.heldout`, had the rates been others; no refit.
+
+    Both are by the fit's own selection model: the mean preference is sum v_1 / sum (v_1 + v_0) of losses.selection.class_weights.
+    """
+    selection = fits.selection or (propensity, propensity)
 
     def point(rho_01: float, rho_10: float) -> RhoPoint:
         rates = NoiseRates(rho_01, rho_10)
-        preference, _ = _mean(corrected_label(observations.r[seen], rates), propensity[seen])
-        objective = heldout_objective(observations, Nuisances(propensity, rates), LOSSES[loss], fits.heldout)
+        v1, v0 = (weight.double().mean() for weight in class_weights(observations.o, observations.r, *selection, rates))
+        preference = float(v1 / (v1 + v0).clamp_min(0.5))
+        objective = heldout_objective(observations, Nuisances(propensity, rates), LOSSES[loss], fits.heldout, fits.selection)
         at = torch.isin(fits.heldout, objective.rows)
         return RhoPoint(rho_01, rho_10, preference, float(objective.risk(logit[at], fits.heldout[at]).double().mean()))
 

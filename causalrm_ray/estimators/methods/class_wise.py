@@ -22,7 +22,7 @@ from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, N
 from causalrm_ray.estimators.core.training import Calling, Risk
 from causalrm_ray.estimators.methods.mechanisms import spread, to_logits
 from causalrm_ray.estimators.methods.selection import fit_mechanisms
-from causalrm_ray.losses.selection import class_wise_dr_label
+from causalrm_ray.losses.selection import class_weights, class_wise_dr_label
 from causalrm_ray.models.heads import Corrected, EnsembleScorer, to_logit
 
 
@@ -44,7 +44,8 @@ def _fit(task: FitTask, doubly_robust: bool) -> Fitted:
     ensemble = cast(EnsembleScorer, task.scorer(int(doubly_robust)))
     folds = Folds(task, len(ensemble.bias))
     task = with_settings(task, len(folds.learn))
-    weights, start = found.class_weights(task.observations), torch.zeros(len(task.inputs))
+    propensities, start = found.propensities(task.observations), torch.zeros(len(task.inputs))
+    weights = class_weights(task.observations.o, task.observations.r, *propensities, found.rates)
     risk = weighted_risk(*weights)
     if doubly_robust:
         m = spread(found.opinion, found.best.rows, len(task.inputs), 0.5)
@@ -56,7 +57,8 @@ def _fit(task: FitTask, doubly_robust: bool) -> Fitted:
     fitted = cross_fit_members(task, Calling(ensemble, "members"), risk, folds, torch.arange(len(start)))
     opinion = folds.out_of_fold(torch.sigmoid(start[fitted.rows].unsqueeze(1) + fitted.output), fitted.rows)
     scorer = Corrected(found.scorer(), ensemble) if doubly_robust else ensemble
-    return Fitted(scorer, fitted.report, asdict(found.rates), to_logits(opinion, fitted.rows, len(task.inputs)), weights)
+    logits = to_logits(opinion, fitted.rows, len(task.inputs))
+    return Fitted(scorer, fitted.report, asdict(found.rates), logits, found.rates, propensities)
 
 
 _PAPER = "arXiv 2603.18736, class-wise, ours"

@@ -3,8 +3,8 @@
     label      P(o=1 | x, r*) depends on the opinion: one likelihood of MISSING, DISLIKED, LIKED      (losses.selection)
     features   P(o=1 | x) and P(r=1 | x, o=1) apart, the latter through the noise channel
 
-Only what a log shows is read: no propensity, rates or label from outside. Ours; the noise channel is
-that of arXiv 2603.18736.
+Only what a log shows is read, and rates of the noise if they are known: no propensity or label from outside. Ours; the noise
+channel is that of arXiv 2603.18736.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from causalrm_ray.estimators.core.clusters import stderr
 from causalrm_ray.estimators.core.frozen import with_settings
 from causalrm_ray.estimators.core.members import CrossFit, Folds, Together, cross_fit_members
-from causalrm_ray.estimators.core.task import FitTask, Observations
+from causalrm_ray.estimators.core.task import FitTask, Observations, Propensities
 from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
 from causalrm_ray.estimators.methods.outcome_models import CENTRE, FeedbackByFeatures, LabelSelection, NoisyLabel, logit
 from causalrm_ray.estimators.nuisances.propensity import lowest_weighted
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.losses.selection import FLOOR, class_weights, outcomes
+from causalrm_ray.losses.selection import FLOOR, outcomes
 from causalrm_ray.models.heads import EnsembleScorer, to_logit
 from causalrm_ray.types import NoiseRates
 
@@ -82,14 +82,18 @@ class Mechanism:
             scorer.bias.sub_(log_odds)
         return replace(self, opinion=torch.sigmoid(to_logit(self.opinion) - log_odds))
 
-    def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
-        """(v_1, v_0) [N] of losses.selection.class_weights; P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), clipped at
-        HIGHEST_CLIP or `lowest_weighted`."""
-        clip = min(HIGHEST_CLIP, lowest_weighted(None, observations.o))
-        m = spread(self.opinion, self.rows, len(observations), 0.5)
-        shares = torch.stack([m, 1 - m], dim=1)
-        p1, p0 = (spread(self.joint, self.rows, len(observations), 0.0) / shares.clamp_min(1e-6)).clamp(clip, 1).T
-        return class_weights(observations.o, observations.r, p1, p0, self.rates)
+    def propensities(self, observations: Observations) -> Propensities:
+        """P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), k = 1, 0."""
+        return opinion_propensities(self.joint, self.opinion, self.rows, observations)
+
+
+def opinion_propensities(joint: Tensor, opinion: Tensor, rows: Tensor, observations: Observations) -> Propensities:
+    """P(o = 1 | x, r* = k) [N], k = 1, 0, of `joint` [M, 2] and `opinion` [M] of the `rows` [M], clipped at HIGHEST_CLIP or
+    `lowest_weighted`; of the other rows the clip."""
+    clip = min(HIGHEST_CLIP, lowest_weighted(None, observations.o))
+    shares = torch.stack([opinion, 1 - opinion], dim=1).clamp_min(1e-6)
+    p1, p0 = spread(joint / shares, rows, len(observations), 0.0).clamp(clip, 1).T
+    return p1, p0
 
 
 def spread(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor:
@@ -133,8 +137,8 @@ def likely_odds(task: FitTask) -> float:
     odds = logit(liked) / 2 + steps * 0.5**0.5
     _, fitted = _fit_label(task, everyone, odds)
     worse = fitted.members - fitted.members[:, [int(fitted.members.mean(0).argmin())]]
-    cluster = task.observations.clusters(fitted.rows)
-    independent = (stderr(worse, None) / stderr(worse, cluster).clamp_min(1e-12)).square().clamp(max=1)
+    alone, together = (stderr(worse, cluster) + 1e-12 for cluster in (None, task.observations.clusters(fitted.rows)))
+    independent = (alone / together).square().clamp(max=1)
     return float(torch.softmax(-worse.sum(0) * independent - steps.square() / 2, 0) @ odds)
 
 
@@ -146,7 +150,7 @@ def _fit_label(task: FitTask, folds: Folds | Together, odds: Tensor) -> tuple[La
     assumed = logit(liked) - odds
     scorer.start_at(assumed)
     starts = [_selection_start(task, strata, folds.learn, float(share)) for share in torch.sigmoid(assumed)]
-    module = LabelSelection(scorer, torch.stack(starts))
+    module = LabelSelection(scorer, torch.stack(starts), task.nuisances.rates)
     task = with_settings(replace(task, inputs=WithStrata(task.inputs, strata)), len(folds.learn))
 
     def nll(output: Tensor, index: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
     feedback = cross_fit_members(
         with_strata, levels, feedback_risk, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn)
     )
-    module, seen = NoisyLabel(scorer), everyone[o == 1]
+    module, seen = NoisyLabel(scorer, task.nuisances.rates), everyone[o == 1]
 
     def label_risk(output: Tensor, index: Tensor) -> Tensor:
         label = r[index].unsqueeze(1).expand(-1, output.shape[1])

@@ -8,6 +8,7 @@ NoisyLabel           what does it say, where it is given?
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from typing import cast
 
 import torch
@@ -35,15 +36,19 @@ class ScalarParameters(nn.Module):
 
 
 class LabelNoise(nn.Module):
-    """rho_01 and rho_10 in (0, 0.5) of each of K members, learned under a prior."""
+    """rho_01 and rho_10 of each of K members: `known`, or in (0, 0.5) and learned under a prior."""
 
-    def __init__(self, members: int) -> None:
+    def __init__(self, members: int, known: NoiseRates | None = None) -> None:
         super().__init__()
+        self.known = known
         self.logits = ScalarParameters(torch.full((members, 2), logit(2 * CENTRE)))
 
     def forward(self) -> tuple[Tensor, ...]:
         """The rates (rho_01 [K], rho_10 [K])."""
-        return (torch.sigmoid(self.logits()) / 2).unbind(1)
+        logits = self.logits()
+        if self.known is not None:
+            return tuple(torch.full_like(logits[:, 0], rate) for rate in astuple(self.known))
+        return (torch.sigmoid(logits) / 2).unbind(1)
 
     def penalty(self) -> Tensor:
         """Minus the log-prior, up to a constant, in nats; the mean over members."""
@@ -51,18 +56,18 @@ class LabelNoise(nn.Module):
 
     def means(self) -> NoiseRates:
         """The rates, means over members."""
-        return NoiseRates(*(float(rate.detach().mean()) for rate in self()))
+        return NoiseRates(*(float(rate.detach().mean()) for rate in self())) if self.known is None else self.known
 
 
 class LabelSelection(nn.Module):
     """Outcomes where selection depends on the opinion: log-probabilities [B, K, 3] of K members (see losses.selection)."""
 
-    def __init__(self, scorer: EnsembleScorer, start: Tensor) -> None:
-        """`start` [K, S, 3] are each member's (a, c, d) of each stratum at first."""
+    def __init__(self, scorer: EnsembleScorer, start: Tensor, rates: NoiseRates | None = None) -> None:
+        """`start` [K, S, 3] are each member's (a, c, d) of each stratum at first; `rates` of the noise, if they are known."""
         super().__init__()
         self.scorer = scorer
         self.selection = ScalarParameters(start)
-        self.noise = LabelNoise(len(start))
+        self.noise = LabelNoise(len(start), rates)
 
     def forward(self, stratum: Tensor, **batch: Tensor) -> Tensor:
         """Per row and member [B, K, 6]: the three log-probabilities, P(r*=1 | x), and P(o=1, r*=k | x), k = 1, 0.
@@ -99,10 +104,10 @@ class FeedbackByFeatures(nn.Module):
 class NoisyLabel(nn.Module):
     """The opinion e = P(r* = 1 | x), and P(r = 1 | x, o = 1) = rho_10 + (1 - rho_01 - rho_10) e, its noisy label."""
 
-    def __init__(self, scorer: EnsembleScorer) -> None:
+    def __init__(self, scorer: EnsembleScorer, rates: NoiseRates | None = None) -> None:
         super().__init__()
         self.scorer = scorer
-        self.noise = LabelNoise(len(scorer.bias))
+        self.noise = LabelNoise(len(scorer.bias), rates)
 
     def forward(self, **batch: Tensor) -> Tensor:
         """P(r = 1 | x, o = 1) and P(r* = 1 | x) of a batch."""

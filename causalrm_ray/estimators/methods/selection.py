@@ -5,7 +5,7 @@
     auto        both, averaged by how well each explains what feedback says on rows that it did not learn from; what opinions may
                 do besides features is allowed for in the latter
 
-Only what a log shows is read: no propensity, rates or label from outside. Ours.
+Only what a log shows is read, and rates of the noise if they are known: no propensity or label from outside. Ours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need, Observations
+from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need, Observations, Propensities
 from causalrm_ray.estimators.methods.evidence import (
     MIN_SIGNAL,
     added_information,
@@ -27,7 +27,7 @@ from causalrm_ray.estimators.methods.evidence import (
     mechanism_weights,
     propensity_signal,
 )
-from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_features, fit_label, to_logits
+from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_features, fit_label, opinion_propensities, to_logits
 from causalrm_ray.estimators.methods.opinion_shift import OpinionShift, opinion_shift
 from causalrm_ray.models.heads import Mixture
 from causalrm_ray.types import NoiseRates
@@ -63,11 +63,10 @@ class Averaged:
         """Their rates, averaged."""
         return NoiseRates(*(self.weights @ torch.tensor([astuple(one.rates) for one in self.mechanisms.values()])).tolist())
 
-    def class_weights(self, observations: Observations) -> tuple[Tensor, Tensor]:
-        """(v_1, v_0) [N] of losses.selection.class_weights under each mechanism, averaged; all nuisances are out of fold."""
-        pairs = [one.class_weights(observations) for one in self.mechanisms.values()]
-        v1, v0 = (torch.stack(weights, dim=1) @ self.weights for weights in zip(*pairs, strict=True))
-        return v1, v0
+    def propensities(self, observations: Observations) -> Propensities:
+        """P(o = 1 | x, r* = k) [N], k = 1, 0, of the average, out of fold."""
+        joint = torch.stack([one.joint for one in self.mechanisms.values()], dim=2) @ self.weights
+        return opinion_propensities(joint, self.opinion, self.best.rows, observations)
 
     def scorer(self) -> nn.Module:
         """The mixture of their scorers."""
@@ -106,14 +105,15 @@ def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted
     found = mechanism(task)
     figures = asdict(found.rates) | {"heldout": float(found.heldout.mean())}
     opinion = to_logits(found.opinion, found.rows, len(task.inputs))
-    return Fitted(found.scorer, found.report, figures, opinion, found.class_weights(task.observations))
+    return Fitted(found.scorer, found.report, figures, opinion, found.rates, found.propensities(task.observations))
 
 
 def fit_auto(task: FitTask) -> Fitted:
     """Both mechanisms averaged."""
     found = fit_mechanisms(task)
     opinion = to_logits(found.opinion, found.best.rows, len(task.inputs))
-    return Fitted(found.scorer(), found.best.report, found.figures(), opinion, found.class_weights(task.observations))
+    nuisances = found.rates, found.propensities(task.observations)
+    return Fitted(found.scorer(), found.best.report, found.figures(), opinion, *nuisances)
 
 
 _OURS = "ours"

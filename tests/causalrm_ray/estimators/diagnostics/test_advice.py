@@ -104,17 +104,17 @@ def test_warnings_of_the_propensity_come_first() -> None:
 
 def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     assert verdict(SOUND) == (
-        "The log rules out that the opinion alone decides who gives feedback: prompt and answer add 6.1 standard errors to what it "
-        "tells of the labels. They are taken to decide (weight 95%). Whether opinions play a part besides cannot be read from any "
-        "log; none is assumed. A few hundred impressions drawn at random and judged with care would tell: give them as "
+        "The log rules out that the opinion alone decides who gives feedback: prompt and answer add 6.1 standard errors to what "
+        "it tells of the labels. They are taken to decide (weight 95%). Whether opinions play a part besides cannot be read from "
+        "any log; none is assumed. A few hundred impressions drawn at random and judged with care would tell: give them as "
         "feedback.clean."
     )
     besides = verdict(changed(mechanisms={"shift": math.log(2), "shift_found": math.log(3)}))
     assert "the pleased are taken to give feedback 2.00 times as readily as others (the log suggests 3.00, if all else" in besides
     opinion = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 6.1}})
     assert verdict(opinion) == (
-        "The log supports selection by the opinion itself (weight 95%): one opinion explains who gives feedback and what it says. "
-        "It adds 6.1 standard errors to what prompt and answer tell of the labels; these add 0.4 to it."
+        "The log supports selection by the opinion itself (weight 95%): one opinion explains who gives feedback and what it "
+        "says. It adds 6.1 standard errors to what prompt and answer tell of the labels; these add 0.4 to it."
     )
     assumed = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 0.5}})
     assert not any("Opinions decide who" in sentence for sentence in advise(assumed, PROPENSITY, RATES))

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.members import CrossFit
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
-from causalrm_ray.estimators.core.training import FitSettings, predict
+from causalrm_ray.estimators.core.training import Calling, FitSettings, predict
 from causalrm_ray.estimators.methods import mechanisms
 from causalrm_ray.estimators.methods.class_wise import CLASS_WISE, weighted_risk
-from causalrm_ray.estimators.methods.mechanisms import _selection_start, _spread, fit_label, likely_odds
+from causalrm_ray.estimators.methods.mechanisms import _selection_start, _spread, fit_features, fit_label, likely_odds
 from causalrm_ray.estimators.methods.selection import SELECTION, Averaged, fit_mechanisms
 from causalrm_ray.losses.pointwise import bce
+from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.metrics import r2
 from causalrm_ray.models.heads import Corrected, EnsembleScorer
 from causalrm_ray.types import NoiseRates
@@ -162,48 +163,77 @@ def test_members_start_about_the_likely_odds_and_nearer_to_them_the_more_labels_
     torch.testing.assert_close(start, torch.tensor(expected))
 
 
-@pytest.mark.parametrize(("selection", "low", "high"), [("label", 0.6, 2.5), ("mirrored", -2.5, -0.6), ("features", -0.4, 0.4)])
+@pytest.mark.parametrize(("selection", "low", "high"), [("label", 0.3, 2.4), ("mirrored", -2.4, -0.3), ("features", -0.4, 0.2)])
 def test_likely_odds_lean_to_who_gives_feedback(selection: str, low: float, high: float) -> None:
-    """True log-odds of 2.4, -2.4 and 0; a start stays within two standard deviations of its prior, 1.4 from half the log-odds of
-    what is liked among the feedback."""
+    """True log-odds are 2.4, -2.4 and 0: odds are drawn to equal ones, but not beyond."""
     assert low < likely_odds(task(selection)) < high
 
 
 def test_likely_odds_are_the_mean_of_what_prior_and_held_out_rows_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     given = task("label")
     liked = 0.8
-    risks = torch.tensor([[0.2, 0.1, 0.1], [0.4, 0.3, 0.5]]).repeat(2, 1)  # nats of four rows under each start
+    risks = torch.tensor([[0.2, 0.1, 0.1], [0.5, 0.3, 0.6]]).repeat(2, 1)  # nats of four rows under each start
     fitted = CrossFit(None, torch.arange(4), torch.zeros(4, 3, 6), risks, risks.mean(1))
     monkeypatch.setattr(mechanisms, "_scorer", lambda task: (EnsembleScorer(world("label")[0], members=3), liked))
     monkeypatch.setattr(mechanisms, "_fit_label", lambda task, folds, odds: (None, fitted))
     odds = [math.log(4) / 2 + steps * math.sqrt(0.5) for steps in (-2, 0, 2)]
-    density = [
-        math.exp(-sum(column)) * math.exp(-(steps**2) / 2) for column, steps in zip(risks.T.tolist(), (-2, 0, 2), strict=True)
-    ]
-    assert likely_odds(given) == pytest.approx(sum(w * o for w, o in zip(density, odds, strict=True)) / sum(density), rel=1e-5)
-    clusters = Observations(given.observations.o, given.observations.r, torch.arange(ROWS) // 2)
-    pairs = likely_odds(replace(given, observations=clusters))  # rows in pairs that differ: as if there were more than they are
-    assert pairs == pytest.approx(likely_odds(given), rel=1e-5)
+
+    def expected(counted: float) -> float:
+        density = [
+            math.exp(-counted * sum(nats) - steps**2 / 2) for nats, steps in zip(risks.T.tolist(), (-2, 0, 2), strict=True)
+        ]
+        return sum(w * o for w, o in zip(density, odds, strict=True)) / sum(density)
+
+    assert likely_odds(given) == pytest.approx(expected(1), rel=1e-5)
+    # Two clusters of two equal rows, a - m = m - b = d: the mean's error is d for clusters, and sqrt(4 / 3) d / 2 for rows.
+    clusters = Observations(given.observations.o, given.observations.r, torch.arange(ROWS) % 2)
+    assert likely_odds(replace(given, observations=clusters)) == pytest.approx(expected(1 / 3), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["latent", "auto"])
 def test_a_method_says_how_its_feedback_is_to_be_weighed(name: str) -> None:
     given, rows = task("label"), torch.cat([TRAIN, HELD_OUT])
-    v1, v0 = SELECTION[name].fit(given).weights
+    fit = SELECTION[name].fit(given)
+    v1, v0 = class_weights(given.observations.o, given.observations.r, *fit.propensities, fit.rates)
     assert set((v1 + v0)[given.observations.o == 0].tolist()) == {0.0}
     assert float((v1 + v0)[rows].mean()) == pytest.approx(1.0, abs=0.15)  # 1 where rates and selection are right
 
 
-def test_class_weights_rest_on_the_mechanisms_ratios() -> None:
+def test_propensities_of_opinions_are_the_joint_over_the_share() -> None:
     _, observations, _, _ = world("label")
     label = found("label").mechanisms["label"]
-    v1, v0 = label.class_weights(observations)
-    p1 = (label.joint[:, 0] / label.opinion).clamp(0.05, 1)
-    o, r = observations.o[label.rows], observations.r[label.rows]
-    rates = label.rates
-    spread = 1 - rates.rho_01 - rates.rho_10
-    torch.testing.assert_close(v1[label.rows], o * ((1 - rates.rho_10) * r - rates.rho_10 * (1 - r)) / spread / p1)
-    assert set(v0[FRESH][observations.o[FRESH] == 0].tolist()) == {0.0}
+    p1, p0 = label.propensities(observations)
+    torch.testing.assert_close(p1[label.rows], (label.joint[:, 0] / label.opinion).clamp(0.05, 1))
+    torch.testing.assert_close(p0[label.rows], (label.joint[:, 1] / (1 - label.opinion)).clamp(0.05, 1))
+    torch.testing.assert_close(p1[FRESH], torch.full((len(FRESH),), 0.05))  # rows of no fold: the clip
+
+
+def test_known_rates_are_taken_as_they_are() -> None:
+    known = NoiseRates(0.3, 0.05)
+    few = replace(task("label"), nuisances=Nuisances(rates=known), train=TRAIN[:400], heldout=HELD_OUT[:100])
+    for name in ("latent", "two_stage"):
+        fit = SELECTION[name].fit(few)
+        assert fit.rates.rho_01 == pytest.approx(0.3)
+        assert fit.rates.rho_10 == pytest.approx(0.05)
+
+
+def test_a_shift_changes_opinions_and_not_outcomes() -> None:
+    mechanism, _ = fit_features(replace(task("features"), train=TRAIN[:400], heldout=HELD_OUT[:100]))
+    inputs = task("features").inputs
+    opinion, scored = torch.logit(mechanism.opinion), predict(Calling(mechanism.scorer, "members"), inputs)
+    moved = mechanism.shifted(0.7)
+    torch.testing.assert_close(torch.logit(moved.opinion), opinion - 0.7, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(predict(Calling(moved.scorer, "members"), inputs), scored - 0.7, atol=1e-5, rtol=1e-4)
+    assert torch.equal(moved.joint, mechanism.joint)
+    torch.testing.assert_close(moved.label_logit(), mechanism.label_logit())
+
+
+def test_label_logits_are_those_of_the_noise_channel() -> None:
+    mechanism = found("features").mechanisms["features"]
+    joint = mechanism.joint.double()
+    e, rates = joint[:, 0] / joint.sum(1), mechanism.rates
+    says_liked = rates.rho_10 + (1 - rates.rho_01 - rates.rho_10) * e
+    torch.testing.assert_close(torch.sigmoid(mechanism.label_logit()), says_liked, atol=1e-5, rtol=1e-4)
 
 
 def test_weighted_risk_by_hand() -> None:
