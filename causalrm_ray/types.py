@@ -19,6 +19,7 @@ Truncation = Literal["refuse", "oldest"]  # of what is too long for a model: cau
 LoraTargets = Literal["auto"] | tuple[str, ...]  # of adapters: causalrm_ray.models.lora.linear_layers
 StopReason = Literal["stop", "length"]
 NoiseEstimator = Literal["curve", "anchors"]  # of the noise rates: estimators.nuisances.noise_rates
+Selection = Literal["label", "features", "trait", "popularity", "mixed"]  # who gives feedback: data.simulate.simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,3 +178,4 @@ SCENARIOS = {
     1: NoiseRates(rho_01=0.2, rho_10=0.1),
     2: NoiseRates(rho_01=0.1, rho_10=0.2),
 }
+FEEDBACK_RATE = 0.2  # their share of answers with feedback

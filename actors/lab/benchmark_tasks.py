@@ -20,7 +20,7 @@ from causalrm_ray import metrics
 from causalrm_ray.config.benchmark import HeadConfig
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.data.embeddings import GradedEmbeddings
-from causalrm_ray.data.simulate import Selection, SimulatedLog, preferences, rescale, simulate, threshold
+from causalrm_ray.data.simulate import SimulatedLog, preferences, rescale, simulate, threshold
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import NOISE_FREE, Observations, load_method
 from causalrm_ray.estimators.core.training import FitSettings, predict
@@ -29,7 +29,7 @@ from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_mode
 from causalrm_ray.estimators.studies.noise_study import StudyResult, World, study
 from causalrm_ray.estimators.studies.semisynthetic import Bias, bias_table
 from causalrm_ray.models.heads import FeatureScorer, centre_and_scale
-from causalrm_ray.types import SCENARIOS, NoiseRates
+from causalrm_ray.types import FEEDBACK_RATE, SCENARIOS, NoiseRates, Selection
 
 METRICS = ("r2", "mae", "mse", "auroc", "pearson")
 Splits = tuple[GradedEmbeddings, GradedEmbeddings]  # train, test
@@ -37,19 +37,24 @@ Splits = tuple[GradedEmbeddings, GradedEmbeddings]  # train, test
 
 @dataclass(frozen=True)
 class Setting:
-    """How a log is simulated: `scenario` numbers a pair of noise rates, or gives the rates."""
+    """How a log is simulated: `scenario` numbers a pair of noise rates, or gives the rates.
 
-    alpha: float
+    `alpha` is None for a selection that it does not matter for; `feedback_rate` is the mean propensity.
+    """
+
+    alpha: float | None
     scenario: int | NoiseRates
     selection: Selection
+    feedback_rate: float = FEEDBACK_RATE
 
     @property
     def name(self) -> str:
-        """Its name in file names."""
+        """Its name in file names, without the feedback rate, which is one for all of a benchmark."""
         noise = f"scenario-{self.scenario}"
         if isinstance(self.scenario, NoiseRates):
             noise = f"rho-{self.scenario.rho_01!r}-{self.scenario.rho_10!r}"
-        return f"alpha-{self.alpha!r}_{noise}_{self.selection}"
+        strength = "" if self.alpha is None else f"alpha-{self.alpha!r}_"
+        return f"{strength}{noise}_{self.selection}"
 
     @property
     def rates(self) -> NoiseRates:
@@ -58,24 +63,35 @@ class Setting:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """Its columns in tables: alpha, scenario (a number, or "rho 0.05/0.1"), selection, rho_01, rho_10."""
+        """Its columns in tables: alpha (a number, or ""), scenario (a number, or "rho 0.05/0.1"), selection, rho_01, rho_10."""
         rates, scenario = self.rates, self.scenario
         named = f"rho {rates.rho_01:g}/{rates.rho_10:g}" if isinstance(scenario, NoiseRates) else scenario
-        return {"alpha": self.alpha, "scenario": named, "selection": self.selection, **asdict(rates)}
+        alpha = "" if self.alpha is None else self.alpha
+        return {"alpha": alpha, "scenario": named, "selection": self.selection, **asdict(rates)}
 
-    def log(self, levels: Tensor, features: Tensor, seed: int) -> SimulatedLog:
-        """A log of the rows `levels` [N] with `features` [N, D]."""
-        return simulate(levels, features, alpha=self.alpha, scenario=self.scenario, selection=self.selection, seed=seed)
+    def log(self, data: GradedEmbeddings, seed: int) -> SimulatedLog:
+        """A log of the rows of `data`."""
+        return simulate(
+            data.levels,
+            data.features,
+            alpha=self.alpha,
+            scenario=self.scenario,
+            selection=self.selection,
+            seed=seed,
+            rate=self.feedback_rate,
+            prompts=data.prompts,
+        )
 
 
 @dataclass(frozen=True)
 class CellSpec:
-    """Which methods to fit on a setting's log under a seed, and how."""
+    """Which methods to fit on a setting's log under a seed, and how; `strata`: are they given the log's."""
 
     setting: Setting
     seed: int
     methods: tuple[str, ...]
     head: HeadConfig
+    strata: bool = False
 
     @property
     def name(self) -> str:
@@ -108,13 +124,14 @@ def run_cell(spec: CellSpec, data: Splits) -> list[MethodResult]:
     head, (train, test) = spec.head, data
     centre, scale = centre_and_scale(train.features)  # one scale, so that directions keep their relative weight
     features, test_features = ((split.features.float() - centre) / scale for split in (train, test))
-    log = spec.setting.log(train.levels, train.features, spec.seed)
+    log = spec.setting.log(train, spec.seed)
     inputs, observations = FeatureRows(features), Observations(log.o, log.r)
     make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
     settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, spec.seed, head.bf16)
     raw, _ = cross_fit(make_scorer, inputs, log.o, settings)
     propensity = calibrate(raw, log.o, head.clip, seed=spec.seed).prob
-    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings)
+    strata = log.strata if spec.strata else None
+    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, strata=strata)
     rates, fault = None, None
     try:
         rates = fit(methods=()).rates
@@ -130,10 +147,13 @@ def run_cell(spec: CellSpec, data: Splits) -> list[MethodResult]:
 
 
 def run_bias(setting: Setting, train_and_draws: tuple[GradedEmbeddings, int]) -> list[Bias]:
-    """Biases of the estimators with the true propensity, rates and preferences, on that many logs of the train split."""
+    """Biases of the estimators with the true propensity, rates and preferences, on that many logs of the train split.
+
+    The propensity given what selects is the same under every seed, so that of the first log is everyone's.
+    """
     torch.set_num_threads(1)
     train, draws = train_and_draws
-    logs = [setting.log(train.levels, train.features, seed) for seed in range(draws)]
+    logs = [setting.log(train, seed) for seed in range(draws)]
     truth, observations = logs[0], [Observations(log.o, log.r) for log in logs]
     return bias_table(rescale(train.levels), truth.preference, truth.propensity, truth.rates, observations)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from causalrm_ray.config.base import ClusterConfig, ComparedName, Distinct, NotEmpty, RatePair, RunFolder, Section
-from causalrm_ray.types import SCENARIOS
+from causalrm_ray.types import FEEDBACK_RATE, SCENARIOS, Selection
 
 
 class BenchmarkCluster(ClusterConfig):
@@ -43,12 +43,15 @@ class HeadConfig(Section):
 
 
 class BenchmarkConfig(Section):
-    """Methods on one graded data set: a cell for each alpha, scenario or rho, selection and seed."""
+    """Methods on one graded data set: a cell for each alpha, scenario or rho, selection and seed.
 
-    train: Path = Field(description="graded embeddings to simulate a log from: embeddings, labels")
+    Selection by popularity, or mixed, does not depend on alpha and has one cell for all of them.
+    """
+
+    train: Path = Field(description="graded embeddings to simulate a log from: embeddings, labels, and prompts, if known")
     test: Path = Field(description="graded embeddings of the clean test split")
     alpha: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], NotEmpty, Distinct] = Field(
-        (0.5,), description="selection strengths; 1 is none, smaller is stronger"
+        (0.5,), description="strengths of selection by label, features or trait; 1 is none, smaller is stronger"
     )
     scenarios: Annotated[tuple[Literal[1, 2], ...], Distinct] = Field(
         (1, 2), description="noise rates (rho_01, rho_10): 1 is (0.2, 0.1), 2 is (0.1, 0.2)"
@@ -56,8 +59,17 @@ class BenchmarkConfig(Section):
     rho: Annotated[tuple[RatePair, ...], Distinct] = Field(
         (), description="further noise rates as pairs [rho_01,rho_10], for the sensitivity to them: [[0.05,0.05],[0.1,0.1]]"
     )
-    selection: Annotated[tuple[Literal["label", "features"], ...], NotEmpty, Distinct] = Field(
-        ("label", "features"), description="what drives feedback: the label (missing not at random), or features"
+    selection: Annotated[tuple[Selection, ...], NotEmpty, Distinct] = Field(
+        ("label", "features"),
+        description="what drives feedback: the label (missing not at random); features; trait: the pleased give it where the "
+        "features have a trait, else the displeased; popularity, log-normal by prompt, or along a fixed direction of the "
+        "features where the file numbers no prompts; mixed: popularity, and the pleased three times as readily",
+    )
+    feedback_rate: float = Field(FEEDBACK_RATE, gt=0, lt=1, description="mean share of answers that get feedback")
+    strata: bool = Field(
+        False,
+        description="give methods that can use traits those that the log carries: trait's own, or thirds of popularity "
+        "(popularity, mixed)",
     )
     methods: Annotated[tuple[ComparedName, ...], Distinct] = Field(
         (), description="estimators; []: every one, and oracle, fitted on true preferences"

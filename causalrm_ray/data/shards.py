@@ -92,32 +92,39 @@ def read_states(path: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def conclude(shards: RowShards, states: Path, folder: Path, quarantine: Quarantine) -> dict[Split, int]:
-    """Write rows.parquet and, for each split, embeddings [N, D] and labels [N] in its order; returns how many rows each has.
+    """Write rows.parquet and, for each split, embeddings [N, D], labels [N] and prompts [N] in its order; returns how many rows
+    each has.
 
-    Rows with a fault go to `quarantine`. Raises InputError where none, or only one level, is left of a split.
+    Distinct prompts are numbered from 0, those of the test split after those of the train split. Rows with a fault go to
+    `quarantine`. Raises InputError where none, or only one level, is left of a split.
     """
     kept: dict[Split, int] = {}
+    numbers: dict[str, int] = {}
     with pq.ParquetWriter(folder / ".rows.parquet", KEPT_SCHEMA, **CHECKSUMS) as writer:
         for split in SPLIT_NAMES:
             found = [
-                _good(shards.folder / name, states / name, quarantine, split, writer)
+                _good(shards.folder / name, states / name, quarantine, split, writer, numbers)
                 for name in shards.names
                 if _split(name) == split
             ]
-            levels = np.concatenate([level for _, level in found])
+            levels = np.concatenate([level for _, level, _ in found])
             kept[split] = len(levels)
             _require_levels(split, set(np.unique(levels).tolist()), len(levels), quarantine.first_fault)
-            embeddings = np.concatenate([state for state, _ in found])
+            embeddings = np.concatenate([state for state, *_ in found])
+            prompts = np.concatenate([prompt for *_, prompt in found])
             del found
-            write_embeddings(folder / f"{split}.safetensors", embeddings, levels)
+            write_embeddings(folder / f"{split}.safetensors", embeddings, levels, prompts)
     (folder / ".rows.parquet").replace(folder / "rows.parquet")
     return kept
 
 
 def _good(
-    rows: Path, states: Path, quarantine: Quarantine, split: Split, writer: pq.ParquetWriter
-) -> tuple[np.ndarray, np.ndarray]:
-    """States and levels of the rows of a shard that have no fault, which are written; the others are quarantined."""
+    rows: Path, states: Path, quarantine: Quarantine, split: Split, writer: pq.ParquetWriter, numbers: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States, levels and prompts of the rows of a shard that have no fault, which are written; the others are quarantined.
+
+    `numbers` of prompts are added to.
+    """
     table = read_parquet(rows)
     found, faults = read_states(states)
     if len(found) != len(table):
@@ -129,7 +136,8 @@ def _good(
     good = np.array([not fault for fault in faults])
     table = table.filter(pa.array(good))
     writer.write_table(table.add_column(0, "split", pa.array([split] * len(table), pa.string())).cast(KEPT_SCHEMA))
-    return found[good], table["level"].to_numpy()
+    prompts = [numbers.setdefault(prompt, len(numbers)) for prompt in table["prompt"].to_pylist()]
+    return found[good], table["level"].to_numpy(), np.array(prompts, np.int64)
 
 
 def _split(name: str) -> Split:

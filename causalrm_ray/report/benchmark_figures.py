@@ -1,7 +1,8 @@
 """Pictures of the tables of `benchmark` and `compare`, as PNG.
 
-A table has a line per setting and method, with columns "alpha", "scenario" (a number, or text that gives other noise rates),
-"selection", "method", the true "rho_01" and "rho_10", and of each figure the mean over seeds and "<figure>_sd" (NaN: unknown).
+A table has a line per setting and method, with columns "alpha" (a number, or "" where it does not matter), "scenario" (a
+number, or text that gives other noise rates), "selection", "method", the true "rho_01" and "rho_10", and of each figure the mean
+over seeds and "<figure>_sd" (NaN: unknown).
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ import pandas as pd
 
 from causalrm_ray.estimators.methods.reweighting import ABLATIONS
 from causalrm_ray.report.pictures import BLUE, GREY, ORANGE
+from causalrm_ray.types import Selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FLOOR = -1.0  # bars and lines of R2 are cut here: a worse model is useless, and its bar would dwarf all others
-SELECTIONS = {"label": "selection by the label", "features": "selection by features"}
+SELECTIONS: Mapping[Selection, str] = {
+    "label": "selection by the label",
+    "features": "selection by features",
+    "trait": "selection by trait and label",
+    "popularity": "selection by popularity",
+    "mixed": "selection by popularity and label",
+}
 MARKS = "osD^v<>pPX*hd"
 COLOURS = 10  # with more curves than these only ours, the worst and the best method have one
 ENDS = ("naive", "oracle")
@@ -39,7 +47,7 @@ def draw_bars(table: pd.DataFrame, path: Path) -> None:
     for panels, ((scenario, selection), lines) in zip(grid, groups, strict=True):
         _draw_bars(panels[0], lines, "r2", "R² against true preference", 0.0)
         _draw_bars(panels[1], lines, "auroc", "AUROC", 0.5)
-        title = f"{_noise(scenario)}, {SELECTIONS[selection]}, alpha {lines['alpha'].iloc[0]:g}"
+        title = ", ".join([_noise(scenario), *_selected(selection, lines["alpha"].iloc[0])])
         panels[0].set_title(title, loc="left", fontsize=10)
         panels[1].set_yticklabels([])
     figure.savefig(path, dpi=110)
@@ -58,7 +66,8 @@ def ablation_lines(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
-    """R2 of every method over alpha, a panel per scenario and selection, with standard deviations over seeds."""
+    """R2 of every method over alpha, a number in each line, a panel per scenario and selection, with standard deviations over
+    seeds."""
     titles = table["scenario"].map(_noise) + ", " + table["selection"].map(SELECTIONS)
     ticks = {alpha: f"{alpha:g}" for alpha in sorted(set(table["alpha"]))}
     _draw_lines(table.assign(title=titles, x=table["alpha"]), ticks, "alpha (smaller selects more strongly)", path, xscale="log")
@@ -68,7 +77,7 @@ def draw_rho_sensitivity(table: pd.DataFrame, path: Path) -> None:
     """R2 of every method over the noise rates, the least noise first, a panel per alpha and selection, as `draw_sensitivity`."""
     pairs = list(zip(table["rho_01"], table["rho_10"], strict=True))
     place = {pair: number for number, pair in enumerate(sorted(set(pairs), key=lambda pair: (sum(pair), pair)))}
-    titles = "alpha " + table["alpha"].map("{:g}".format) + ", " + table["selection"].map(SELECTIONS)
+    titles = [", ".join(_selected(*pair)) for pair in zip(table["selection"], table["alpha"], strict=True)]
     ticks = {float(number): f"{rho_01:g}\n{rho_10:g}" for (rho_01, rho_10), number in place.items()}
     points = table.assign(title=titles, x=[place[pair] for pair in pairs])
     _draw_lines(points, ticks, "true rho_01 (above) and rho_10 (below)", path, xscale="linear")
@@ -104,7 +113,7 @@ def _draw_lines(table: pd.DataFrame, ticks: Mapping[float, str], xlabel: str, pa
     for panel in grid[len(panels) :]:
         panel.set_visible(False)
     handles = {}
-    for panel, (title, points) in zip(grid, panels, strict=False):
+    for place, (panel, (title, points)) in enumerate(zip(grid, panels, strict=False)):
         for number, method in enumerate(methods):
             curve = points[points["method"] == method].sort_values("x")
             if not curve.empty:
@@ -118,6 +127,9 @@ def _draw_lines(table: pd.DataFrame, ticks: Mapping[float, str], xlabel: str, pa
         panel.set_xticks(list(ticks), list(ticks.values()))
         panel.minorticks_off()
         panel.label_outer()
+        if place + columns >= len(panels):  # the lowest of its column, also above a place that is left empty
+            panel.set_xlabel(xlabel)
+            panel.tick_params(labelbottom=True)
     figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -125,6 +137,11 @@ def _draw_lines(table: pd.DataFrame, ticks: Mapping[float, str], xlabel: str, pa
 def _is_ours(method: str) -> bool:
     """Whether it is CausalRM or the default; the parts of an ablation are not."""
     return method == "auto" or (method.startswith("causalrm") and PART not in method)
+
+
+def _selected(selection: Selection, alpha: float | str) -> list[str]:
+    """The parts of a title that say how feedback is selected."""
+    return [SELECTIONS[selection], *([] if alpha == "" else [f"alpha {alpha:g}"])]
 
 
 def _noise(scenario: object) -> str:

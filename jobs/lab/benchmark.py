@@ -3,7 +3,8 @@
 alpha x noise rates x selection x seed --> cells, one Ray task each --> cells/*.json --> results.csv --> table.md, figures
 alpha x noise rates x selection        --> biases of the estimators --> bias/*.json  --> bias.csv    --> bias.md
 
-Noise rates are those of the paper's scenarios, and further pairs.
+Noise rates are those of the paper's scenarios, and further pairs. Selection that does not read alpha has one setting for all of
+them, whose alpha is empty in the tables.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from causalrm_ray.checks import check_both_classes
 from causalrm_ray.config.benchmark import BenchmarkConfig
 from causalrm_ray.config.options import dump_config, load_tree
 from causalrm_ray.data.embeddings import load_pair
-from causalrm_ray.data.simulate import preferences, threshold
+from causalrm_ray.data.simulate import WITHOUT_ALPHA, preferences, threshold
 from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.estimators.core.task import load_method
 from causalrm_ray.estimators.pipeline import ORACLE
@@ -39,6 +40,7 @@ from jobs.support.progress import Progress
 SETTING = ["alpha", "scenario", "selection"]
 FIGURES = [*METRICS, "rho_01_hat", "rho_10_hat", "fit_s"]
 RATES = ["rho_01", "rho_10"]  # the true ones
+FIXED = ("train", "test", "head", "feedback_rate", "strata")  # options that cells depend on and are not named by
 COLUMNS = ["dataset", *SETTING, "method", "seed", *FIGURES, *RATES]
 BIAS_COLUMNS = ["dataset", *SETTING, *(field.name for field in fields(Bias))]
 Spec = TypeVar("Spec", CellSpec, Setting)
@@ -87,7 +89,8 @@ def _conclude(config: BenchmarkConfig, methods: Sequence[str], folder: Path) -> 
     write_csv(rows, folder / "results.csv")
     table = tabulate(rows)
     texts = table_texts(table)
-    write_markdown(texts, folder / "table.md", "mean ± standard deviation over seeds")
+    given = f"feedback rate {config.feedback_rate:g}{', strata given' if config.strata else ''}"
+    write_markdown(texts, folder / "table.md", f"mean ± standard deviation over seeds; {given}")
     _draw(config, table, folder)
     if config.bias_draws:
         biases = read_biases(config)
@@ -102,12 +105,14 @@ def _draw(config: BenchmarkConfig, table: pd.DataFrame, folder: Path) -> None:
     scenarios = table[table["scenario"].isin(config.scenarios)]
     scenarios = table if scenarios.empty else scenarios
     ablation = ablation_lines(scenarios)
-    for alpha in config.alpha:
+    for alpha in dict.fromkeys(setting.labels["alpha"] for setting in settings(config)):
+        part = f"alpha-{alpha!r}" if alpha else "no-alpha"
         for name, lines in (("bars", scenarios), ("ablation", ablation)):
             if not lines.empty:
-                draw_bars(lines[lines["alpha"] == alpha], folder / f"{name}-alpha-{alpha!r}.png")
-    if len(config.alpha) > 1:
-        draw_sensitivity(scenarios, folder / "sensitivity.png")
+                draw_bars(lines[lines["alpha"] == alpha], folder / f"{name}-{part}.png")
+    with_alpha = scenarios[scenarios["alpha"] != ""]
+    if len(config.alpha) > 1 and not with_alpha.empty:
+        draw_sensitivity(with_alpha.astype({"alpha": float}), folder / "sensitivity.png")
     if config.rho:
         draw_rho_sensitivity(table, folder / "sensitivity-rho.png")
 
@@ -115,13 +120,17 @@ def _draw(config: BenchmarkConfig, table: pd.DataFrame, folder: Path) -> None:
 def settings(config: BenchmarkConfig) -> list[Setting]:
     """All settings, in the order of the tables."""
     rates = [*config.scenarios, *(NoiseRates(*pair) for pair in config.rho)]
-    return [Setting(*values) for values in itertools.product(config.alpha, rates, config.selection)]
+    found = (
+        Setting(None if selection in WITHOUT_ALPHA else alpha, noise, selection, config.feedback_rate)
+        for alpha, noise, selection in itertools.product(config.alpha, rates, config.selection)
+    )
+    return list(dict.fromkeys(found))
 
 
 def cells(config: BenchmarkConfig, methods: Sequence[str]) -> list[CellSpec]:
     """All cells, in the order of the tables."""
     kinds = itertools.product(settings(config), config.seeds)
-    return [CellSpec(setting, seed, tuple(methods), config.head) for setting, seed in kinds]
+    return [CellSpec(setting, seed, tuple(methods), config.head, config.strata) for setting, seed in kinds]
 
 
 def read_cells(config: BenchmarkConfig, methods: Sequence[str]) -> pd.DataFrame:
@@ -181,7 +190,7 @@ def _begin(config: BenchmarkConfig, folder: Path) -> None:
     file = folder / "config.yaml"
     if config.run.resume:
         started = load_tree(BenchmarkConfig, file)
-        for name in ("train", "test", "head"):
+        for name in FIXED:
             was, got = getattr(started, name), getattr(config, name)
             if was != got:
                 raise ConfigError(f"{name}: must stay as it was when {folder} began, or its cells mix; was {was}, got {got}")

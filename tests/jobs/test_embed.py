@@ -122,6 +122,8 @@ def _check_against_the_model(model: str, folder: Path) -> None:
         own = [row for row in rows if row["split"] == split]
         tensors = load_file(folder / f"{split}.safetensors")
         assert len(own) == len(tensors["labels"]) > 0
+        pairs = set(zip((row["prompt"] for row in own), tensors["prompts"].tolist(), strict=True))
+        assert len(pairs) == len(dict(pairs)) == len({number for _, number in pairs})  # one number a prompt
         for row, state, level in zip(own, tensors["embeddings"], tensors["labels"], strict=True):
             tokens = torch.tensor([encode_pair(tokenizer, row["prompt"], row["response"])])
             with torch.inference_mode():

@@ -14,12 +14,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from causalrm_ray.data.simulate import FEEDBACK_RATE, QUINTILES, propensities
+from causalrm_ray.data.simulate import QUINTILES, propensities
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.nuisances.noise_rates import estimate_noise_rates
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.types import FEEDBACK_RATE, NoiseRates
 
 World = Literal["features", "label", "clusters", "ramp", "weak"]
 WIDTH, FOLDS, RIDGE = 12, 3, 3.0

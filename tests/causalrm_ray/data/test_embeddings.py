@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from causalrm_ray.data.embeddings import load_embeddings, load_pair
+from causalrm_ray.data.embeddings import load_embeddings, load_pair, write_embeddings
 from causalrm_ray.errors import InputError
 
 GOOD = {"embeddings": torch.arange(6.0).reshape(3, 2), "labels": torch.tensor([0.0, 2.0, 4.0])}
@@ -47,11 +48,30 @@ def test_tensors_come_in_as_stored(kind: torch.dtype, labels: Tensor, tmp_path: 
         ({"labels": torch.tensor([True, False, True])}, "tensor 'labels' must be numbers, got torch.bool"),
         ({"labels": torch.tensor([0.0, torch.inf, 1.0])}, "tensor labels must be finite, got inf at position 1"),
         ({"labels": torch.ones(3)}, r"tensor 'labels' must hold at least two levels, got \[1.0\] in all 3 rows"),
+        ({"prompts": torch.zeros(3)}, "tensor 'prompts' must be int64, got torch.float32"),
+        (
+            {"prompts": torch.tensor([0, 1])},
+            r"tensor 'prompts' must be \[N\], one for each of the 3 rows of 'embeddings', got shape \[2\]",
+        ),
     ],
 )
 def test_a_faulty_tensor_is_named_with_its_rule_and_value(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"bad\.safetensors: {message}"):
         load_embeddings(write(tmp_path / "bad.safetensors", **tensors))
+
+
+def test_prompts_come_in_where_there_are_any_and_are_under_the_hash(tmp_path: Path) -> None:
+    assert load_embeddings(write(tmp_path / "a.safetensors")).prompts is None
+    features, levels, prompts = GOOD["embeddings"].numpy(), GOOD["labels"].numpy(), np.array([7, 0, 7])
+    write_embeddings(tmp_path / "b.safetensors", features, levels, prompts)
+    found = load_embeddings(tmp_path / "b.safetensors").prompts
+    assert found is not None
+    assert found.tolist() == [7, 0, 7]
+    whole = (tmp_path / "b.safetensors").read_bytes()
+    place = whole.index(prompts.tobytes())
+    (tmp_path / "b.safetensors").write_bytes(whole[:place] + b"\x06" + whole[place + 1 :])  # 7 becomes 6
+    with pytest.raises(InputError, match="its tensors must match the sha256 in its metadata"):
+        load_embeddings(tmp_path / "b.safetensors")
 
 
 def test_a_missing_tensor_is_named_with_what_is_there(tmp_path: Path) -> None:

@@ -72,13 +72,18 @@ def test_the_end_keeps_embeddings_labels_and_rows_in_one_order_without_the_fault
     kept = conclude(shards, tmp_path / "states", tmp_path / "out", Quarantine(file))
     assert kept == {"train": 6, "test": 6}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rows.parquet", "test.safetensors", "train.safetensors"]
-    table = pq.read_table(tmp_path / "out" / "rows.parquet").to_pylist()
+    table, numbers = pq.read_table(tmp_path / "out" / "rows.parquet").to_pylist(), {}
     for split in ("train", "test"):
         own = [row for row in table if row["split"] == split]
         tensors = load_file(tmp_path / "out" / f"{split}.safetensors")
         assert tensors["embeddings"][:, 0].tolist() == [float(row["response"].split()[1]) for row in own]
         assert set(tensors["embeddings"][:, 1].tolist()) == {float(split == "train")}
         assert tensors["labels"].tolist() == [row["level"] for row in own]
+        assert tensors["prompts"].dtype == np.int64
+        numbers[split] = dict(zip((row["prompt"] for row in own), tensors["prompts"].tolist(), strict=True))
+        assert [numbers[split][row["prompt"]] for row in own] == tensors["prompts"].tolist()
+    assert numbers["train"] == {"p0": 0, "p2": 1, "p3": 2, "p4": 3, "p5": 4, "p6": 5}
+    assert numbers["test"] == {"p0": 0, "p1": 6, "p2": 1, "p3": 2}  # without test 4
     train, _ = load_pair(tmp_path / "out" / "train.safetensors", tmp_path / "out" / "test.safetensors")
     assert train.levels.tolist() == [0, 2, 0, 1, 2, 0]
     entries = [json.loads(line) for line in file.getvalue().splitlines()]

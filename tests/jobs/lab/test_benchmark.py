@@ -168,7 +168,7 @@ def _divide(by: int, value: int) -> float:
         ("head.hidden=[0]", "head.hidden.0: Input should be greater than 0, got 0"),
         ("seeds=[0,0]", "seeds: must not hold a value twice, got [0, 0]"),
         ("scenarios=[3]", "scenarios.0: Input should be 1 or 2, got 3"),
-        ("selection=[luck]", "selection.0: Input should be 'label' or 'features', got 'luck'"),
+        ("selection=[luck]", "selection.0: Input should be 'label', 'features', 'trait', 'popularity' or 'mixed', got 'luck'"),
         ("methods=[causalrm]", "got 'causalrm'; did you mean 'causalrm_"),
         ("rho=[[0.6,0.5]]", "rho.0: rho_01 + rho_10 must be below 1"),
         ("rho=[[0.2,0.1]]", "rho: must not repeat a scenario, got (0.2, 0.1)"),
@@ -256,7 +256,7 @@ def test_a_setting_is_named_by_its_scenario_or_its_rates() -> None:
     assert one.labels == {"alpha": 0.5, "scenario": 1, "selection": "label", "rho_01": 0.2, "rho_10": 0.1}
     assert other.labels == {**one.labels, "scenario": "rho 0.05/0.1", "rho_01": 0.05}
     data = graded(300, 0)
-    assert other.log(data.levels, data.features, 0).rates == other.rates == NoiseRates(0.05, 0.1)
+    assert other.log(data, 0).rates == other.rates == NoiseRates(0.05, 0.1)
 
 
 FULL = pd.concat(
