@@ -141,8 +141,11 @@ def run_cell(spec: CellSpec, data: Splits) -> list[MethodResult]:
     measure = partial(_fit_method, fit, log.preference, FeatureRows(test_features), truth)
     results = []
     for method in spec.methods:
-        needed = rates if method != ORACLE and "rates" in load_method(method).needs else NOISE_FREE
-        results.append(MethodResult(method, fault=fault) if needed is None else measure(method, needed))
+        needs = frozenset[str]() if method == ORACLE else load_method(method).needs
+        if "rates" in needs:
+            results.append(MethodResult(method, fault=fault) if rates is None else measure(method, rates))
+        else:
+            results.append(measure(method, None if "states" in needs else NOISE_FREE))  # on states, methods find their own
     return results
 
 
@@ -179,7 +182,7 @@ def run_noise(spec: NoiseSpec, repetitions: tuple[int, int]) -> StudyResult:
 
 
 def _fit_method(
-    fit: Callable[..., RewardFits], preference: Tensor, test: FeatureRows, truth: Tensor, method: str, rates: NoiseRates
+    fit: Callable[..., RewardFits], preference: Tensor, test: FeatureRows, truth: Tensor, method: str, rates: NoiseRates | None
 ) -> MethodResult:
     began = time.perf_counter()
     clean = preference if method == ORACLE else None
@@ -188,7 +191,7 @@ def _fit_method(
     except (InputError, FloatingPointError) as error:
         return MethodResult(method, fault=str(error))
     seconds = time.perf_counter() - began
-    used = {} if rates is NOISE_FREE else asdict(rates)
+    used = {} if rates is None or rates is NOISE_FREE else asdict(rates)
     used |= {name: value for name, value in fitted.figures.items() if name in ("rho_01", "rho_10")}
     known = MethodResult(method, rho_01_hat=used.get("rho_01"), rho_10_hat=used.get("rho_10"), fit_s=seconds)
     prob = torch.sigmoid(predict(fitted.scorer, test))
