@@ -176,6 +176,39 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.parametrize("method", ["causalrm_ips", "auto"])
+def test_a_few_judged_rows_set_the_level_and_are_kept_with_the_model(method: str, tmp_path: Path) -> None:
+    X, y, _, log = world(2000)
+    drawn = np.random.default_rng(0).choice(2000, 300, replace=False)
+    clean = np.full(2000, np.nan)
+    clean[drawn] = log.preference.numpy()[drawn]
+    plain, model = (RewardEstimator(**FAST | {"method": method}).fit(X, y, clean=given) for given in (None, clean))
+    level = model.level_
+    assert plain.level_ is None
+    assert level is not None
+    before, after = (one.predict_proba(X)[:, 1] for one in (plain, model))
+    assert np.log(after / (1 - after)) == pytest.approx(level.shift + level.slope * np.log(before / (1 - before)), abs=1e-4)
+    assert abs(after.mean() - float(log.preference.mean())) < 0.05
+    model.save(tmp_path / "model")
+    again = RewardEstimator.load(tmp_path / "model")
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
+    assert again.level_ == level
+    words = np.array(["bad", "good"], dtype=object)
+    named = RewardEstimator(**FAST | {"method": method}).fit(
+        X,
+        [None if np.isnan(vote) else words[int(vote)] for vote in y],
+        clean=pd.Series([None if np.isnan(one) else words[int(one)] for one in clean]),
+    )
+    assert named.level_ == level
+
+
+def test_what_judged_rows_leave_open_stands_among_the_warnings() -> None:
+    X, y, _, log = world(600)
+    clean = np.where(np.arange(600) < 20, log.preference.numpy(), np.nan)
+    warnings = RewardEstimator(**FAST).fit(X, y, clean=clean).diagnostics_.warnings
+    assert any(" rows were judged: the level rests on its prior" in sentence for sentence in warnings)
+
+
 THIRD_PARTY = """
 import torch
 from causalrm_ray.estimators.core.task import Fitted
@@ -236,6 +269,9 @@ def test_an_estimator_of_another_package_is_named_by_its_import_path(tmp_path: P
         ({}, {"y": np.ones(299)}, "rows must match, got .*'X': 300, 'y': 299"),
         ({}, {"propensity": np.zeros(300)}, r"propensity must be in \(0, 1\], got min=0"),
         ({}, {"propensity": np.ones(299)}, "rows must match, got .*'X': 300, 'propensity': 299"),
+        ({}, {"clean": np.ones(299)}, "rows must match, got .*'X': 300, 'clean': 299"),
+        ({}, {"clean": np.full(300, 3)}, r"clean must hold labels of y, \[0\.0, 1\.0\], and nan where no row was judged, got 3"),
+        ({}, {"clean": np.full(300, np.nan)}, "clean must hold at least one label, got 300 rows without: leave it out"),
         ({}, {"traits": {"style": ["long"]}}, "rows must match, got .*'X': 300, 'style': 1"),
     ],
 )
