@@ -28,7 +28,7 @@ def check_judged(judged: Tensor, rows: int) -> None:
     given = judged[~judged.isnan()]
     check_binary("judged where it is not nan", given)
     if len(given) == 0:
-        raise InputError(f"judged must hold at least one label, got {rows} rows of nan")
+        raise InputError(f"judged must hold at least one label (feedback.clean), got {rows} rows of nan")
 
 
 def learn_level(fitted: Fitted, judged: Tensor, task: FitTask) -> tuple[Level, LevelReport]:

@@ -46,8 +46,9 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
             "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "mean_weight", "curve")},
             "rates": rates,
             "verdict": verdict(found),
-            "warnings": [*advise(found, propensity, rates), *_doubts(fit.reward)],
+            "warnings": [*advise(found, propensity, rates), *_doubts(fit.reward), *_level_doubts(fit)],
         },
+        "clean": _clean(fit),
         "reward_fit": {
             "heldout_risk": {name: method.heldout_risk for name, method in fit.reward.methods.items()},
             "best_epoch": {name: method.best_epoch for name, method in fit.reward.methods.items()},
@@ -69,6 +70,20 @@ def _doubts(reward: RewardReport) -> list[str]:
         return list(reward.noise.warnings) if reward.noise else []
     rates = f"rho_01 {reward.rates.rho_01:.2f}, rho_10 {reward.rates.rho_10:.2f}"
     return [f"No rows are surely liked and surely disliked: the rates are those that {reward.rates_by} estimated, {rates}."]
+
+
+def _clean(fit: Refit) -> dict[str, Any] | None:
+    """How many judged rows the log holds, and what they said of each method's level; without ids, which may be forgotten."""
+    if fit.clean is None:
+        return None
+    level = {name: to_json(report) for name, report in fit.reward.level.items()}
+    return {"matched": fit.clean.matched, "unmatched": fit.clean.unmatched, "level": level}
+
+
+def _level_doubts(fit: Refit) -> list[str]:
+    """Warnings about judged rows, and about the level that they set of the model that serves."""
+    level = fit.reward.level.get(fit.reward.diagnostics.method)
+    return [*(fit.clean.warnings if fit.clean else ()), *(level.warnings if level else ())]
 
 
 def _rate(reward: RewardReport, name: str) -> dict[str, float | None]:

@@ -222,5 +222,5 @@ def test_what_is_judged_must_be_labels_of_the_rows() -> None:
         check_judged(torch.ones(3), 2)
     with pytest.raises(ValueError, match=r"judged where it is not nan must be 0 or 1, got 0\.5 at position 0"):
         check_judged(torch.tensor([torch.nan, 0.5]), 2)
-    with pytest.raises(InputError, match="judged must hold at least one label, got 2 rows of nan"):
+    with pytest.raises(InputError, match=r"judged must hold at least one label \(feedback\.clean\), got 2 rows of nan"):
         check_judged(torch.full((2,), torch.nan), 2)
