@@ -181,14 +181,14 @@ def test_judged_rows_set_the_level_and_nothing_else() -> None:
     assert (plain.rates, plain.noise) == (level.rates, level.noise)
     for name, report in level.level.items():
         before, after = (predict(one.fits[name].scorer, FeatureRows(x)) for one in (plain, level))
-        torch.testing.assert_close(after, report.shift + report.slope * before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(after, report.level(before), atol=1e-4, rtol=1e-4)
         assert abs(float(torch.sigmoid(after).mean() - liked.mean())) < 3 * report.liked_stderr
         assert level.fits[name].figures["level_shift"] == report.shift
     assert level.level["naive"].mean_before > level.level["naive"].liked + 0.15
     opinions, report = [one.fits["two_stage"].opinion for one in (plain, level)], level.level["two_stage"]
     assert opinions[0] is not None
     assert opinions[1] is not None
-    torch.testing.assert_close(opinions[1], report.shift + report.slope * opinions[0])
+    torch.testing.assert_close(opinions[1], report.level(opinions[0]))
 
 
 class Text:
