@@ -14,14 +14,18 @@ from actors.cluster.telemetry import event, record
 from actors.cluster.wait import resolve
 from actors.reward.report import Refit
 from actors.reward.snapshot_rows import write_clean_labels
+from causalrm_ray.data.log.clean import CleanSource, match_clean
 
 
 class Refitter:
     """Fits over handles on the log, propensity and reward roles; `folder` is the run's, which may move between attempts."""
 
-    def __init__(self, log: Any, propensity: Any, reward: Any, folder: Path, timeout_s: float) -> None:
+    def __init__(
+        self, log: Any, propensity: Any, reward: Any, folder: Path, timeout_s: float, clean: CleanSource | None = None
+    ) -> None:
+        """`clean` is read at each fit: it may grow between them."""
         self._log, self._propensity, self._reward = log, propensity, reward
-        self._folder, self._timeout_s = folder, timeout_s
+        self._folder, self._timeout_s, self._clean = folder, timeout_s, clean
         self._propensity_folder: Path | None = None
         self._fitted_position = 0  # of the log, when it was last fitted
 
@@ -48,8 +52,13 @@ class Refitter:
         if clean_labels is not None:
             labels = snapshot.with_suffix(".labels.safetensors")
             write_clean_labels(labels, clean_labels(snapshot))
+        judged = counts = None
+        if self._clean is not None:
+            judged = snapshot.with_suffix(".judged.safetensors")
+            found, counts = match_clean(self._clean.read(), snapshot)
+            write_clean_labels(judged, found)
         self._propensity_folder, self._fitted_position = folder, position
-        options = {"candidate": name, "start": folder / "fold-0", "clean_labels": labels}
+        options = {"candidate": name, "start": folder / "fold-0", "clean_labels": labels, "judged": judged}
         fit = self._wait(self._reward.fit.remote(snapshot, folder, list(methods), **options), "fit reward")
         promotion = self._wait(self._reward.promote.remote(name), "promote reward")
         record("fit_seconds", "reward", fit.seconds)
@@ -57,7 +66,7 @@ class Refitter:
         event("refit", "reward", candidate=name, seconds=fit.seconds, log_position=position)
         event("gate", "reward", candidate=name, **asdict(promotion))
         folders = {method: str((fit.folder / method).relative_to(self._folder)) for method in methods}
-        return Refit(propensity, fit.report, folders, fit.seconds, fit.train_seconds, promotion)
+        return Refit(propensity, fit.report, folders, fit.seconds, fit.train_seconds, promotion, counts)
 
     def end_fits(self) -> None:
         """End the processes that wait for the reward model's next fit; a later fit starts new ones."""

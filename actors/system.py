@@ -40,6 +40,7 @@ from actors.streaming import RolloutStream
 from actors.users import UsersRole
 from actors.weights.publish import ByBroadcast, ByIpc, ByObject, Publisher
 from causalrm_ray.config.train import Config
+from causalrm_ray.data.log.clean import clean_source
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.size import model_size
@@ -157,7 +158,7 @@ def start_roles(
     return Roles(
         plan=plan,
         stream=RolloutStream(config.rollout, generators, learner, **others, refresh=refresh, timeout_s=timeout_s),
-        refitter=Refitter(log, propensity_role, reward_role, config.run.path, timeout_s),
+        refitter=Refitter(log, propensity_role, reward_role, config.run.path, timeout_s, clean_source(config.feedback)),
         learner=learner,
         generators=generators,
         publisher=_publisher(config, allocated, learner, by_object),

@@ -6,7 +6,7 @@ X, y (nan: no feedback) -> propensity -> noise rates -> the method's scorer -> P
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from numbers import Integral
@@ -28,7 +28,6 @@ from sklearn.utils.validation import (
 from torch import Tensor
 
 from causalrm_ray.checkpoint import MANIFEST, atomic_folder, read_json, verify_folder, write_json
-from causalrm_ray.checks import check_propensity
 from causalrm_ray.config.benchmark import HeadConfig
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.data.columns import as_vector, check_rows_match, encode_labels, plain
@@ -36,10 +35,10 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.diagnostics.advice import advise
 from causalrm_ray.estimators.diagnostics.diagnose import FitDiagnostics, diagnose_fit
-from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit, diagnose, lowest_weighted
-from causalrm_ray.estimators.nuisances.strata import stratify
-from causalrm_ray.estimators.pipeline import HELD_OUT, RewardFits, fit_reward_models
-from causalrm_ray.losses.selection import outcomes
+from causalrm_ray.estimators.given import held_out, judged_of, propensity_of, strata_of
+from causalrm_ray.estimators.nuisances.level import LevelReport
+from causalrm_ray.estimators.nuisances.propensity import cross_fit
+from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.models.heads import FeatureScorer, centre_and_scale
 from causalrm_ray.models.saved_heads import describe, rebuild
 from causalrm_ray.types import NoiseEstimator, NoiseRates
@@ -76,7 +75,8 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
     ----------
     classes_ [2], n_features_in_, feature_names_in_ (X a DataFrame); noise_rates_: NoiseRates used; propensity_ [N] in [clip, 1],
     P(o = 1 | x) of the training rows, out of fold; strata_: names of the groups that `traits` made, () without;
-    diagnostics_: Diagnostics, with `.warnings`; scorer_: the torch module, logits of standardised features.
+    diagnostics_: Diagnostics, with `.warnings`; level_: LevelReport on the level that `clean` set, None without;
+    scorer_: the torch module, logits of standardised features.
     """
 
     n_features_in_: int
@@ -111,11 +111,13 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         self.noise_rates = noise_rates
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any, *, traits: Any = None, propensity: Any = None) -> RewardEstimator:
+    def fit(self, X: Any, y: Any, *, traits: Any = None, propensity: Any = None, clean: Any = None) -> RewardEstimator:
         """Fit on all answers that were shown, those without feedback too.
 
         `traits` are observed traits of the rows on which selection may depend: a DataFrame, a mapping of columns, or one column
         of strings. `propensity` [N] in (0, 1] is P(o = 1 | x), if it is known; else it is fitted, cross-fitted and calibrated.
+        `clean` [N] holds r*, a label of y, of a few rows, 100 to 400, that were drawn at random from all and judged with care,
+        say by raters; nan elsewhere. It sets the level of the predictions (`level_`); feedback on these rows counts as before.
         Raises ValueError that names the argument, the rule and the value.
         """
         head, seed = self._head(), self._seed()
@@ -128,9 +130,10 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         inputs = FeatureRows(self._standardise(features))
         make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
         settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, seed)
-        strata, self.strata_ = _strata(traits, observations)
+        strata, self.strata_ = strata_of(traits, observations)
+        judged = judged_of(clean, self.classes_, len(features))
         cross = partial(cross_fit, make_scorer, inputs, settings=settings)
-        prob, doubts = _propensity(propensity, observations.o, cross, head.clip, seed)
+        prob, doubts = propensity_of(propensity, observations.o, cross, head.clip, seed)
         fits = fit_reward_models(
             make_scorer,
             inputs,
@@ -140,11 +143,13 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
             settings,
             rates=None if self.rho is None else NoiseRates(*self.rho),
             noise_rates=self.noise_rates,
-            heldout=_held_out(observations, seed),
+            judged=judged,
+            heldout=held_out(observations, seed),
             strata=strata,
         )
         fitted = fits.fits[self.method]
         self.scorer_, self.noise_rates_, self.propensity_ = fitted.scorer.eval(), fits.rates, prob.numpy()
+        self.level_ = fits.level.get(self.method)
         logit = predict(fitted.scorer, inputs, fits.heldout) if fitted.opinion is None else fitted.opinion[fits.heldout]
         found = diagnose_fit(fits, self.method, observations, prob, logit, seed=seed)
         self.diagnostics_ = _with_warnings(found, fits, doubts)
@@ -187,6 +192,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
             "feature_names": [*getattr(self, "feature_names_in_", ())],
             "strata": self.strata_,
             "noise_rates": asdict(self.noise_rates_),
+            "level": None if self.level_ is None else asdict(self.level_),
             "diagnostics": TypeAdapter(Diagnostics).dump_python(self.diagnostics_, mode="json"),
         }
         tensors = {f"scorer.{name}": value.contiguous() for name, value in self.scorer_.state_dict().items()}
@@ -212,6 +218,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         if record["feature_names"]:
             model.feature_names_in_ = np.array(record["feature_names"], dtype=object)
         model.strata_, model.noise_rates_ = tuple(record["strata"]), NoiseRates(**record["noise_rates"])
+        model.level_ = TypeAdapter(LevelReport | None).validate_python(record.get("level"))  # none in a folder of before
         model.diagnostics_ = TypeAdapter(Diagnostics).validate_python(record["diagnostics"])
         return model
 
@@ -247,45 +254,6 @@ def _as_json(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
-def _strata(traits: Any, observations: Observations) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Strata [N] of the rows' traits and their names; None without traits."""
-    if traits is None:
-        return None, ()
-    if not isinstance(traits, (pd.DataFrame, Mapping)):
-        traits = {getattr(traits, "name", None) or "trait": traits}
-    columns = {str(name): as_vector(f"traits[{name!r}]", column) for name, column in traits.items()}
-    check_rows_match(X=len(observations), **{name: len(column) for name, column in columns.items()})
-    rows = [
-        {name: str(value) for name, value in zip(columns, row, strict=True) if not pd.isna(value)}
-        for row in zip(*columns.values(), strict=True)
-    ]
-    return stratify(rows, observations)
-
-
-def _propensity(
-    given: Any, o: Tensor, fit: Callable[[Tensor], tuple[Tensor, Any]], clip: float | None, seed: int
-) -> tuple[Tensor, tuple[str, ...]]:
-    """P(o = 1 | x) [N] in [clip, 1], given or fitted, and warnings about it."""
-    if given is None and bool(o.all()):
-        return torch.ones(len(o)), ("All rows have feedback, so selection is not corrected: add the answers without (y = nan).",)
-    if given is None:
-        found = calibrate(fit(o)[0], o, clip, seed=seed)
-        return found.prob, found.report.warnings
-    prob = torch.from_numpy(as_vector("propensity", given).astype(np.float32))
-    check_rows_match(X=len(o), propensity=len(prob))
-    check_propensity("propensity", prob)
-    clip = lowest_weighted(clip, o)
-    return prob.clamp(min=clip), () if bool(o.all()) else diagnose(prob, o, clip).warnings
-
-
-def _held_out(observations: Observations, seed: int) -> Tensor:
-    """Rows that decide when a fit stops: a share HELD_OUT of the rows of each outcome, and one at least."""
-    outcome = outcomes(observations.o, observations.r)
-    order = torch.randperm(len(outcome), generator=torch.Generator().manual_seed(seed))
-    groups = [order[outcome[order] == value] for value in outcome.unique()]
-    return torch.cat([rows[: max(1, round(HELD_OUT * len(rows)))] for rows in groups]).sort().values
-
-
 def _with_warnings(found: FitDiagnostics, fits: RewardFits, doubts: Sequence[str]) -> Diagnostics:
     noise = fits.noise
     ends = {"rho_01": noise.rho_01_interval, "rho_10": noise.rho_10_interval} if noise else {}
@@ -294,6 +262,7 @@ def _with_warnings(found: FitDiagnostics, fits: RewardFits, doubts: Sequence[str
         for name, rate in asdict(fits.rates).items()
     }
     sentences = [*advise(asdict(found), {"warnings": [*doubts]}, rates), *(noise.warnings if noise else ())]
+    sentences += [sentence for report in fits.level.values() for sentence in report.warnings]
     names = {field.name: getattr(found, field.name) for field in fields(found)}
     # What a configuration calls reward.clip is the parameter clip here.
     return Diagnostics(**names, warnings=tuple(re.sub(r"\breward\.(?=[a-z])", "", sentence) for sentence in sentences))

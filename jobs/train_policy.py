@@ -20,6 +20,7 @@ from causalrm_ray.checkpoint import atomic_folder, read_json, write_json
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
+from causalrm_ray.report.fit_panels import level_sentence
 from causalrm_ray.report.page import write_report
 from causalrm_ray.rl.drift import LOW_ESS, low_ess
 from causalrm_ray.types import Scored
@@ -143,7 +144,10 @@ def prepare(config: Config, prompts: PromptSource, oracle: Oracle, roles: Roles,
     if not config.reward.refit_every:
         roles.refitter.end_fits()
     progress.phase("measuring the start")
-    return judge_start(config, roles, prompts, oracle, fit, shown)
+    start = judge_start(config, roles, prompts, oracle, fit, shown)
+    if level := level_sentence(start.fit):
+        progress.phase(level)
+    return start
 
 
 def policy_step(

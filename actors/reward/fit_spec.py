@@ -19,7 +19,8 @@ class FitSpec:
     """All that a worker needs for a fit; data go by path, and every path must be readable from every worker.
 
     `snapshot` of the log; `propensities`: folder of the propensity model's version, which holds those of the snapshot's rows;
-    `clean_labels`: file with r* of the rows, for the method "oracle" only. `start` is the model that fits begin from, under a
+    `clean_labels`: file with r* of the rows, for the method "oracle" only; `judged`: one with r* of the few that were judged, nan
+    elsewhere (`feedback.clean`). `start` is the model that fits begin from, under a
     blank head; `per_user` and `truncation` are those of `load_rows`; `serving` (with `serving_version`) is measured on the same
     held-out rows.
     Raises ValueError if `methods` lack the one that `config` lets serve, or a path does not exist.
@@ -28,6 +29,7 @@ class FitSpec:
     snapshot: Path
     propensities: Path
     clean_labels: Path | None
+    judged: Path | None
     backbone: str
     start: str
     serving: str | None
@@ -42,7 +44,7 @@ class FitSpec:
     def __post_init__(self) -> None:
         if self.config.method not in self.methods:
             raise ValueError(f"methods must include the one that serves, {self.config.method!r}, got {list(self.methods)}")
-        for name in ("snapshot", "propensities", "clean_labels"):
+        for name in ("snapshot", "propensities", "clean_labels", "judged"):
             path = getattr(self, name)
             if path is not None and not path.exists():
                 raise ValueError(f"{name} must be a path that exists, got {path}")

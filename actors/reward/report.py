@@ -14,9 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from actors.reward.promotion import Promotion
 from causalrm_ray.checkpoint import CheckpointError, read_json, write_json
+from causalrm_ray.data.log.clean import CleanCounts
 from causalrm_ray.estimators.core.training import Epoch
 from causalrm_ray.estimators.diagnostics.diagnose import FitDiagnostics
 from causalrm_ray.estimators.diagnostics.groups import GroupReport
+from causalrm_ray.estimators.nuisances.level import LevelReport
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.nuisances.propensity import PropensityReport
 from causalrm_ray.estimators.nuisances.signals import SignalRate
@@ -63,8 +65,8 @@ class LogDiagnostics(FitDiagnostics):
 @dataclass(frozen=True)
 class RewardReport(Report):
     """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found by the method `rates_by` along with
-    the opinion, without an interval;
-    `serving_risk` is the held-out risk of the model that served as `serving_version` on the same rows (None: none served)."""
+    the opinion, without an interval; `serving_risk` is the held-out risk of the model that served as `serving_version` on the
+    same rows (None: none served); `level` is what judged rows said of each method's model (empty without `feedback.clean`)."""
 
     methods: Mapping[str, MethodReport]
     diagnostics: LogDiagnostics
@@ -74,6 +76,7 @@ class RewardReport(Report):
     heldout_rows: int
     serving_risk: float | None
     serving_version: int
+    level: Mapping[str, LevelReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class VersionedPropensity(PropensityReport, Report):
 
 @dataclass(frozen=True)
 class Refit:
-    """All that a refit found; `folders` of the methods' models are relative to the run's, which may move."""
+    """All that a refit found; `folders` of the methods' models are relative to the run's, which may move; `clean` counts the rows
+    of `feedback.clean`, None without it."""
 
     propensity: VersionedPropensity
     reward: RewardReport
@@ -110,6 +114,7 @@ class Refit:
     seconds: float
     train_seconds: float
     promotion: Promotion
+    clean: CleanCounts | None = None
 
 
 def to_json(report: Any) -> Any:

@@ -83,11 +83,13 @@ class RewardActor:
         candidate: str,
         start: Path | None = None,
         clean_labels: Path | None = None,
+        judged: Path | None = None,
     ) -> CandidateFit:
         """Fit `methods` on `snapshot` and write them to `folder`/`candidate`, whole or not at all; nothing is promoted.
 
         `propensities` is the folder of the propensity model's version that was fitted on `snapshot`; `clean_labels` a file of
-        `write_clean_labels`, for the method "oracle" only. Fits begin from the states of the model in `start` (None: the
+        `write_clean_labels`, for the method "oracle" only, `judged` another, of the few rows that were judged (`feedback.clean`).
+        Fits begin from the states of the model in `start` (None: the
         backbone) under a blank head. The propensity model is a good start: it has
         learned from all impressions what moves users, the labels only from a few. The serving model is none: its states have
         seen the labels. Only methods that fit heads on the backbone's own states and then distil them into a model go on from the
@@ -99,6 +101,7 @@ class RewardActor:
             snapshot=Path(snapshot).resolve(),
             propensities=Path(propensities).resolve(),
             clean_labels=clean_labels and Path(clean_labels).resolve(),
+            judged=judged and Path(judged).resolve(),
             backbone=self._backbone,
             start=str(start or self._backbone),
             serving=str(self._serving) if self._serving else None,

@@ -116,7 +116,7 @@ def load_rows(
 
 
 def write_clean_labels(path: Path, labels: np.ndarray) -> None:
-    """Write r* [N] of a snapshot's rows, for the method "oracle"."""
+    """Write r* [N] of a snapshot's rows: of all, for the method "oracle", or of those that were judged, nan elsewhere."""
     write_whole(path, lambda unfinished: save_file({"labels": labels.astype(np.float32)}, unfinished))
 
 

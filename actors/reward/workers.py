@@ -87,6 +87,7 @@ def report(fits: RewardFits, spec: FitSpec, inputs: Inputs, log: SnapshotRows, p
         heldout_rows=len(fits.heldout),
         serving_risk=fits.serving_risk,
         serving_version=spec.serving_version,
+        level=fits.level,
     )
 
 
@@ -105,6 +106,7 @@ def _fit(spec: FitSpec, inputs: Inputs, log: SnapshotRows, propensity: Tensor, s
         rates=None if config.rho is None else NoiseRates(*config.rho),
         noise_rates=config.noise_rates,
         clean_labels=None if spec.clean_labels is None else read_clean_labels(spec.clean_labels)[log.kept],
+        judged=None if spec.judged is None else read_clean_labels(spec.judged)[log.kept],
         serving=None if spec.serving is None else SequenceScorer.from_pretrained(spec.serving).to(device),
         heldout=log.heldout,
         states=states,

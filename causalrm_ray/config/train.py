@@ -107,6 +107,11 @@ class FeedbackConfig(Section):
     events: str | tuple[str, ...] | None = Field(
         None, description="a second source, of events about the answers in `source`; a second query where `query` is given"
     )
+    clean: str | tuple[str, ...] | None = Field(
+        None,
+        description="source of columns impression and label, 0 or 1: 100 to 400 impressions that were drawn at random and judged "
+        "with care; they set the level of the reward model, at every fit",
+    )
     query: str | None = Field(None, description="SELECT that gives the rows of `source`, a database, which is only read")
     format: FormatName = Field(
         "auto", description="how the rows of `source` are read, by name or import path; auto: as the first rows of each file show"

@@ -1,15 +1,15 @@
 """One fit of reward models from a log, as in arXiv 2603.18736.
 
 split rows -> proxy of P(r = 1 | x) on O, out of fold -> rho_01, rho_10 -> imputation -> a module per method -> held-out risk
-                                                                                                (the serving model's too)
+                                                                 its level, by judged rows --+           (the serving model's too)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
 from causalrm_ray.estimators.core.task import FitTask, Fitted, Method, Nuisances, Observations, Propensities, load_method
 from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, mean_risk
+from causalrm_ray.estimators.levelling import check_judged, learn_level, level_opinion, levelled
 from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, fit_oracle
 from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
+from causalrm_ray.estimators.nuisances.level import Level, LevelReport
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_by_anchors, estimate_noise_rates
 from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits, split_rows
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
@@ -41,7 +43,8 @@ class RewardFits:
     them, and how they were estimated otherwise (`noise`; None also where they were given); `selection`, P(o = 1 | x, r* = k) [N],
     k = 1, 0, by the first method (None: it takes P(o = 1 | x) for both); `ranking` [N], the
     out-of-fold P(r = 1 | x), `proxy` [N], the same calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (None
-    where nothing needs them); `heldout` row numbers and the risk of the serving model on them (None where none serves).
+    where nothing needs them); `heldout` row numbers and the risk of the serving model on them (None where none serves); what
+    judged rows said of each method's level (`level`, empty where no row was judged).
     """
 
     fits: dict[str, Fitted]
@@ -54,6 +57,7 @@ class RewardFits:
     imputation: Tensor | None
     heldout: Tensor
     serving_risk: float | None
+    level: Mapping[str, LevelReport] = field(default_factory=dict)
 
 
 def fit_reward_models(
@@ -67,6 +71,7 @@ def fit_reward_models(
     rates: NoiseRates | None = None,
     noise_rates: NoiseEstimator = "curve",
     clean_labels: Tensor | None = None,
+    judged: Tensor | None = None,
     serving: nn.Module | None = None,
     heldout: Tensor | None = None,
     states: Tensor | None = None,
@@ -80,9 +85,11 @@ def fit_reward_models(
     `make_module` returns a fresh scorer; `propensity` [N] in (0, 1] is calibrated and clipped; `loss` is a key of LOSSES (methods
     that subtract losses use a bounded "bce"); `rates` are known, or estimated as `noise_rates` says: by the labels' "curve" along
     a proxy's ranks, or by the paper's "anchors". "oracle" among the methods is fitted on `clean_labels` [N], which nothing else
-    reads. The rows numbered in `heldout` (by default a fifth of all at random, or of the clusters) decide when to stop and
-    whether to promote; no module of tokens trains on them; each member of an ensemble on features leaves out a part, by which
-    these rows are judged.
+    reads. `judged` [N] is r* of a small sample of rows that was drawn at random and judged with care, nan elsewhere: it sets the
+    level of every method's scorer but the oracle's (see estimators.levelling), and nothing else reads it; feedback on these rows
+    counts as that on others does. The rows numbered in `heldout` (by default a fifth of all at random, or of the clusters) decide
+    when to stop and whether to promote; no module of tokens trains on them; each member of an ensemble on features leaves out a
+    part, by which these rows are judged.
     `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
     distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
     from 0 the observed traits that selection may depend on. `caution` is how many of the members' standard deviations a module
@@ -100,6 +107,8 @@ def fit_reward_models(
     labels = torch.zeros(len(inputs)) if clean_labels is None else clean_labels
     check_same_length(inputs=torch.empty(len(inputs)), o=observations.o, propensity=propensity, clean_labels=labels)
     check_propensity("propensity", propensity)
+    if judged is not None:
+        check_judged(judged, len(inputs))
     rows = torch.arange(len(inputs))
     if heldout is None:
         _, heldout = split_rows(rows, HELD_OUT, settings.seed, observations.cluster)
@@ -123,16 +132,18 @@ def fit_reward_models(
     estimate = "rates" in needs or not first_finds_rates
     found = _find_nuisances(task, propensity, "imputation" in needs, estimate, noise_rates, states)
     fitted: dict[str, Fitted] = {}
+    level: dict[str, LevelReport] = {}
     for name in methods:
         given = replace(task, nuisances=found.nuisances)
         if name in loaded:
-            fitted[name] = _fit_method(name, loaded[name], given, rates, states, found.proxy, serving, caution)
+            fitted[name], report = _fit_method(name, loaded[name], given, rates, states, found.proxy, judged, serving, caution)
+            level |= {name: report} if report else {}
         elif clean_labels is not None:
             fitted[name] = fit_oracle(given, clean_labels)
-    return _judge(task, found, fitted, serving)
+    return replace(_risks(task, found, fitted, serving), level=level)
 
 
-def _judge(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.Module | None) -> RewardFits:
+def _risks(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.Module | None) -> RewardFits:
     """Held-out risks of all that was fitted, and of the serving model."""
     first = next(iter(fitted.values()), None)
     rates = found.nuisances.rates if first is None or first.rates is None else first.rates
@@ -184,21 +195,26 @@ def _fit_method(
     known: NoiseRates | None,
     states: Tensor | None,
     proxy: Tensor | None,
+    judged: Tensor | None,
     serving: nn.Module | None,
     caution: float,
-) -> Fitted:
-    if (
-        "rates" not in method.needs
-    ):  # a method that takes feedback as true imputes feedback; one that finds rates, those not known
+) -> tuple[Fitted, LevelReport | None]:
+    if "rates" not in method.needs:  # what takes feedback as true imputes feedback; what finds rates itself takes known ones
         task = replace(task, nuisances=replace(task.nuisances, imputation=proxy, rates=known))
-    if "states" not in method.needs:
-        return method.fit(task)
-    if isinstance(task.inputs, FeatureRows):
-        return method.fit(on_states(task, task.inputs.features))
+    distilled = "states" in method.needs and not isinstance(task.inputs, FeatureRows)
+    if not distilled:
+        if "states" in method.needs:
+            task = on_states(task, cast(FeatureRows, task.inputs).features)
+        fitted = method.fit(task)
+        return (fitted, None) if judged is None else levelled(fitted, judged, task)
     if states is None:
         raise ValueError(f"{name} is fitted on states [N, D] of a frozen backbone, got none")
-    teacher = method.fit(replace(on_states(task, states), spare_heldout=True))
-    return distil(task, teacher, states, start=serving, caution=caution)
+    taught = replace(on_states(task, states), spare_heldout=True)
+    teacher, report, level = method.fit(taught), None, Level()
+    if judged is not None:  # the student learns the level with the rest
+        level, report = learn_level(teacher, judged, taught)
+        teacher = level_opinion(teacher, level, report)
+    return distil(task, teacher, states, serving, caution, level), report
 
 
 def _gate_risk(fitted: Fitted, task: FitTask, objective: Objective) -> float:

@@ -169,6 +169,33 @@ class Corrected(Ensemble):
         return Opinions(self.base(**batch).unsqueeze(1) + added.logits_BK, added.weights_K)
 
 
+class Levelled(nn.Module):
+    """A scorer of which the logit is scaled and shifted: shift + slope * logit.
+
+    Around a whole ensemble: its logit is that of a mean of probabilities, so to shift its members would not be the same.
+    """
+
+    def __init__(self, scorer: nn.Module, shift: float = 0.0, slope: float = 1.0) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.register_buffer("shift", torch.tensor(shift))
+        self.register_buffer("slope", torch.tensor(slope))
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Logit [B] of a batch as the scorer reads it."""
+        return self.shift + self.slope * self.scorer(**batch)
+
+
+def fold_level(head: nn.Linear, shift: float, slope: float) -> bool:
+    """Let a linear `head` give shift + slope * its logit, in place; without a bias it is only scaled. Whether it has one."""
+    with torch.no_grad():
+        head.weight *= slope
+        if head.bias is None:
+            return False
+        head.bias.mul_(slope).add_(shift)
+    return True
+
+
 class Cautious(nn.Module):
     """An ensemble scored lower where its members disagree."""
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from causalrm_ray.models.heads import Corrected, EnsembleScorer, FeatureScorer, Mixture
+from causalrm_ray.models.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture
 
 
 def describe(scorer: nn.Module) -> dict[str, Any]:
@@ -30,6 +30,8 @@ def describe(scorer: nn.Module) -> dict[str, Any]:
         return {"type": "Mixture", "scorers": [describe(part) for part in scorer.scorers]}
     if isinstance(scorer, Corrected):
         return {"type": "Corrected", "base": describe(scorer.base), "residual": describe(scorer.residual)}
+    if isinstance(scorer, Levelled):
+        return {"type": "Levelled", "scorer": describe(scorer.scorer)}
     raise ValueError(f"a scorer of type {type(scorer).__name__} cannot be saved: only those of causalrm_ray.models.heads can")
 
 
@@ -45,6 +47,9 @@ def rebuild(described: Mapping[str, Any]) -> nn.Module:
             scorer = Mixture(scorers, [0.0] * len(scorers))
         case "Corrected":
             scorer = Corrected(rebuild(described["base"]), cast(EnsembleScorer, rebuild(described["residual"])))
+        case "Levelled":
+            scorer = Levelled(rebuild(described["scorer"]))
         case unknown:
-            raise ValueError(f"type of a scorer must be FeatureScorer, EnsembleScorer, Mixture or Corrected, got {unknown!r}")
+            known = "FeatureScorer, EnsembleScorer, Mixture, Corrected or Levelled"
+            raise ValueError(f"type of a scorer must be {known}, got {unknown!r}")
     return scorer.eval()

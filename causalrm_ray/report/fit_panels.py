@@ -55,6 +55,19 @@ def ranking_sentence(ranking: Json | None) -> str:
     return f"{start} Hidden selection by a factor of {ranking['gamma']:.2f} in the odds of feedback would explain this."
 
 
+def level_sentence(summary: Json) -> str | None:
+    """What judged rows said of the level of the model that serves, and what that changed; None where none were given."""
+    level = ((summary.get("clean") or {}).get("level") or {}).get(summary["diagnostics"]["method"])
+    if level is None:
+        return None
+    slope = "" if level["slope_stderr"] is None else f", scaled by {level['slope']:.2f} ± {level['slope_stderr']:.2f}"
+    return (
+        f"Of {level['rows']} judged rows {level['liked']:.3f} ± {level['liked_stderr']:.3f} are liked. The model said "
+        f"{level['mean_before']:.3f}; at their level it says {level['mean_after']:.3f} of them, each from the others (logits"
+        f" shifted by {level['shift']:+.2f} ± {level['shift_stderr']:.2f}{slope})."
+    )
+
+
 def _draw_rates(panel: Axes, rates: Mapping[str, Json]) -> None:
     for place, (_, rate) in enumerate(sorted(rates.items())):
         first = place == 0

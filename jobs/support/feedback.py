@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.system import Roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.conversation import Conversation, ConversationError
+from causalrm_ray.data.log.clean import clean_source, match_clean
 from causalrm_ray.data.log.import_log import LengthLimit, import_log
 from causalrm_ray.data.log.reading import Origin
 from causalrm_ray.data.log.store import open_log
@@ -43,6 +44,9 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
             warn(note)
     snapshot = log.seal(config.run.path, "log")
     log.close()
+    if source := clean_source(config.feedback):  # refused before anything heavy starts; every fit reads it again
+        for note in match_clean(source.read(), snapshot)[1].warnings:
+            warn(note)
     found = summarise_log(snapshot)
     for note in cut_notes(count_cuts(snapshot, limit), found.impressions, config):
         warn(note)

@@ -46,8 +46,13 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
             "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "mean_weight", "curve")},
             "rates": rates,
             "verdict": verdict(found),
-            "warnings": [*advise(found, propensity, rates), *(fit.reward.noise.warnings if fit.reward.noise else ())],
+            "warnings": [
+                *advise(found, propensity, rates),
+                *(fit.reward.noise.warnings if fit.reward.noise else ()),
+                *_level_doubts(fit),
+            ],
         },
+        "clean": _clean(fit),
         "reward_fit": {
             "heldout_risk": {name: method.heldout_risk for name, method in fit.reward.methods.items()},
             "best_epoch": {name: method.best_epoch for name, method in fit.reward.methods.items()},
@@ -61,6 +66,20 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
 def with_drift(diagnostics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """A fit's diagnostics, with warnings about the policy's drift in the metrics since."""
     return {**diagnostics, "warnings": [*diagnostics["warnings"], *drift_warnings(rows)]}
+
+
+def _clean(fit: Refit) -> dict[str, Any] | None:
+    """How many judged rows the log holds, and what they said of each method's level; without ids, which may be forgotten."""
+    if fit.clean is None:
+        return None
+    level = {name: to_json(report) for name, report in fit.reward.level.items()}
+    return {"matched": fit.clean.matched, "unmatched": fit.clean.unmatched, "level": level}
+
+
+def _level_doubts(fit: Refit) -> list[str]:
+    """Warnings about judged rows, and about the level that they set of the model that serves."""
+    level = fit.reward.level.get(fit.reward.diagnostics.method)
+    return [*(fit.clean.warnings if fit.clean else ()), *(level.warnings if level else ())]
 
 
 def _rate(reward: RewardReport, name: str) -> dict[str, float | None]:

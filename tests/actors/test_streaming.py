@@ -13,6 +13,7 @@ from actors.learner.group import LearnerGroup
 from actors.learner.shares import Sharder, Share, StepShare
 from actors.refitting import Refitter
 from actors.reward.propensity_actor import PropensityActor
+from actors.reward.report import RewardReport
 from actors.reward.reward_actor import RewardActor
 from actors.rollout.engine import EngineSettings
 from actors.rollout.generator import Generator
@@ -21,6 +22,7 @@ from actors.streaming import RolloutStream
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.data.log.clean import CleanCounts, CleanSource
 from causalrm_ray.data.log.store import FeedbackLog
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Request
@@ -160,10 +162,17 @@ def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grow
     propensity = PropensityActor(backbone, settings, 0.1, max_length=64)
     options = {"max_length": 64, "seed": 0, "folder": tmp_path / "reward", "timeout_s": TIMEOUT_S}
     reward = RewardActor(backbone, RewardConfig(method="naive", workers=0, epochs=1, rho=(0.1, 0.1)), **options)
-    refitter = Refitter(Handle(log), Handle(propensity), Handle(reward), tmp_path, TIMEOUT_S)
+    judged = "".join(f"i-{number},{number % 4 // 3}\n" for number in range(0, 300, 3))  # a quarter is liked
+    (tmp_path / "judged.csv").write_text(f"impression,label\n{judged}gone,1\n", encoding="utf-8")
+    clean = CleanSource(str(tmp_path / "judged.csv"))
+    refitter = Refitter(Handle(log), Handle(propensity), Handle(reward), tmp_path, TIMEOUT_S, clean)
     assert refitter.log_has_grown()
-    refitter.refit("first", None, ["naive"])
+    fit = refitter.refit("first", None, ["naive"])
     assert not refitter.log_has_grown()
+    assert (fit.clean, fit.reward.level["naive"].rows) == (CleanCounts(100, 1, "gone"), 100)
+    assert fit.reward.level["naive"].liked == 0.25
+    assert fit.reward.methods["naive"].figures["level_shift"] == fit.reward.level["naive"].shift < -0.2
+    assert RewardReport.read(tmp_path / "reward" / "first") == fit.reward
     state = refitter.state()
     assert state["reward"] == {"folder": "reward/first/naive", "version": 1}
     assert state["propensity"] == "propensity/first"

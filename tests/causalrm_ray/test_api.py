@@ -176,6 +176,39 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.parametrize("method", ["causalrm_ips", "two_stage"])
+def test_a_few_judged_rows_set_the_level_and_are_kept_with_the_model(method: str, tmp_path: Path) -> None:
+    X, y, _, log = world(400)
+    clean = np.where(np.random.default_rng(0).random(400) < 0.5, log.preference.numpy(), np.nan)
+    options = FAST | {"method": method}
+    plain, model = (RewardEstimator(**options).fit(X, y, clean=given) for given in (None, clean))
+    report = model.level_
+    assert plain.level_ is None
+    assert report is not None
+    before, after = (one.predict_proba(X)[:, 1] for one in (plain, model))
+    assert np.log(after / (1 - after)) == pytest.approx(report.level(np.log(before / (1 - before))), abs=1e-3)
+    assert abs(after.mean() - float(log.preference.mean())) < 3 * report.liked_stderr
+    model.save(tmp_path / "model")
+    again = RewardEstimator.load(tmp_path / "model")
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
+    assert again.level_ == report
+
+
+def test_judged_rows_bear_the_labels_of_the_feedback() -> None:
+    X, y, _, log = world(400)
+    clean = np.where(np.arange(400) < 100, log.preference.numpy(), np.nan)
+    votes, judged = ([None if np.isnan(one) else ("bad", "good")[int(one)] for one in column] for column in (y, clean))
+    named = RewardEstimator(**FAST).fit(X, votes, clean=pd.Series(judged))
+    assert named.level_ == RewardEstimator(**FAST).fit(X, y, clean=clean).level_
+
+
+def test_what_judged_rows_leave_open_stands_among_the_warnings() -> None:
+    X, y, _, log = world(600)
+    clean = np.where(np.arange(600) < 20, log.preference.numpy(), np.nan)
+    warnings = RewardEstimator(**FAST).fit(X, y, clean=clean).diagnostics_.warnings
+    assert any(" rows were judged: the level rests on its prior" in sentence for sentence in warnings)
+
+
 THIRD_PARTY = """
 import torch
 from causalrm_ray.estimators.core.task import Fitted
@@ -236,6 +269,9 @@ def test_an_estimator_of_another_package_is_named_by_its_import_path(tmp_path: P
         ({}, {"y": np.ones(299)}, "rows must match, got .*'X': 300, 'y': 299"),
         ({}, {"propensity": np.zeros(300)}, r"propensity must be in \(0, 1\], got min=0"),
         ({}, {"propensity": np.ones(299)}, "rows must match, got .*'X': 300, 'propensity': 299"),
+        ({}, {"clean": np.ones(299)}, "rows must match, got .*'X': 300, 'clean': 299"),
+        ({}, {"clean": np.full(300, 3)}, r"clean must hold labels of y, \[0\.0, 1\.0\], and nan where no row was judged, got 3"),
+        ({}, {"clean": np.full(300, np.nan)}, "clean must hold at least one label, got 300 rows without: leave it out"),
         ({}, {"traits": {"style": ["long"]}}, "rows must match, got .*'X': 300, 'style': 1"),
     ],
 )

@@ -161,7 +161,8 @@ def drop_unused(folder: Path) -> int:
 def drop_snapshot(path: Path) -> None:
     """Delete a snapshot, or another file of a run, and the true preferences that were made for it, if any were."""
     path.unlink(missing_ok=True)
-    path.with_suffix(".labels.safetensors").unlink(missing_ok=True)
+    for beside in (".labels.safetensors", ".judged.safetensors"):
+        path.with_suffix(beside).unlink(missing_ok=True)
 
 
 def _with_header(schema: pa.Schema, header: SegmentHeader | SnapshotHeader) -> pa.Schema:

@@ -9,6 +9,7 @@ minutes; and their predictions on all rows, with feedback or without, are target
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -47,18 +48,26 @@ def on_states(task: FitTask, states: Tensor) -> FitTask:
     return replace(task, make_scorer=make, inputs=FeatureRows(states), shard=Shard())
 
 
-def distil(task: FitTask, teacher: Fitted, states: Tensor, start: nn.Module | None = None, caution: float = 0.0) -> Fitted:
+def distil(
+    task: FitTask,
+    teacher: Fitted,
+    states: Tensor,
+    start: nn.Module | None = None,
+    caution: float = 0.0,
+    level: Callable[[Tensor], Tensor] = lambda logit: logit,
+) -> Fitted:
     """The task's own scorer, fitted on every training row to what `teacher` predicts from its state.
 
         minimise  mean over D of  bce(s(x), P_teacher(r* = 1 | x))
 
     Cross-entropy to a probability has the teacher's as its only minimum, so calibration is kept, unless `caution` is asked for:
-    then the target is a lower bound (see `lower_logit`). Hinton et al. 2015, arXiv 1503.02531. The student begins as `start`, an
+    then the target is a lower bound (see `lower_logit`). Hinton et al. 2015, arXiv 1503.02531. `level` increases in the teacher's
+    logits, and gives those that are taught. The student begins as `start`, an
     earlier one, or fresh: targets come from the teacher alone, so a warm start saves steps and passes on no labels that it saw.
     Ranks learn from the first one's teacher, should their arithmetic differ.
     """
     scorer = Cautious(teacher.scorer, caution) if caution else teacher.scorer
-    teaching = torch.sigmoid(predict(scorer, FeatureRows(states)))
+    teaching = torch.sigmoid(level(predict(scorer, FeatureRows(states))))
     target = task.shard.sum(teaching if task.shard.rank == 0 else torch.zeros_like(teaching))
     student = task.scorer() if start is None else copy.deepcopy(start)
     report = task.minimise(student, lambda rows: Objective(rows, lambda logit, index: bce(logit, target[index])))
