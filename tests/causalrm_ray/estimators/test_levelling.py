@@ -17,10 +17,8 @@ from causalrm_ray.estimators.levelling import check_judged, learn_level, level_o
 from causalrm_ray.estimators.nuisances.level import Level
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.models.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture
 from causalrm_ray.models.saved_heads import describe, rebuild
-from causalrm_ray.types import NoiseRates
 
 LEVEL = Level(-0.7, 1.3)
 X = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
@@ -135,21 +133,21 @@ def test_rows_that_a_scorer_learned_from_do_not_judge_it_and_others_stand_for_th
     assert report.rows == 500
 
 
-def test_class_weights_follow_the_level() -> None:
+def test_propensities_follow_the_level() -> None:
     """With m' for m and P(o, r*) as the log has it, P(o = 1 | r* = k) is P(o, r* = k) over m'_k."""
     m, level = torch.tensor([0.3, 0.6]), Level(-0.5, 1.2)
     joint = torch.tensor([[0.1, 0.2], [0.05, 0.1]])
-    o, r, rates = torch.ones(2), torch.tensor([1.0, 0.0]), NoiseRates(0.1, 0.2)
-    weights = class_weights(o, r, joint[0] / m, joint[1] / (1 - m), rates)
-    fitted = Fitted(nn.Identity(), FitReport((), None), opinion=torch.logit(m), weights=weights)
+    o = torch.ones(2)
+    given = joint[0] / m, joint[1] / (1 - m)
+    fitted = Fitted(nn.Identity(), FitReport((), None), opinion=torch.logit(m), propensities=given)
     _, report = learn_level(
         replace(fitted, opinion=torch.zeros(500)), (torch.arange(500) % 3 == 0).float(), task(o, o.long()[:1])
     )
     found = level_opinion(fitted, level, report)
     assert found.opinion is not None
-    assert found.weights is not None
+    assert found.propensities is not None
     now = torch.sigmoid(found.opinion)
-    for one, other in zip(found.weights, class_weights(o, r, joint[0] / now, joint[1] / (1 - now), rates), strict=True):
+    for one, other in zip(found.propensities, (joint[0] / now, joint[1] / (1 - now)), strict=True):
         torch.testing.assert_close(one, other)
     assert found.figures["level_rows"] == 500
 

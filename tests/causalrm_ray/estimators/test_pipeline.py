@@ -102,6 +102,20 @@ def test_known_rates_are_used_and_nothing_needless_is_fitted() -> None:
     assert fits.fits.keys() == {"causalrm_ips"}
 
 
+def test_a_fit_has_one_set_of_nuisances_that_of_its_first_method() -> None:
+    """Rates and propensities that `auto` finds itself judge all methods; the labels' curve serves the others alone."""
+    _, observations, _, _ = world()
+    both = fitted(observations, methods=("auto", "causalrm_ips"))
+    own = both.fits["auto"]
+    assert (both.rates, both.noise) == (own.rates, None)
+    assert both.selection is own.propensities is not None
+    curve = fitted(observations, methods=("causalrm_ips",))
+    assert torch.equal(weights(curve.fits["causalrm_ips"].scorer), weights(both.fits["causalrm_ips"].scorer))
+    assert curve.noise is not None
+    assert curve.rates == curve.noise.rates != both.rates
+    assert curve.selection is None
+
+
 def test_gate_judges_candidate_and_serving_model_on_the_same_rows() -> None:
     _, observations, _, _ = world()
     first = fitted(observations, methods=("causalrm_ips",), rates=RATES)
