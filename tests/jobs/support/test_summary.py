@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from matplotlib.figure import Figure
 from actors.reward.promotion import Promotion
 from actors.reward.report import LogDiagnostics, MethodReport, Refit, RewardReport, VersionedPropensity
 from causalrm_ray.config.options import load_config
+from causalrm_ray.data.log.clean import CleanCounts
 from causalrm_ray.estimators.core.task import Fitted, Observations
 from causalrm_ray.estimators.core.training import Epoch, FitReport
 from causalrm_ray.estimators.diagnostics.diagnose import diagnose_fit
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals, diagnose_groups, diagnose_signals
+from causalrm_ray.estimators.nuisances.level import fit_level
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.nuisances.propensity import diagnose
 from causalrm_ray.estimators.pipeline import RewardFits
-from causalrm_ray.report.fit_panels import fit_panels
+from causalrm_ray.report.fit_panels import fit_panels, level_sentence
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import NoiseRates
 from jobs.support.run_folder import Run
@@ -159,6 +162,24 @@ def test_bars_of_the_overlap_are_shares_of_each_group(summary: dict[str, Any]) -
     panel = Figure().subplots()
     fit_panels(summary)[1][0](panel)
     assert [sum(patch.get_data().values) for patch in panel.patches] == pytest.approx([1.0, 1.0])
+
+
+def test_what_judged_rows_changed_is_said(tmp_path: Path, summary: dict[str, Any]) -> None:
+    found = fit(AUTO, None)
+    _, report = fit_level(torch.zeros(20), (torch.arange(20) % 5 == 0).float())
+    judged = replace(found, reward=replace(found.reward, level={"auto": report}), clean=CleanCounts(20, 1, "gone"))
+    stated = json.loads(json.dumps(fit_summary(judged), allow_nan=False))
+    assert {key: stated["clean"][key] for key in ("matched", "unmatched")} == {"matched": 20, "unmatched": 1}
+    assert stated["clean"]["level"]["auto"]["shift"] == report.shift
+    warnings = " ".join(stated["diagnostics"]["warnings"])
+    assert "1 of 21 rows of feedback.clean are of impressions that the log does not hold, the first 'gone'" in warnings
+    assert "Only 20 rows were judged" in warnings
+    sentence = level_sentence(stated)
+    assert sentence is not None
+    assert sentence.startswith("Of 20 judged rows 0.200 ± 0.092 are liked. The model said 0.500; at their level it says 0.")
+    assert escape(sentence) in write_report(tmp_path, [], stated).read_text(encoding="utf-8")
+    assert summary["clean"] is None
+    assert level_sentence(summary) is None
 
 
 def test_a_user_s_text_in_a_report_stays_text_and_the_verdict_comes_first(tmp_path: Path, summary: dict[str, Any]) -> None:
