@@ -64,14 +64,13 @@ class LogDiagnostics(FitDiagnostics):
 
 @dataclass(frozen=True)
 class RewardReport(Report):
-    """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found by the method `rates_by` along with
-    the opinion, without an interval; `serving_risk` is the held-out risk of the model that served as `serving_version` on the
+    """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found by the method along with the
+    opinion, without an interval; `serving_risk` is the held-out risk of the model that served as `serving_version` on the
     same rows (None: none served); `level` is what judged rows said of each method's model (empty without `feedback.clean`)."""
 
     methods: Mapping[str, MethodReport]
     diagnostics: LogDiagnostics
     rates: NoiseRates
-    rates_by: str | None
     noise: NoiseEstimate | None
     heldout_rows: int
     serving_risk: float | None

@@ -82,7 +82,6 @@ def report(fits: RewardFits, spec: FitSpec, inputs: Inputs, log: SnapshotRows, p
         },
         diagnostics=LogDiagnostics(**vars(found), groups=groups, signals=signals),
         rates=fits.rates,
-        rates_by=method if fits.noise is None and spec.config.rho is None else None,
         noise=fits.noise,
         heldout_rows=len(fits.heldout),
         serving_risk=fits.serving_risk,

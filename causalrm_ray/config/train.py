@@ -148,7 +148,7 @@ class FeedbackConfig(Section):
 
     @model_validator(mode="after")
     def _what_reads_a_source_has_one(self) -> FeedbackConfig:
-        for name in ("query", "events", "columns"):
+        for name in ("query", "events", "columns", "clean"):
             if getattr(self, name) and not self.source:
                 raise ValueError(f"feedback.{name} needs feedback.source, the log that it belongs to, got none")
         return self

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import check_binary, check_same_length
 from causalrm_ray.errors import InputError
-from causalrm_ray.estimators.core.frozen import frozen_states
 from causalrm_ray.estimators.core.task import FitTask, Fitted
-from causalrm_ray.estimators.core.training import Inputs, Shard, predict
+from causalrm_ray.estimators.core.training import Calling, Inputs, Shard, predict
 from causalrm_ray.estimators.nuisances.level import Level, LevelReport, fit_level
 from causalrm_ray.models.heads import Levelled, fold_level
 
 RIDGE = 1e-6  # of the states' mean square: what keeps a direction that they hardly have from being used
-LOWEST = 1e-3  # of a propensity whose level moved
+SAMPLE = 20_000  # rows whose states say in which direction they are most alike
 UNEVEN = 0.05  # logits by which a shift may differ between rows before a warning says so
 
 
@@ -74,7 +73,8 @@ def level_opinion(fitted: Fitted, level: Level, report: LevelReport) -> Fitted:
         liked = (nn.functional.logsigmoid(before) - nn.functional.logsigmoid(after)).exp()
         disliked = (nn.functional.logsigmoid(-before) - nn.functional.logsigmoid(-after)).exp()
         p1, p0 = propensities
-        propensities = (p1 * liked).clamp(LOWEST, 1), (p0 * disliked).clamp(LOWEST, 1)
+        clip = float(torch.minimum(p1, p0).min())  # that of the method
+        propensities = (p1 * liked).clamp(clip, 1), (p0 * disliked).clamp(clip, 1)
     return replace(fitted, figures=figures, opinion=after, propensities=propensities)
 
 
@@ -91,7 +91,8 @@ def level_scorer(scorer: nn.Module, level: Level, inputs: Inputs, shard: Shard) 
         return Levelled(scorer, level.shift, level.slope).to(next(scorer.parameters()).device), 0.0
     if fold_level(head, level.shift, level.slope):
         return scorer, 0.0
-    states = frozen_states(scorer, inputs, shard).double()
+    some = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    states = predict(Calling(scorer, "states"), inputs, some, shard=shard).double()
     gram = states.T @ states / len(states)
     ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=gram.dtype)
     constant = torch.linalg.solve(gram + ridge, states.mean(0))

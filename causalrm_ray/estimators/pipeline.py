@@ -148,7 +148,7 @@ def _risks(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.
     first = next(iter(fitted.values()), None)
     rates = found.nuisances.rates if first is None or first.rates is None else first.rates
     if rates is None:
-        raise ValueError("a method that needs states and no rates must find rates of its own (Fitted.rates), got None")
+        raise ValueError(f"{next(iter(fitted))} needs states and no rates: it must find its own (Fitted.rates), got None")
     selection = None if first is None else first.propensities
     nuisances = replace(found.nuisances, rates=rates)
     risk = heldout_objective(task.observations, nuisances, task.loss, task.heldout, selection)

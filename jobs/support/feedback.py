@@ -21,7 +21,7 @@ from causalrm_ray.data.log.store import open_log
 from causalrm_ray.data.log.summary import summarise_log
 from causalrm_ray.data.rows import RowError
 from causalrm_ray.data.snapshots.table import check_counts, read_columns
-from causalrm_ray.errors import InputError
+from causalrm_ray.errors import InputError, brief
 from causalrm_ray.models.text import LengthBound, encode_pair
 from causalrm_ray.truncation import Cuts
 from jobs.support.log import warn
@@ -45,8 +45,9 @@ def import_feedback(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     snapshot = log.seal(config.run.path, "log")
     log.close()
     if source := clean_source(config.feedback):  # refused before anything heavy starts; every fit reads it again
-        for note in match_clean(source.read(), snapshot)[1].warnings:
-            warn(note)
+        counts = match_clean(source.read(), snapshot)[1]
+        for note in counts.warnings:
+            warn(f"{note} The first is {brief(counts.missing)}.")
     found = summarise_log(snapshot)
     for note in cut_notes(count_cuts(snapshot, limit), found.impressions, config):
         warn(note)

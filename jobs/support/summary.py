@@ -45,7 +45,7 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
             **found,
             "propensity": {name: propensity[name] for name in ("clip", "clipped_share", "mean_weight", "curve")},
             "rates": rates,
-            "verdict": verdict(found),
+            "verdict": verdict(found, bool(fit.reward.level)),
             "warnings": [
                 *advise(found, propensity, rates),
                 *(fit.reward.noise.warnings if fit.reward.noise else ()),

@@ -1,6 +1,6 @@
 """Labels of a few impressions that were drawn at random and judged with care, `feedback.clean`, matched to a snapshot of the log.
 
-source --read_clean--> {impression: label} --match--> r* [N] of the snapshot's rows, nan where none was judged
+source --CleanSource.read--> {impression: label} --match_clean--> r* [N] of the snapshot's rows, nan where none was judged
 """
 
 from __future__ import annotations
@@ -67,13 +67,11 @@ class CleanCounts:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is to be said of them."""
+        """What a report may say of them: no id, which might be one that was forgotten."""
         if not self.unmatched:
             return ()
-        return (
-            f"{self.unmatched} of {self.matched + self.unmatched} rows of {OPTION} are of impressions that the log does not hold,"
-            f" the first {brief(self.missing)}: they are left out.",
-        )
+        rows = f"{self.unmatched} of {self.matched + self.unmatched} rows of {OPTION}"
+        return (f"{rows} are of impressions that the log does not hold: they are left out.",)
 
 
 def clean_source(config: FeedbackConfig) -> CleanSource | None:

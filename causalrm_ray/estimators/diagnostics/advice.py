@@ -14,7 +14,7 @@ SIGNIFICANT = 2.0  # standard errors
 SURE = 0.9  # weight of a mechanism that a log supports
 SMALL_SHIFT = 0.1  # log-odds: a tenth more or less readily
 DRIVES = {"label": "the opinion itself", "features": "prompt and answer"}
-JUDGE = "A few hundred impressions drawn at random and judged with care would tell: give them as feedback.clean."
+JUDGE = "A few hundred impressions drawn at random and judged with care would set the level: give them as feedback.clean."
 
 
 def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -28,8 +28,8 @@ def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates:
     return [*propensity.get("log_warnings", ()), *propensity["warnings"], *(sentence for part in parts for sentence in part)]
 
 
-def verdict(diagnostics: Mapping[str, Any]) -> str:
-    """The selection mechanism that the log supports, in a few sentences.
+def verdict(diagnostics: Mapping[str, Any], levelled: bool = False) -> str:
+    """The selection mechanism that the log supports, in a few sentences; `levelled`: judged rows set the level already.
 
     Selection by the opinion alone is a restriction, which a log may support or rule out. Selection by features is none: it fits
     any log, so it is never confirmed, only assumed where the restriction is ruled out.
@@ -44,24 +44,32 @@ def verdict(diagnostics: Mapping[str, Any]) -> str:
     best = max(weights, key=weights.__getitem__)
     if weights[best] < SURE:
         shares = ", ".join(f"{DRIVES.get(name, name)} {weight:.0%}" for name, weight in sorted(weights.items()))
-        return f"The log does not tell what decides who gives feedback; predictions are averaged ({shares}). {JUDGE}"
+        return _advised(f"The log does not tell what decides who gives feedback; predictions are averaged ({shares}).", levelled)
     if not adds:
         return f"The log favours {DRIVES.get(best, best)} (weight {weights[best]:.0%}) as what decides who gives feedback."
     if best == "label":
+        start = "The log supports" if _leans_to_opinion(found) else "The log does not rule out, and the fit assumes,"
         return (
-            f"The log supports selection by the opinion itself (weight {weights[best]:.0%}): one opinion explains who gives "
-            f"feedback and what it says. It adds {adds['label']:.1f} standard errors to what prompt and answer tell of the "
-            f"labels; these add {adds['features']:.1f} to it."
+            f"{start} selection by the opinion itself (weight {weights[best]:.0%}): one opinion explains who gives feedback and "
+            f"what it says. It adds {adds['label']:.1f} standard errors to what prompt and answer tell of the labels; these add "
+            f"{adds['features']:.1f} to it."
         )
-    return (
+    return _advised(
         "The log rules out that the opinion alone decides who gives feedback: prompt and answer add "
         f"{adds['features']:.1f} standard errors to what it tells of the labels. They are taken to decide (weight "
-        f"{weights[best]:.0%}). {_besides(found)} {JUDGE}"
+        f"{weights[best]:.0%}). {_besides(found, levelled)}",
+        levelled,
     )
 
 
-def _besides(found: Mapping[str, Any]) -> str:
+def _advised(text: str, levelled: bool) -> str:
+    return text if levelled else f"{text} {JUDGE}"
+
+
+def _besides(found: Mapping[str, Any], levelled: bool) -> str:
     """What opinions are taken to do besides features."""
+    if levelled:
+        return "What opinions do to the level besides is what the judged rows say."
     if abs(found["shift"]) < SMALL_SHIFT:
         return "Whether opinions play a part besides cannot be read from any log; none is assumed."
     times, seen = math.exp(found["shift"]), math.exp(found["shift_found"])

@@ -20,7 +20,7 @@ from causalrm_ray.estimators.core.frozen import with_settings
 from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need
 from causalrm_ray.estimators.core.training import Calling, Risk
-from causalrm_ray.estimators.methods.mechanisms import spread, to_logits
+from causalrm_ray.estimators.methods.mechanisms import among_all, to_logits
 from causalrm_ray.estimators.methods.selection import fit_mechanisms
 from causalrm_ray.losses.selection import class_weights, class_wise_dr_label
 from causalrm_ray.models.heads import Corrected, EnsembleScorer, to_logit
@@ -48,7 +48,7 @@ def _fit(task: FitTask, doubly_robust: bool) -> Fitted:
     weights = class_weights(task.observations.o, task.observations.r, *propensities, found.rates)
     risk = weighted_risk(*weights)
     if doubly_robust:
-        m = spread(found.opinion, found.best.rows, len(task.inputs), 0.5)
+        m = among_all(found.opinion, found.best.rows, len(task.inputs), 0.5)
         label, start = class_wise_dr_label(m, *weights), to_logit(m)
 
         def risk(output: Tensor, index: Tensor) -> Tensor:

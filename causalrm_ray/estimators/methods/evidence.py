@@ -27,25 +27,44 @@ def added_information(label: Tensor, predictions: Sequence[Tensor], cluster: Ten
 
     A model that is right leaves nothing to be added by another, whatever the other's levels and scale are; of two wrong ones
     each may add something. Davidson and MacKinnon 1981, the J test of models that do not contain each other. The standard errors
-    hold where rows of a `cluster` [M] depend on one another. A prediction that hardly varies adds 0.
+    hold where rows of a `cluster` [M] depend on one another. No z exceeds sqrt(2 nats) of what the prediction adds to the
+    likelihood, so that separation, few clusters and predictions that are alike feign none. One that hardly varies adds 0.
     """
     columns = torch.stack([one.double() for one in predictions], dim=1)
     spread = columns.std(0)
     known = spread > 1e-6
     design = torch.cat([torch.ones(len(label), 1).double(), ((columns - columns.mean(0)) / spread.clamp_min(1e-6))[:, known]], 1)
-    target, weight = label.double(), torch.zeros(design.shape[1], dtype=torch.float64)
+    target = label.double()
+    weight = _most_likely(design, target)
+    scores = summed(design * (target - torch.sigmoid(design @ weight))[:, None], cluster)
+    bread = torch.linalg.inv(_slope(design, target, weight)[1])
+    variance = (bread @ scores.T @ scores @ bread).diagonal() * len(scores) / max(len(scores) - 1, 1)
+    z = (weight / variance.sqrt().clamp_min(1e-12))[1:]
+    whole = _log_likelihood(design, target, weight)
+    for place in range(len(z)):
+        others = torch.arange(design.shape[1]) != place + 1
+        without = _log_likelihood(design[:, others], target, _most_likely(design[:, others], target))
+        bound = math.sqrt(2 * max(whole - without, 0.0))
+        z[place] = z[place].clamp(-bound, bound)
+    found = torch.zeros(len(predictions), dtype=torch.float64)
+    found[known] = z
+    return found.tolist()
+
+
+def _most_likely(design: Tensor, target: Tensor) -> Tensor:
+    """Weights [P] of the logistic regression of `target` [M] on `design` [M, P], by Newton's method under the ridge."""
+    weight = torch.zeros(design.shape[1], dtype=torch.float64)
     for _ in range(STEPS):
         gradient, information = _slope(design, target, weight)
         step = torch.linalg.solve(information, gradient).clamp(-2, 2)
         weight = weight + step
         if float(step.abs().max()) < 1e-9:
             break
-    scores = summed(design * (target - torch.sigmoid(design @ weight))[:, None], cluster)
-    bread = torch.linalg.inv(_slope(design, target, weight)[1])
-    variance = (bread @ scores.T @ scores @ bread).diagonal()
-    z = torch.zeros(len(predictions), dtype=torch.float64)
-    z[known] = (weight / variance.sqrt().clamp_min(1e-12))[1:]
-    return z.tolist()
+    return weight
+
+
+def _log_likelihood(design: Tensor, target: Tensor, weight: Tensor) -> float:
+    return -float(bce(design @ weight, target).sum())
 
 
 def _slope(design: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +101,7 @@ def propensity_signal(nll: Tensor, o: Tensor, cluster: Tensor | None = None) -> 
 
     At most sqrt(2 nats) of the rows' whole gain: tiny gains may be as steady as they are meaningless.
     """
-    gain = bce(torch.logit(o.mean()).expand_as(o), o) - nll
+    least = 0.5 / len(o)  # half a row: where all rows have feedback, or none has
+    gain = bce(torch.logit(o.mean().clamp(least, 1 - least)).expand_as(o), o) - nll
     whole = float(gain.double().sum())
     return min(float(in_standard_errors(gain, cluster)), math.copysign(math.sqrt(2 * abs(whole)), whole))

@@ -30,7 +30,7 @@ from causalrm_ray.types import NoiseRates
 HIGHEST_CLIP = 0.05  # lowest propensity of an opinion used in a weight, unless feedback is rare
 START_GRADE = 0.1  # log-odds by which a strong opinion is assumed to matter at first
 WIDEST = 2.0  # standard deviations of the prior between which starts compete
-SPREAD = 2.0  # log-odds to either side of the likely ones at which members begin
+WIDEST_OFFSET = 2.0  # log-odds to either side of the likely ones at which members begin
 FEW_LABELS = 250  # beyond these labels FEW_LABELS / labels of it
 
 
@@ -92,11 +92,11 @@ def opinion_propensities(joint: Tensor, opinion: Tensor, rows: Tensor, observati
     `lowest_weighted`; of the other rows the clip."""
     clip = min(HIGHEST_CLIP, lowest_weighted(None, observations.o))
     shares = torch.stack([opinion, 1 - opinion], dim=1).clamp_min(1e-6)
-    p1, p0 = spread(joint / shares, rows, len(observations), 0.0).clamp(clip, 1).T
+    p1, p0 = among_all(joint / shares, rows, len(observations), 0.0).clamp(clip, 1).T
     return p1, p0
 
 
-def spread(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor:
+def among_all(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor:
     """`value` [M, ...] of the rows numbered in `rows` [M] among all `number` rows, and `elsewhere` of the others."""
     everyone = torch.full((number, *value.shape[1:]), elsewhere)
     everyone[rows] = value
@@ -105,7 +105,7 @@ def spread(value: Tensor, rows: Tensor, number: int, elsewhere: float) -> Tensor
 
 def to_logits(opinion: Tensor, rows: Tensor, number: int) -> Tensor:
     """Logits of the probabilities `opinion` [M] of the `rows` [M] among `number` rows; 0 for the others."""
-    return to_logit(spread(opinion, rows, number, 0.5))
+    return to_logit(among_all(opinion, rows, number, 0.5))
 
 
 def fit_label(task: FitTask) -> Mechanism:
@@ -116,7 +116,7 @@ def fit_label(task: FitTask) -> Mechanism:
     """
     number = len(_scorer(task)[0].bias)
     folds = Folds(task, number)
-    odds = likely_odds(task) + _spread(float(task.observations.o[folds.learn].sum()), number)
+    odds = likely_odds(task) + _offsets(float(task.observations.o[folds.learn].sum()), number)
     module, fitted = _fit_label(task, folds, odds)
     found = folds.out_of_fold(fitted.output, fitted.rows)
     return Mechanism(module.scorer, module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
@@ -160,13 +160,13 @@ def _fit_label(task: FitTask, folds: Folds | Together, odds: Tensor) -> tuple[La
     return module, cross_fit_members(task, module, nll, folds, everyone, lambda: module.penalty().cpu() / len(folds.learn))
 
 
-def _spread(labels: float, members: int) -> Tensor:
+def _offsets(labels: float, members: int) -> Tensor:
     """How far from the odds that were found each of K members begins, [K].
 
     A few labels hardly identify how much selection differs between opinions, so members start all over the range and their mean
     allows for it; many labels identify it, and then a far start would only cost steps.
     """
-    return torch.linspace(-1, 1, members) * SPREAD * min(1, FEW_LABELS / labels)
+    return torch.linspace(-1, 1, members) * WIDEST_OFFSET * min(1, FEW_LABELS / labels)
 
 
 def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) -> Tensor:
@@ -196,7 +196,8 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
     propensity, _ = _scorer(task)
     scorer, _ = _scorer(task)
     folds = Folds(task, len(scorer.bias))
-    propensity.start_at(logit(float(o[folds.learn].mean())))
+    least = 0.5 / len(folds.learn)  # half a row: all may have feedback
+    propensity.start_at(logit(min(max(float(o[folds.learn].mean()), least), 1 - least)))
 
     def feedback_risk(output: Tensor, index: Tensor) -> Tensor:
         return bce(output, o[index].unsqueeze(1).expand_as(output))

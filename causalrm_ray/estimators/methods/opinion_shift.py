@@ -21,9 +21,10 @@ from torch import Tensor
 
 from causalrm_ray.checks import check_same_length
 
-WIDEST = 4.0  # of c either way
+WIDEST_SHIFT = 4.0  # of c either way
+POSSIBLE = 0.99  # share of the rows whose P(o = 1 | x, r*) must stay below 1
 HALVINGS = 40  # of the interval of c
-BLOCK = 65_536  # rows of states at a time
+BLOCK = 8_192  # rows of states at a time
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def opinion_shift(
     of the states, or is drawn for each of `units` (rows, where none are given):
 
         E Cov[X w, e]^2 / (E Var[X w] Var e) + 1 / units,    w ~ N(0, 1)
+
+    No more of c is used than leaves P(o = 1 | x, r*) a probability. Where no c explains the covariance, none is found.
     """
     check_same_length(feedback=feedback, opinion=opinion, rows=rows)
     strata = torch.zeros(len(opinion), dtype=torch.long) if strata is None else strata
@@ -61,7 +64,9 @@ def opinion_shift(
         e = torch.sigmoid(logit - c)
         return float((_within(log_rate - torch.log1p(math.expm1(c) * e), strata) * e).mean())
 
-    low, high = -WIDEST, WIDEST
+    low, high = -WIDEST_SHIFT, WIDEST_SHIFT
+    if not unexplained(low) > 0 > unexplained(high):  # rates vary with opinions more, or less, than any c makes them
+        return OpinionShift(0.0, 0.0, 0.0)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if unexplained(middle) > 0 else (low, middle)
@@ -72,7 +77,25 @@ def opinion_shift(
         return OpinionShift(0.0, 0.0, 0.0)
     chance = _by_chance(states, rows, e / e.square().mean().sqrt(), strata) + 1 / (units or len(e))
     strength = abs(float((rate * e).mean() / scale)) / math.sqrt(chance)
-    return OpinionShift(found, found * max(0.0, 1 - strength**-2) if strength > 0 else 0.0, strength)
+    trusted = max(0.0, 1 - strength**-2) if strength > 0 else 0.0
+    return OpinionShift(found, _possible(found * trusted, feedback.double(), logit), strength)
+
+
+def _possible(c: float, feedback: Tensor, logit: Tensor) -> float:
+    """`c`, or as much of it as leaves P(o = 1 | x, r* = 1 or 0) = P(o = 1 | x) e_1 / e or (1 - e_1) / (1 - e) a probability."""
+    sign = 1.0 if c >= 0 else -1.0  # for c < 0 the displeased are the ones who give feedback more readily
+    sure = torch.sigmoid(sign * logit)
+
+    def fits(size: float) -> bool:
+        return float((feedback * sure / torch.sigmoid(sign * logit - size) <= 1).double().mean()) >= POSSIBLE
+
+    low, high = 0.0, abs(c)
+    if fits(high):
+        return c
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return sign * low
 
 
 def _within(value: Tensor, strata: Tensor) -> Tensor:
@@ -90,6 +113,6 @@ def _by_chance(states: Tensor, rows: Tensor, e: Tensor, strata: Tensor) -> float
         x = states[rows[part]].double()
         total.index_add_(0, strata[part], x)
         covariance += x.T @ e[part]  # as e has no mean in a stratum, the states' means do not matter
-        squares += float(x.square().sum())
+        squares += float(torch.linalg.vector_norm(x)) ** 2
     within = squares - float((total.square() / count[:, None]).sum())
     return float((covariance / len(rows)).square().sum()) / max(within / len(rows), 1e-12)

@@ -60,8 +60,11 @@ class Averaged:
 
     @property
     def rates(self) -> NoiseRates:
-        """Their rates, averaged."""
-        return NoiseRates(*(self.weights @ torch.tensor([astuple(one.rates) for one in self.mechanisms.values()])).tolist())
+        """Their rates, averaged; known ones as they are."""
+        found = [one.rates for one in self.mechanisms.values()]
+        if all(rates == found[0] for rates in found):
+            return found[0]
+        return NoiseRates(*(self.weights.double() @ torch.tensor([astuple(rates) for rates in found]).double()).tolist())
 
     def propensities(self, observations: Observations) -> Propensities:
         """P(o = 1 | x, r* = k) [N], k = 1, 0, of the average, out of fold."""

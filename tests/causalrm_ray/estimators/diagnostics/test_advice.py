@@ -106,8 +106,8 @@ def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     assert verdict(SOUND) == (
         "The log rules out that the opinion alone decides who gives feedback: prompt and answer add 6.1 standard errors to what "
         "it tells of the labels. They are taken to decide (weight 95%). Whether opinions play a part besides cannot be read from "
-        "any log; none is assumed. A few hundred impressions drawn at random and judged with care would tell: give them as "
-        "feedback.clean."
+        "any log; none is assumed. A few hundred impressions drawn at random and judged with care would set the level: give "
+        "them as feedback.clean."
     )
     besides = verdict(changed(mechanisms={"shift": math.log(2), "shift_found": math.log(3)}))
     assert "the pleased are taken to give feedback 2.00 times as readily as others (the log suggests 3.00, if all else" in besides
@@ -117,7 +117,12 @@ def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
         "says. It adds 6.1 standard errors to what prompt and answer tell of the labels; these add 0.4 to it."
     )
     assumed = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 0.5}})
+    assert verdict(assumed).startswith(
+        "The log does not rule out, and the fit assumes, selection by the opinion itself (weight 95%)"
+    )
     assert not any("Opinions decide who" in sentence for sentence in advise(assumed, PROPENSITY, RATES))
+    judged = verdict(SOUND, levelled=True)
+    assert judged.endswith("(weight 95%). What opinions do to the level besides is what the judged rows say.")
     alike = changed(mechanisms={"weights": {"features": 0.4, "label": 0.6}})
     assert verdict(alike).startswith("The log does not tell what decides who gives feedback")
     assert "(prompt and answer 40%, the opinion itself 60%)" in verdict(alike)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from torch import Tensor
 
 from causalrm_ray.estimators.methods.evidence import added_information, evidence, mechanism_weights, propensity_signal
@@ -26,13 +27,17 @@ def test_the_regression_is_that_of_scikit_learn_with_a_sandwich_of_loops() -> No
     model = LogisticRegression(C=1e12, tol=1e-10).fit(torch.stack([first, second], 1).numpy(), label.numpy())
     design = np.column_stack([np.ones(500), first, second])
     prob = model.predict_proba(design[:, 1:])[:, 1]
+    whole = -log_loss(label, prob, normalize=False)
+    alone = (LogisticRegression(C=1e12, tol=1e-10).fit(design[:, [k]], label).predict_proba(design[:, [k]]) for k in (2, 1))
+    bound = np.sqrt([2 * (whole + log_loss(label, one, normalize=False)) for one in alone])  # of what each adds to the other
     bread = np.linalg.inv(sum(p * (1 - p) * np.outer(row, row) for p, row in zip(prob, design, strict=True)))
     for groups, members in ((None, np.arange(500)[:, None]), (cluster, np.arange(500).reshape(100, 5))):
         meat = np.zeros((3, 3))
         for rows in members:
             score = sum((label[i].item() - prob[i]) * design[i] for i in rows)
             meat += np.outer(score, score)
-        expected = model.coef_[0] / np.sqrt(np.diag(bread @ meat @ bread))[1:]
+        variance = np.diag(bread @ meat @ bread)[1:] * len(members) / (len(members) - 1)
+        expected = np.minimum(model.coef_[0] / np.sqrt(variance), bound)
         # Our ridge of 1e-3 beside about 100 nats of information moves the third digit at most.
         assert added_information(label, [first, second], groups) == pytest.approx(expected.tolist(), rel=1e-3)
 
@@ -54,11 +59,15 @@ def test_a_prediction_that_never_varies_adds_nothing() -> None:
     assert added_information(label, [truth, torch.full((300,), 0.7)]) == pytest.approx([*alone, 0.0])
 
 
-def test_labels_that_a_prediction_separates_are_no_error() -> None:
+def test_no_prediction_adds_more_than_its_likelihood() -> None:
     truth = torch.linspace(-1, 1, 200)
-    (adds,) = added_information((truth > 0).float(), [truth])
-    assert math.isfinite(adds)
-    assert adds > 0
+    (adds,) = added_information((truth > 0).float(), [truth])  # separated: a constant leaves log 2 a row to be explained
+    assert 9 < adds <= math.sqrt(2 * 200 * math.log(2))
+    label = labels(2 * truth, 5)
+    assert added_information(label, [truth, truth]) == pytest.approx([0.0, 0.0], abs=0.01)
+    assert (
+        max(added_information(label, [truth], torch.arange(200) // 67)) <= added_information(label, [truth])[0] * 1.2
+    )  # three users
 
 
 def test_evidence_by_hand() -> None:

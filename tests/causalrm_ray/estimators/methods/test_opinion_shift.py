@@ -26,14 +26,28 @@ def test_the_shift_is_found_where_the_rest_has_nothing_to_do_with_opinions(c: fl
     found = opinion_shift(*world(c, popularity, opinion), states, torch.arange(ROWS))
     # Cov[states_1 / 2, opinion] is not exactly 0 in a sample: its error over Var[opinion], 0.043, is 0.5 / sqrt(0.043 ROWS).
     assert found.found == pytest.approx(c, abs=4 * 0.5 / math.sqrt(0.043 * ROWS) + 1e-6)
-    assert found.used == pytest.approx(found.found * max(0.0, 1 - found.strength**-2) if c else 0.0, abs=0.02)
+    assert found.used == pytest.approx(c, abs=0.3 * abs(c) + 0.02)  # one of 50 directions gives a seventh of its square by chance
+
+
+def test_no_shift_is_found_where_none_explains_the_rates_and_none_beyond_a_probability() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x, noise = torch.randn(2, ROWS, generator=generator).double()
+    seen, states = torch.sigmoid(0.3 * x), torch.stack([x, noise], 1)  # rates vary more with x than opinions, whatever c is
+    rate = 0.1 * torch.exp(0.8 * x + 0.3 * noise)
+    assert opinion_shift(rate, seen, states, torch.arange(ROWS)).found == 0
+    opinion = torch.sigmoid(states[:, 0])
+    feedback, seen = world(2.0, torch.full((ROWS,), 0.13).double(), opinion)  # P(o = 1 | r* = 1) = 0.96
+    found = opinion_shift(feedback, seen, states, torch.arange(ROWS))
+    shifted = torch.sigmoid(torch.logit(seen) - found.used)
+    assert float((feedback * seen / shifted <= 1).double().mean()) >= 0.99
+    assert found.used <= 2.05
 
 
 def test_strength_counts_what_directions_of_the_states_reach_by_chance() -> None:
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(2000, 8, generator=generator).double() @ torch.diag(torch.arange(1.0, 9.0)).double()
     opinion = torch.sigmoid(states[:, 7] / 4 + states[:, 2] / 3)
-    feedback, seen = world(0.0, 0.1 * torch.exp(0.2 * states[:, 7]), opinion)
+    feedback, seen = world(0.0, 0.1 * torch.exp(0.05 * states[:, 7]), opinion)
     found = opinion_shift(feedback, seen, states, torch.arange(2000))
     e, log_rate = torch.sigmoid(torch.logit(opinion) - found.found), feedback.log()
     drawn = (states - states.mean(0)) @ torch.randn(8, 4000, generator=generator).double()

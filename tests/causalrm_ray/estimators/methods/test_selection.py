@@ -16,7 +16,7 @@ from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import Calling, FitSettings, predict
 from causalrm_ray.estimators.methods import mechanisms
 from causalrm_ray.estimators.methods.class_wise import CLASS_WISE, weighted_risk
-from causalrm_ray.estimators.methods.mechanisms import _selection_start, _spread, fit_features, fit_label, likely_odds
+from causalrm_ray.estimators.methods.mechanisms import _offsets, _selection_start, fit_features, fit_label, likely_odds
 from causalrm_ray.estimators.methods.selection import SELECTION, Averaged, fit_mechanisms
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.losses.selection import class_weights
@@ -152,8 +152,8 @@ def test_hidden_feedback_changes_nothing_and_seeds_repeat() -> None:
 
 
 def test_members_start_about_the_likely_odds_and_nearer_to_them_the_more_labels_there_are() -> None:
-    torch.testing.assert_close(_spread(100.0, 5), torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
-    torch.testing.assert_close(_spread(1000.0, 3), torch.tensor([-0.5, 0.0, 0.5]))
+    torch.testing.assert_close(_offsets(100.0, 5), torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
+    torch.testing.assert_close(_offsets(1000.0, 3), torch.tensor([-0.5, 0.0, 0.5]))
     given = task("label")
     start = _selection_start(given, torch.zeros(ROWS, dtype=torch.long), TRAIN, 0.5)[0]
     o, r = given.observations.o[TRAIN], given.observations.r[TRAIN]
