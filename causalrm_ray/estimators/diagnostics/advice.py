@@ -44,19 +44,19 @@ def verdict(diagnostics: Mapping[str, Any], levelled: bool = False) -> str:
     best = max(weights, key=weights.__getitem__)
     if weights[best] < SURE:
         shares = ", ".join(f"{DRIVES.get(name, name)} {weight:.0%}" for name, weight in sorted(weights.items()))
-        return _advised(f"The log does not tell what decides who gives feedback; predictions are averaged ({shares}).", levelled)
+        return _advised(f"The log does not show what decides who gives feedback; predictions are averaged ({shares}).", levelled)
     if not adds:
         return f"The log favours {DRIVES.get(best, best)} (weight {weights[best]:.0%}) as what decides who gives feedback."
     if best == "label":
         start = "The log supports" if _leans_to_opinion(found) else "The log does not rule out, and the fit assumes,"
         return (
             f"{start} selection by the opinion itself (weight {weights[best]:.0%}): one opinion explains who gives feedback and "
-            f"what it says. It adds {adds['label']:.1f} standard errors to what prompt and answer tell of the labels; these add "
+            f"what it says. It adds {adds['label']:.1f} standard errors to what prompt and answer say of the labels; these add "
             f"{adds['features']:.1f} to it."
         )
     return _advised(
         "The log rules out that the opinion alone decides who gives feedback: prompt and answer add "
-        f"{adds['features']:.1f} standard errors to what it tells of the labels. They are taken to decide (weight "
+        f"{adds['features']:.1f} standard errors to what it says of the labels. They are taken to decide (weight "
         f"{weights[best]:.0%}). {_besides(found, levelled)}",
         levelled,
     )

@@ -219,10 +219,8 @@ def reward_calibration(
 def rho_sensitivity(
     fits: RewardFits, observations: Observations, propensity: Tensor, logit: Tensor, loss: str = "bce"
 ) -> RhoSensitivity:
-    """Mean preference and held-out risk of a model with `logit` [M] on `fits.heldout`, had the rates been others; no refit.
-
-    Both are by the fit's own selection model: the mean preference is sum v_1 / sum (v_1 + v_0) of losses.selection.class_weights.
-    """
+    """Mean preference, sum v_1 / sum (v_1 + v_0) by the fit's own selection model (losses.selection.class_weights), and held-out
+    risk of a model with `logit` [M] on `fits.heldout`, had the rates been others; no refit."""
     selection = fits.selection or (propensity, propensity)
 
     def point(rho_01: float, rho_10: float) -> RhoPoint:

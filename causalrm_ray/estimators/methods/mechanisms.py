@@ -112,11 +112,13 @@ def fit_label(task: FitTask) -> Mechanism:
     """Maximum likelihood of all rows' outcomes, selection depending on the opinion, in each stratum in its own way.
 
     The likelihood has an optimum also where the pleased are taken for the displeased, and it hardly identifies the level of
-    P(r* = 1), which trades off against the odds. So every member begins at the `likely_odds`, and stops early.
+    P(r* = 1), which trades off against the odds. So members begin about the `likely_odds`, and stop early.
     """
     number = len(_scorer(task)[0].bias)
     folds = Folds(task, number)
-    odds = likely_odds(task) + _offsets(float(task.observations.o[folds.learn].sum()), number)
+    labels = float(task.observations.o[folds.learn].sum())
+    likely = likely_odds(task) if labels >= FEW_LABELS else 0.0  # few labels tell nothing of it: members start all over the range
+    odds = likely + _offsets(labels, number)
     module, fitted = _fit_label(task, folds, odds)
     found = folds.out_of_fold(fitted.output, fitted.rows)
     return Mechanism(module.scorer, module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)

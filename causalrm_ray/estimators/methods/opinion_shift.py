@@ -2,13 +2,13 @@
 
     P(o = 1 | x, r*) = G(x) e^(c r*)      =>      P(o = 1 | x) = G(x) [1 + (e^c - 1) e(x)],   logit e(x) = logit e_1(x) - c
 
-with e = P(r* = 1 | x) and e_1 = P(r* = 1 | x, o = 1), which feedback shows. Any c fits any log with a G of its own: no log tells
-it. It is found under one assumption, that what else drives feedback, log G, has nothing to do with the opinion:
+with e = P(r* = 1 | x) and e_1 = P(r* = 1 | x, o = 1), which feedback shows. Any c fits any log with a G of its own; none is
+identified. It is found under one assumption, that what else drives feedback, log G, has nothing to do with the opinion:
 
     Cov[log G(x), e(x)] = 0
 
 and is trusted as far as a G that has nothing to do with it would not do the same by chance. A few hundred impressions drawn at
-random and judged tell it without the assumption. Ours.
+random and judged show the level without the assumption. Ours.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def opinion_shift(
     found = (low + high) / 2
     e, rate = _within(torch.sigmoid(logit - found), strata), _within(log_rate, strata)
     scale = (e.square().mean() * rate.square().mean()).sqrt()
-    if float(scale) < 1e-9:  # all rows alike: nothing is told
+    if float(scale) < 1e-9:  # all rows alike: nothing is shown
         return OpinionShift(0.0, 0.0, 0.0)
     chance = _by_chance(states, rows, e / e.square().mean().sqrt(), strata) + 1 / (units or len(e))
     strength = abs(float((rate * e).mean() / scale)) / math.sqrt(chance)

@@ -75,7 +75,7 @@ def write_candidate(
         signals=None,
     )
     methods = {CONFIG.method: MethodReport(risk, 1)}
-    report = RewardReport(methods, diagnostics, NoiseRates(0.1, 0.1), None, None, 1, serving_risk, serving_version)
+    report = RewardReport(methods, diagnostics, NoiseRates(0.1, 0.1), None, 1, serving_risk, serving_version)
     with atomic_folder(actor_folder / name) as temporary:
         scorer.save_pretrained(temporary / CONFIG.method, load_tokenizer(backbone))
         report.write(temporary)

@@ -34,6 +34,7 @@ from jobs.support.run_folder import Run
 from jobs.support.summary import fit_summary, with_drift
 
 AUTO = {"weight_features": 0.97, "weight_label": 0.03, "heldout_features": 0.61, "heldout_label": 0.63, "signal": 5.0}
+AUTO |= {"adds_features": 6.0, "adds_label": 0.3, "shift_used": 0.0, "shift_found": 0.1}
 RATES = NoiseRates(0.1, 0.2)
 
 
@@ -48,7 +49,7 @@ def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> Refit:
     observations = Observations(o, torch.where(torch.rand(2000, generator=generator) < wrong, 1 - clean, clean))
     heldout, best = torch.arange(1500, 2000), Epoch(1, 0.6, 0.6)
     one = Fitted(torch.nn.Identity(), FitReport((best,), best), figures)
-    fits = RewardFits({"auto": one}, {"auto": 0.6}, RATES, noise, None, None, None, heldout, None)
+    fits = RewardFits({"auto": one}, {"auto": 0.6}, RATES, noise, None, None, None, None, heldout, None)
     found = diagnose_fit(fits, "auto", observations, propensity.clamp(min=0.1), 2 * x[heldout])
     ranking = torch.sigmoid(2 * x)
     groups = Groups((torch.arange(2000) % 2), ("style=flashy", "style=plain"))
@@ -57,7 +58,7 @@ def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> Refit:
     groups = {"traits": diagnose_groups(ranking, 6 * x if figures else None, observations, RATES, groups)}
     methods = {"auto": MethodReport(0.6, 1), "naive": MethodReport(0.7, 1)}
     diagnostics = LogDiagnostics(**vars(found), groups=groups, signals=signals)
-    reward = RewardReport(methods, diagnostics, RATES, None, noise, len(heldout), None, 0)
+    reward = RewardReport(methods, diagnostics, RATES, noise, len(heldout), None, 0)
     report = VersionedPropensity(**vars(diagnose(propensity, o, 0.1)), version=1)
     return Refit(report, reward, {"auto": "reward/log/auto"}, 2.0, 1.0, Promotion(True, "first model", 1))
 
@@ -77,7 +78,7 @@ def test_the_summary_holds_numbers_words_and_advice(summary: dict[str, Any]) -> 
     found = summary["diagnostics"]
     assert found["propensity"]["clipped_share"] == summary["propensity"]["clipped_share"] > 0.2
     assert found["rates"] == summary["noise_rates"]
-    assert found["verdict"].startswith("The log supports this: only what is seen")
+    assert found["verdict"].startswith("The log rules out that the opinion alone decides")
     warnings = " ".join(found["warnings"])
     assert "of the propensities lie below the clip" in warnings
     assert "rho_01 is known only to lie in 0.05 to 0.35" in warnings

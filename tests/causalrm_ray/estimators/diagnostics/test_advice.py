@@ -105,7 +105,7 @@ def test_warnings_of_the_propensity_come_first() -> None:
 def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     assert verdict(SOUND) == (
         "The log rules out that the opinion alone decides who gives feedback: prompt and answer add 6.1 standard errors to what "
-        "it tells of the labels. They are taken to decide (weight 95%). Whether opinions play a part besides cannot be read from "
+        "it says of the labels. They are taken to decide (weight 95%). Whether opinions play a part besides cannot be read from "
         "any log; none is assumed. A few hundred impressions drawn at random and judged with care would set the level: give "
         "them as feedback.clean."
     )
@@ -114,7 +114,7 @@ def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     opinion = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 6.1}})
     assert verdict(opinion) == (
         "The log supports selection by the opinion itself (weight 95%): one opinion explains who gives feedback and what it "
-        "says. It adds 6.1 standard errors to what prompt and answer tell of the labels; these add 0.4 to it."
+        "says. It adds 6.1 standard errors to what prompt and answer say of the labels; these add 0.4 to it."
     )
     assumed = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 0.5}})
     assert verdict(assumed).startswith(
@@ -124,7 +124,7 @@ def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     judged = verdict(SOUND, levelled=True)
     assert judged.endswith("(weight 95%). What opinions do to the level besides is what the judged rows say.")
     alike = changed(mechanisms={"weights": {"features": 0.4, "label": 0.6}})
-    assert verdict(alike).startswith("The log does not tell what decides who gives feedback")
+    assert verdict(alike).startswith("The log does not show what decides who gives feedback")
     assert "(prompt and answer 40%, the opinion itself 60%)" in verdict(alike)
     others = changed(mechanisms={"weights": {"weather": 0.95, "label": 0.05}, "adds": {}})
     assert verdict(others) == "The log favours weather (weight 95%) as what decides who gives feedback."

@@ -68,7 +68,7 @@ def test_levels_of_strata_say_nothing_of_opinions() -> None:
     assert abs(opinion_shift(feedback, seen, states, everyone, strata).found) < 0.02
 
 
-def test_a_log_whose_rows_are_alike_tells_nothing_and_few_units_tell_little() -> None:
+def test_a_log_whose_rows_are_alike_shows_nothing_and_few_units_show_little() -> None:
     states = torch.randn(500, 4, generator=torch.Generator().manual_seed(3)).double()
     everyone = torch.arange(500)
     assert opinion_shift(torch.full((500,), 0.2), torch.full((500,), 0.6), states, everyone).used == 0
