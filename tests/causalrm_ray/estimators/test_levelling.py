@@ -147,8 +147,9 @@ def test_propensities_follow_the_level() -> None:
     assert found.opinion is not None
     assert found.propensities is not None
     now = torch.sigmoid(found.opinion)
+    clip = min(float(one.min()) for one in given)  # no lower than what the method allowed
     for one, other in zip(found.propensities, (joint[0] / now, joint[1] / (1 - now)), strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other.clamp(clip, 1))
     assert found.figures["level_rows"] == 500
 
 
