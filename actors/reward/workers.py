@@ -111,6 +111,7 @@ def _fit(spec: FitSpec, inputs: Inputs, log: SnapshotRows, propensity: Tensor, s
         states=states,
         strata=log.traits.number,
         caution=config.caution,
+        ranked=True,
         shard=shard,
     )
 

@@ -77,6 +77,7 @@ def fit_reward_models(
     states: Tensor | None = None,
     strata: Tensor | None = None,
     caution: float = 0.0,
+    ranked: bool = False,
     shard: Shard = SINGLE,
 ) -> RewardFits:
     """Fit one module per name in `methods` on the observed feedback.
@@ -93,7 +94,8 @@ def fit_reward_models(
     `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
     distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
     from 0 the observed traits that selection may depend on. `caution` is how many of the members' standard deviations a module
-    that is distilled from an ensemble stays below their mean. The same settings and shard give the same modules.
+    that is distilled from an ensemble stays below their mean. `ranked` asks for `ranking` where no method needs it, unless rates
+    are given. The same settings and shard give the same modules.
     All held-out risks are weighted by the first method's selection model.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
@@ -130,7 +132,11 @@ def fit_reward_models(
     needs = frozenset[str]().union(*(method.needs for method in loaded.values()))
     first_finds_rates = bool(methods) and methods[0] != ORACLE and "states" in loaded[methods[0]].needs
     estimate = "rates" in needs or not first_finds_rates
-    found = _find_nuisances(task, propensity, "imputation" in needs, estimate, noise_rates, states)
+    impute = "imputation" in needs
+    if (rates is None and (estimate or ranked)) or impute:
+        found = _find_nuisances(task, propensity, impute, estimate, noise_rates, states)
+    else:
+        found = _Found(task.nuisances)
     fitted: dict[str, Fitted] = {}
     level: dict[str, LevelReport] = {}
     for name in methods:
@@ -173,8 +179,6 @@ def _find_nuisances(
 ) -> _Found:
     """The nuisances not given; rates only where they are to be estimated: InputError if the log does not identify them."""
     given, observations, seed = task.nuisances, task.observations, task.settings.seed
-    if given.rates is not None and not impute:
-        return _Found(given)
     labels = int(observations.o[task.train].sum())
     ranking = _out_of_fold(task if states is None else with_settings(on_states(task, states), labels))
     seen = observations.o == 1

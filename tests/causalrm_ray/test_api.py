@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,6 @@ from causalrm_ray.checkpoint import CheckpointError
 from causalrm_ray.data.simulate import SimulatedLog, simulate
 
 FAST = {"method": "causalrm_ips", "rho": (0.2, 0.1), "epochs": 5, "lr": 0.01}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # small fits
-    yield
-    torch.set_num_threads(before)
 
 
 def world(rows: int = 3000, alpha: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, SimulatedLog]:

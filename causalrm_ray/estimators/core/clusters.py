@@ -27,8 +27,6 @@ def summed(residual: Tensor, cluster: Tensor | None) -> Tensor:
 
 def stderr(value: Tensor, cluster: Tensor | None) -> Tensor:
     """The standard error [...] of the mean of `value` [M, ...]; the rows of one `cluster` [M] depend on one another."""
-    if cluster is None:
-        return value.std(0) / math.sqrt(len(value))
     total = summed(value - value.mean(0), cluster)
     return total.square().sum(0).sqrt() / len(value) * math.sqrt(len(total) / max(len(total) - 1, 1))
 

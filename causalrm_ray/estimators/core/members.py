@@ -20,16 +20,25 @@ class Folds:
     """Which member may learn from which row, and which measures it.
 
     Each member of an ensemble of K leaves out a fold of all rows, held-out ones included, and is measured there. Where the
-    task spares the held-out rows, no member learns from these and all are measured on them.
+    task spares the held-out rows, no member learns from these and all are measured on them. Members that work `together` leave
+    out nothing: all learn from the training rows and are measured on the held-out ones, so that they differ in nothing else.
     `learn` [L] and `measure` [M] number the rows that any member learns from, and those that measure any.
     """
 
-    def __init__(self, task: FitTask, members: int) -> None:
+    def __init__(self, task: FitTask, members: int, together: bool = False) -> None:
         everyone = torch.cat([task.train, task.heldout]).sort().values
         self.members = members
-        self.learn = task.train if task.spare_heldout else everyone
-        self.measure = everyone
+        self.learn = task.train if task.spare_heldout or together else everyone
+        self.measure = task.heldout if together else everyone
         fold = torch.full((len(task.inputs),), -1)
+        if not together:
+            self._divide(fold, task)
+        self._left_out = fold.unsqueeze(1) == torch.arange(members)  # [N, K]
+        self._measured = self._left_out | (fold == -1).unsqueeze(1)
+
+    def _divide(self, fold: Tensor, task: FitTask) -> None:
+        """Number in `fold` [N] the member that leaves out each row that is learned from."""
+        members = self.members
         labelled = task.observations.o[self.learn] == 1
         cluster, seed = task.observations.clusters(self.learn), task.settings.seed
         if cluster is None:
@@ -38,8 +47,6 @@ class Folds:
                 fold[rows] = torch.arange(len(rows)) if few else fold_of(len(rows), members, seed)
         else:
             fold[self.learn] = fold_of(len(self.learn), members, seed, cluster, labelled)
-        self._left_out = fold.unsqueeze(1) == torch.arange(members)  # [N, K]
-        self._measured = self._left_out | (fold == -1).unsqueeze(1)
 
     def taught(self, index: Tensor) -> Tensor:
         """Mask [B, K] of the members that learn from the rows `index` [B]."""
@@ -51,26 +58,6 @@ class Folds:
 
     def out_of_fold(self, value: Tensor, index: Tensor) -> Tensor:
         """Mean [B, ...] of `value` [B, K, ...] over the members that never saw each of the rows `index` [B]."""
-        return mean_where(value, self.unseen(index))
-
-
-class Together:
-    """All members learn from every training row, and every held-out row measures all: members then differ in nothing else.
-
-    As Folds otherwise: `learn` [L] and `measure` [M] are the task's training and held-out rows.
-    """
-
-    def __init__(self, task: FitTask, members: int) -> None:
-        self.members, self.learn, self.measure = members, task.train, task.heldout
-
-    def taught(self, index: Tensor) -> Tensor:
-        """Mask [B, K] of True."""
-        return torch.ones(len(index), self.members, dtype=torch.bool)
-
-    unseen = taught
-
-    def out_of_fold(self, value: Tensor, index: Tensor) -> Tensor:
-        """Mean [B, ...] of `value` [B, K, ...] over the members."""
         return mean_where(value, self.unseen(index))
 
 
@@ -87,7 +74,7 @@ class BestMembers:
     on the same rows; its value is the mean over members of their lowest risks so far, which falls while any of them improves.
     """
 
-    def __init__(self, module: nn.Module, risk: Risk, folds: Folds | Together, task: FitTask) -> None:
+    def __init__(self, module: nn.Module, risk: Risk, folds: Folds, task: FitTask) -> None:
         self._parameters = list(module.parameters())
         self._risk, self._folds, self._shard = risk, folds, task.shard
         self._best = torch.full((folds.members,), torch.inf)
@@ -127,7 +114,7 @@ def cross_fit_members(
     task: FitTask,
     module: nn.Module,
     risk: Risk,
-    folds: Folds | Together,
+    folds: Folds,
     rows: Tensor,
     prior: Callable[[], Tensor] = lambda: torch.zeros(()),
 ) -> CrossFit:

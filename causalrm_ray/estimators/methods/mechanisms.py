@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from causalrm_ray.estimators.core.clusters import stderr
 from causalrm_ray.estimators.core.frozen import with_settings
-from causalrm_ray.estimators.core.members import CrossFit, Folds, Together, cross_fit_members
+from causalrm_ray.estimators.core.members import CrossFit, Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Observations, Propensities
 from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
 from causalrm_ray.estimators.methods.outcome_models import CENTRE, FeedbackByFeatures, LabelSelection, NoisyLabel, logit
@@ -134,7 +134,7 @@ def likely_odds(task: FitTask) -> float:
     independent ones.
     """
     scorer, liked = _scorer(task)
-    everyone = Together(task, len(scorer.bias))
+    everyone = Folds(task, len(scorer.bias), together=True)
     steps = torch.linspace(-WIDEST, WIDEST, everyone.members)
     odds = logit(liked) / 2 + steps * 0.5**0.5
     _, fitted = _fit_label(task, everyone, odds)
@@ -144,7 +144,7 @@ def likely_odds(task: FitTask) -> float:
     return float(torch.softmax(-worse.sum(0) * independent - steps.square() / 2, 0) @ odds)
 
 
-def _fit_label(task: FitTask, folds: Folds | Together, odds: Tensor) -> tuple[LabelSelection, CrossFit]:
+def _fit_label(task: FitTask, folds: Folds, odds: Tensor) -> tuple[LabelSelection, CrossFit]:
     """All members' outcomes by maximum likelihood from their own `odds` [K]."""
     strata = _strata(task)
     outcome = outcomes(task.observations.o, task.observations.r)

@@ -17,13 +17,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import root_scalar
 from torch import Tensor
 
 from causalrm_ray.checks import check_same_length
 
 WIDEST_SHIFT = 4.0  # of c either way
 POSSIBLE = 0.99  # share of the rows whose P(o = 1 | x, r*) must stay below 1
-HALVINGS = 40  # of the interval of c
 BLOCK = 8_192  # rows of states at a time
 
 
@@ -64,13 +64,9 @@ def opinion_shift(
         e = torch.sigmoid(logit - c)
         return float((_within(log_rate - torch.log1p(math.expm1(c) * e), strata) * e).mean())
 
-    low, high = -WIDEST_SHIFT, WIDEST_SHIFT
-    if not unexplained(low) > 0 > unexplained(high):  # rates vary with opinions more, or less, than any c makes them
+    if not unexplained(-WIDEST_SHIFT) > 0 > unexplained(WIDEST_SHIFT):  # rates vary with opinions otherwise than any c makes them
         return OpinionShift(0.0, 0.0, 0.0)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if unexplained(middle) > 0 else (low, middle)
-    found = (low + high) / 2
+    found = root_scalar(unexplained, bracket=(-WIDEST_SHIFT, WIDEST_SHIFT)).root
     e, rate = _within(torch.sigmoid(logit - found), strata), _within(log_rate, strata)
     scale = (e.square().mean() * rate.square().mean()).sqrt()
     if float(scale) < 1e-9:  # all rows alike: nothing is shown
@@ -84,18 +80,9 @@ def opinion_shift(
 def _possible(c: float, feedback: Tensor, logit: Tensor) -> float:
     """`c`, or as much of it as leaves P(o = 1 | x, r* = 1 or 0) = P(o = 1 | x) e_1 / e or (1 - e_1) / (1 - e) a probability."""
     sign = 1.0 if c >= 0 else -1.0  # for c < 0 the displeased are the ones who give feedback more readily
-    sure = torch.sigmoid(sign * logit)
-
-    def fits(size: float) -> bool:
-        return float((feedback * sure / torch.sigmoid(sign * logit - size) <= 1).double().mean()) >= POSSIBLE
-
-    low, high = 0.0, abs(c)
-    if fits(high):
-        return c
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return sign * low
+    most = sign * logit - torch.logit(feedback * torch.sigmoid(sign * logit))  # of |c| in each row
+    few = int((1 - POSSIBLE) * len(most))
+    return sign * min(abs(c), max(float(most.kthvalue(few + 1).values), 0.0))
 
 
 def _within(value: Tensor, strata: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import check_binary, check_finite, check_same_length
 from causalrm_ray.errors import InputError
-from causalrm_ray.estimators.core.clusters import summed
+from causalrm_ray.estimators.core.clusters import stderr
 from causalrm_ray.estimators.core.folds import fold_of
 
 # Standard deviations of a and b. Biases of a mean are seldom above half a logit, and 100 rows know it to 0.3 only: without the
@@ -165,8 +165,7 @@ def _mean(value: Tensor, weight: Tensor) -> float:
 
 def _stderr(residual: Tensor, weight: Tensor, cluster: Tensor | None) -> float:
     """The standard error of a weighted mean, from what each row differs from it."""
-    total = summed(residual * weight / weight.sum(), cluster)
-    return float(total.square().sum().sqrt()) * math.sqrt(len(total) / (len(total) - 1))
+    return float(stderr(residual * weight / weight.mean(), cluster))
 
 
 def _warned(report: LevelReport, gap_stderr: float) -> LevelReport:

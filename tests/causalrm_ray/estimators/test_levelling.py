@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,17 +18,10 @@ from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture
 from causalrm_ray.models.saved_heads import describe, rebuild
+from tests.causalrm_ray.estimators.core.test_frozen import Text
 
 LEVEL = Level(-0.7, 1.3)
 X = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # small fits
-    yield
-    torch.set_num_threads(before)
 
 
 def ensemble(seed: int) -> EnsembleScorer:
@@ -190,28 +182,17 @@ def test_judged_rows_set_the_level_and_nothing_else() -> None:
     torch.testing.assert_close(opinions[1], report.level(opinions[0]))
 
 
-class Text:
-    """Rows that are no features."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
-        return {"features": self.x[index]}
-
-
 def test_a_student_learns_the_level_of_its_teacher() -> None:
     x, liked, log, judged = selected()
     settings, prob = FitSettings(30, 0.02, 128, patience=4), torch.full((len(x),), 0.2)
     options = {"states": x, "judged": judged, "caution": 0.5}
-    found = fit_reward_models(lambda: FeatureScorer(3, (16,)), Text(x), log, prob, ("two_stage",), settings, **options)
+    found = fit_reward_models(
+        lambda: FeatureScorer(3, (16,)), Text(x, "features"), log, prob, ("two_stage",), settings, **options
+    )
     report, fitted = found.level["two_stage"], found.fits["two_stage"]
     assert report.mean_before > report.liked + 0.1
     assert fitted.figures["level_liked"] == report.liked
-    mean = float(torch.sigmoid(predict(fitted.scorer, Text(x))).mean())
+    mean = float(torch.sigmoid(predict(fitted.scorer, Text(x, "features"))).mean())
     assert abs(mean - float(liked.mean())) < 0.05
 
 

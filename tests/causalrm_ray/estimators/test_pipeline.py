@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +21,6 @@ from causalrm_ray.types import NoiseRates
 
 SETTINGS = FitSettings(epochs=10, lr=0.03, batch_size=128, patience=3)
 RATES = NoiseRates(0.25, 0.1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # small fits
-    yield
-    torch.set_num_threads(before)
 
 
 def world(rows: int = 3000) -> tuple[FeatureRows, Observations, Tensor, Tensor]:

@@ -22,14 +22,14 @@ HELD_OUT = torch.arange(1000, ROWS)
 class Text:
     """Rows that are no features: what a module must read itself."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
+    def __init__(self, x: Tensor, name: str = "x") -> None:
+        self.x, self.name = x, name
 
     def __len__(self) -> int:
         return len(self.x)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
-        return {"x": self.x[index]}
+        return {self.name: self.x[index]}
 
 
 class Reader(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,14 +12,6 @@ from torch import Tensor
 
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.nuisances.level import Level, fit_level
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # small sums
-    yield
-    torch.set_num_threads(before)
 
 
 def sample(rows: int, shift: float, slope: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
