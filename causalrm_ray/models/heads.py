@@ -5,6 +5,7 @@ A scorer gives a logit [B] in two parts: states [B, D] of a batch, and a linear 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, cast
 
@@ -127,6 +128,21 @@ class EnsembleScorer(Ensemble):
         """Let every member begin with this logit, or each with its own [K], for all rows."""
         with torch.no_grad():
             self.bias.copy_(torch.as_tensor(logit))
+
+    def without_hidden(self) -> EnsembleScorer:
+        """A copy whose members have no hidden layer and no dropout: f_k(x) = b_k + w_k . x."""
+        found = copy.deepcopy(self)
+        found.dropout = 0.0
+        found.inner, found.inner_bias, found.outer = (
+            nn.Parameter(layer.detach()[:, :0]) for layer in (self.inner, self.inner_bias, self.outer)
+        )
+        return found
+
+    def take_linear(self, scorer: EnsembleScorer) -> None:
+        """Take the weights w_k and b_k of another of as many members and features."""
+        with torch.no_grad():
+            self.linear.copy_(scorer.linear)
+            self.bias.copy_(scorer.bias)
 
     def members(self, features: Tensor) -> Tensor:
         """Logits [B, K] of `features` [B, D], one of each member."""

@@ -23,6 +23,7 @@ from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.models.heads import Cautious, EnsembleScorer, as_scorer
 
 SETTINGS = {  # by the rows from which on they serve; chosen on simulated logs of one data set, seeds apart from those reported
+    50_000: FitSettings(10, 3e-3, 1024, 2, 0.1),  # about as many steps as the next
     10_000: FitSettings(60, 3e-3, 1024, 4, 0.1),
     2_500: FitSettings(80, 2e-3, 512, 6, 0.1),
     0: FitSettings(160, 5e-4, 128, 16, 0.1),

@@ -5,40 +5,36 @@ rows -> K folds -> member k learns from the others -> its own best epoch by its 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from causalrm_ray.estimators.core.folds import fold_of
+from causalrm_ray.estimators.core.linear_start import start_linear
 from causalrm_ray.estimators.core.task import FitTask
 from causalrm_ray.estimators.core.training import FitReport, Objective, Risk, fit, predict
+
+LinearFit = Literal["start", "rival", "none"]
 
 
 class Folds:
     """Which member may learn from which row, and which measures it.
 
     Each member of an ensemble of K leaves out a fold of all rows, held-out ones included, and is measured there. Where the
-    task spares the held-out rows, no member learns from these and all are measured on them. Members that work `together` leave
-    out nothing: all learn from the training rows and are measured on the held-out ones, so that they differ in nothing else.
+    task spares the held-out rows, no member learns from these and all are measured on them.
     `learn` [L] and `measure` [M] number the rows that any member learns from, and those that measure any.
     """
 
-    def __init__(self, task: FitTask, members: int, together: bool = False) -> None:
+    def __init__(self, task: FitTask, members: int) -> None:
         everyone = torch.cat([task.train, task.heldout]).sort().values
         self.members = members
-        self.learn = task.train if task.spare_heldout or together else everyone
-        self.measure = task.heldout if together else everyone
+        self.learn = task.train if task.spare_heldout else everyone
+        self.measure = everyone
         fold = torch.full((len(task.inputs),), -1)
-        if not together:
-            self._divide(fold, task)
-        self._left_out = fold.unsqueeze(1) == torch.arange(members)  # [N, K]
-        self._measured = self._left_out | (fold == -1).unsqueeze(1)
-
-    def _divide(self, fold: Tensor, task: FitTask) -> None:
-        """Number in `fold` [N] the member that leaves out each row that is learned from."""
-        members = self.members
         labelled = task.observations.o[self.learn] == 1
         cluster, seed = task.observations.clusters(self.learn), task.settings.seed
         if cluster is None:
@@ -47,6 +43,8 @@ class Folds:
                 fold[rows] = torch.arange(len(rows)) if few else fold_of(len(rows), members, seed)
         else:
             fold[self.learn] = fold_of(len(self.learn), members, seed, cluster, labelled)
+        self._left_out = fold.unsqueeze(1) == torch.arange(members)  # [N, K]
+        self._measured = self._left_out | (fold == -1).unsqueeze(1)
 
     def taught(self, index: Tensor) -> Tensor:
         """Mask [B, K] of the members that learn from the rows `index` [B]."""
@@ -100,13 +98,11 @@ class BestMembers:
 
 @dataclass(frozen=True, eq=False)
 class CrossFit:
-    """How training went; of the rows `rows` [M] that measure the `output` [M, K, ...], each member's risk `members` [M, K], and
-    the out-of-fold `risk` [M]."""
+    """How training went; and of the rows `rows` [M] that measure, the `output` [M, K, ...] and the out-of-fold `risk` [M]."""
 
     report: FitReport
     rows: Tensor
     output: Tensor
-    members: Tensor
     risk: Tensor
 
 
@@ -117,17 +113,28 @@ def cross_fit_members(
     folds: Folds,
     rows: Tensor,
     prior: Callable[[], Tensor] = lambda: torch.zeros(()),
+    linear: LinearFit = "none",
 ) -> CrossFit:
     """Train `module` in place, whose output [B, K, ...] `risk` maps to each member's risk [B, K], on those of `rows` that teach.
 
-    Those of `rows` that measure decide when to stop, without `prior`, a penalty per row that the training risk bears.
+    Those of `rows` that measure decide when to stop, without `prior`, a penalty per row that the training risk bears. The
+    optimum of the `linear` part (see `start_linear`; the module has a `scorer`) is where training starts, or its "rival", which
+    each member becomes if training does no better.
     """
     taught, measured = folds.learn[torch.isin(folds.learn, rows)], folds.measure[torch.isin(folds.measure, rows)]
+    fresh = copy.deepcopy(module.state_dict())
+    if linear != "none":
+        start_linear(module, task.inputs, risk, taught, folds.taught, prior, task.settings.seed)
+    rival = copy.deepcopy(module.state_dict())
+    if linear == "rival":
+        module.load_state_dict(fresh)
     train = Objective(taught, lambda out, index: mean_where(risk(out, index), folds.taught(index)) + prior())
     best = BestMembers(module, risk, folds, task)
     best(predict(module, task.inputs, measured, shard=task.shard), measured)  # the start may be the best there is
     report = fit(module, task.inputs, train, Objective(measured, best), task.settings, task.shard)
+    if linear == "rival":
+        module.load_state_dict(rival)
+        best(predict(module, task.inputs, measured, shard=task.shard), measured)
     best.restore()
     output = predict(module, task.inputs, measured, shard=task.shard)
-    risks = risk(output, measured)
-    return CrossFit(report, measured, output, risks, folds.out_of_fold(risks, measured))
+    return CrossFit(report, measured, output, folds.out_of_fold(risk(output, measured), measured))

@@ -187,7 +187,7 @@ def _train_epoch(
         index, share = shard.take(batch), shard.world_size / len(batch)
         if len(index) == 0:  # the last batch is shorter than the ranks are many; DDP still needs this one's backward
             index, share = batch[:1], 0.0
-        risk = objective.risk(_forward(module, inputs, index, settings.bf16), index).sum()
+        risk = objective.risk(outputs(module, inputs, index, settings.bf16), index).sum()
         optimizer.zero_grad(set_to_none=True)
         (share * risk).backward()
         optimizer.step()
@@ -223,7 +223,7 @@ def predict(
         rows = shard.take(index)
         # A rank without rows computes one all the same: it must know the shape of an output.
         own_rows = rows if len(rows) else index[:1]
-        parts = [_forward(module, inputs, part, bf16) for part in own_rows.split(batch_size) if len(part)]
+        parts = [outputs(module, inputs, part, bf16) for part in own_rows.split(batch_size) if len(part)]
     module.train(was_training)
     own = torch.cat(parts)[: len(rows)] if parts else torch.zeros(0)
     if shard.world_size == 1:
@@ -233,7 +233,8 @@ def predict(
     return shard.sum(logit)
 
 
-def _forward(module: nn.Module, inputs: Inputs, index: Tensor, bf16: bool) -> Tensor:
+def outputs(module: nn.Module, inputs: Inputs, index: Tensor, bf16: bool = False) -> Tensor:
+    """What `module` gives for the rows `index` [B]: [B, ...] of single precision or more, on the CPU."""
     device = next(module.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logit = module(**{name: value.to(device) for name, value in inputs.batch(index).items()})

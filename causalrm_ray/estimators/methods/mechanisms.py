@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from causalrm_ray.estimators.core.clusters import stderr
 from causalrm_ray.estimators.core.frozen import with_settings
-from causalrm_ray.estimators.core.members import CrossFit, Folds, cross_fit_members
+from causalrm_ray.estimators.core.linear_start import start_linear
+from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Observations, Propensities
 from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
 from causalrm_ray.estimators.methods.outcome_models import CENTRE, FeedbackByFeatures, LabelSelection, NoisyLabel, logit
@@ -89,7 +90,7 @@ class Mechanism:
 
 def opinion_propensities(joint: Tensor, opinion: Tensor, rows: Tensor, observations: Observations) -> Propensities:
     """P(o = 1 | x, r* = k) [N], k = 1, 0, of `joint` [M, 2] and `opinion` [M] of the `rows` [M], clipped at HIGHEST_CLIP or
-    `lowest_weighted`; of the other rows the clip."""
+    `lowest_weighted`; of the other rows the clip. P(r* = k | x) below 1e-6 counts as that."""
     clip = min(HIGHEST_CLIP, lowest_weighted(None, observations.o))
     shares = torch.stack([opinion, 1 - opinion], dim=1).clamp_min(1e-6)
     p1, p0 = among_all(joint / shares, rows, len(observations), 0.0).clamp(clip, 1).T
@@ -118,10 +119,12 @@ def fit_label(task: FitTask) -> Mechanism:
     folds = Folds(task, number)
     labels = float(task.observations.o[folds.learn].sum())
     likely = likely_odds(task) if labels >= FEW_LABELS else 0.0  # few labels tell nothing of it: members start all over the range
-    odds = likely + _offsets(labels, number)
-    module, fitted = _fit_label(task, folds, odds)
+    model = _LabelModel(task, folds.learn, likely + _offsets(labels, number))
+    everyone = torch.arange(len(task.inputs))
+    fitted = cross_fit_members(model.task, model.module, model.nll, folds, everyone, model.penalty, "start")
     found = folds.out_of_fold(fitted.output, fitted.rows)
-    return Mechanism(module.scorer, module.noise.means(), fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
+    rates = model.module.noise.means()
+    return Mechanism(model.module.scorer, rates, fitted.rows, fitted.risk, found[:, 3], found[:, 4:], fitted.report)
 
 
 def likely_odds(task: FitTask) -> float:
@@ -129,37 +132,47 @@ def likely_odds(task: FitTask) -> float:
 
         odds ~ N(0, 1),   logit P(r* = 1) = logit(liked) - odds ~ N(0, 1),   liked = P(r* = 1 | o = 1)
 
-    The two are one Gaussian about logit(liked) / 2. Starts within two of its standard deviations are fitted on the training rows,
-    a member to each, and weighed by prior and likelihood of the held-out rows, these counted as if they were as many
-    independent ones.
+    The two are one Gaussian about logit(liked) / 2. From starts within two of its standard deviations linear members are fitted
+    on training rows, and weighed by prior and likelihood of the held-out rows, these counted as if they were as many independent
+    ones.
     """
     scorer, liked = _scorer(task)
-    everyone = Folds(task, len(scorer.bias), together=True)
-    steps = torch.linspace(-WIDEST, WIDEST, everyone.members)
+    steps = torch.linspace(-WIDEST, WIDEST, len(scorer.bias))
     odds = logit(liked) / 2 + steps * 0.5**0.5
-    _, fitted = _fit_label(task, everyone, odds)
-    worse = fitted.members - fitted.members[:, [int(fitted.members.mean(0).argmin())]]
-    alone, together = (stderr(worse, cluster) + 1e-12 for cluster in (None, task.observations.clusters(fitted.rows)))
+    model = _LabelModel(task, task.train, odds)
+
+    def taught(rows: Tensor) -> Tensor:
+        return torch.ones(len(rows), len(odds))
+
+    start_linear(model.module, model.task.inputs, model.nll, task.train, taught, model.penalty, task.settings.seed)
+    nll = model.nll(predict(model.module, model.task.inputs, task.heldout), task.heldout)
+    worse = nll - nll[:, [int(nll.mean(0).argmin())]]
+    alone, together = (stderr(worse, cluster) + 1e-12 for cluster in (None, task.observations.clusters(task.heldout)))
     independent = (alone / together).square().clamp(max=1)
     return float(torch.softmax(-worse.sum(0) * independent - steps.square() / 2, 0) @ odds)
 
 
-def _fit_label(task: FitTask, folds: Folds, odds: Tensor) -> tuple[LabelSelection, CrossFit]:
-    """All members' outcomes by maximum likelihood from their own `odds` [K]."""
-    strata = _strata(task)
-    outcome = outcomes(task.observations.o, task.observations.r)
-    scorer, liked = _scorer(task)
-    assumed = logit(liked) - odds
-    scorer.start_at(assumed)
-    starts = [_selection_start(task, strata, folds.learn, float(share)) for share in torch.sigmoid(assumed)]
-    module = LabelSelection(scorer, torch.stack(starts), task.nuisances.rates)
-    task = with_settings(replace(task, inputs=WithStrata(task.inputs, strata)), len(folds.learn))
+class _LabelModel:
+    """Outcomes of the rows `learn` [L] where selection depends on the opinion: members that start at `odds` [K], their risk."""
 
-    def nll(output: Tensor, index: Tensor) -> Tensor:
-        return -output.gather(2, outcome[index][:, None, None].expand(-1, output.shape[1], 1)).squeeze(2)
+    def __init__(self, task: FitTask, learn: Tensor, odds: Tensor) -> None:
+        strata = _strata(task)
+        scorer, liked = _scorer(task)
+        assumed = logit(liked) - odds
+        scorer.start_at(assumed)
+        starts = [_selection_start(task, strata, learn, float(share)) for share in torch.sigmoid(assumed)]
+        self.module = LabelSelection(scorer, torch.stack(starts), task.nuisances.rates)
+        self.task = with_settings(replace(task, inputs=WithStrata(task.inputs, strata)), len(learn))
+        self._outcome = outcomes(task.observations.o, task.observations.r)
+        self._rows = len(learn)
 
-    everyone = torch.arange(len(outcome))
-    return module, cross_fit_members(task, module, nll, folds, everyone, lambda: module.penalty().cpu() / len(folds.learn))
+    def nll(self, output: Tensor, index: Tensor) -> Tensor:
+        """Negative log-likelihood [B, K] of the outcomes of the rows `index` [B]."""
+        return -output.gather(2, self._outcome[index][:, None, None].expand(-1, output.shape[1], 1)).squeeze(2)
+
+    def penalty(self) -> Tensor:
+        """Minus the scalars' log-prior, per row."""
+        return self.module.penalty().cpu() / self._rows
 
 
 def _offsets(labels: float, members: int) -> Tensor:
@@ -209,7 +222,7 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
     with_strata = replace(with_settings(task, len(folds.learn)), inputs=WithStrata(task.inputs, strata))
     levels = FeedbackByFeatures(propensity, int(strata.max()) + 1)
     feedback = cross_fit_members(
-        with_strata, levels, feedback_risk, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn)
+        with_strata, levels, feedback_risk, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn), "start"
     )
     module, seen = NoisyLabel(scorer, task.nuisances.rates), everyone[o == 1]
 
@@ -219,7 +232,9 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
 
     labelled = int(o[folds.learn].sum())
     on_labels = with_settings(task, labelled)
-    labels = cross_fit_members(on_labels, module, label_risk, folds, seen, lambda: module.noise.penalty().cpu() / labelled)
+    labels = cross_fit_members(
+        on_labels, module, label_risk, folds, seen, lambda: module.noise.penalty().cpu() / labelled, "rival"
+    )
     nll = feedback.risk.clone()
     nll[torch.isin(feedback.rows, labels.rows)] += labels.risk
     opinion = folds.out_of_fold(predict(module, task.inputs, feedback.rows, shard=task.shard), feedback.rows)[:, 1]

@@ -23,6 +23,7 @@ from torch import Tensor
 from causalrm_ray.checks import check_same_length
 
 WIDEST_SHIFT = 4.0  # of c either way
+CHANCE = 2.0  # up to so many times what chance gives, a correlation shows nothing
 POSSIBLE = 0.99  # share of the rows whose P(o = 1 | x, r*) must stay below 1
 BLOCK = 8_192  # rows of states at a time
 
@@ -48,9 +49,9 @@ def opinion_shift(
     """c of the module's docstring, and the part of it to be used.
 
     `feedback` [M] is P(o = 1 | x), `opinion` [M] e_1, both out of fold and in (0, 1), of the `rows` [M] of `states` [N, D].
-    Covariances are taken within `strata` [M]: how their levels go with opinions says nothing. What is trusted is the part of the
-    squared correlation that is not expected by chance, 1 - 1 / strength^2, at least 0. Chance is a G that goes by any direction
-    of the states, or is drawn for each of `units` (rows, where none are given):
+    Covariances are taken within `strata` [M]: how their levels go with opinions says nothing. What is trusted is the part
+    1 - (CHANCE / strength)^2, at least 0. Chance is a G that goes by any direction of the states, or is drawn for each of `units`
+    (rows, where none are given):
 
         E Cov[X w, e]^2 / (E Var[X w] Var e) + 1 / units,    w ~ N(0, 1)
 
@@ -73,7 +74,7 @@ def opinion_shift(
         return OpinionShift(0.0, 0.0, 0.0)
     chance = _by_chance(states, rows, e / e.square().mean().sqrt(), strata) + 1 / (units or len(e))
     strength = abs(float((rate * e).mean() / scale)) / math.sqrt(chance)
-    trusted = max(0.0, 1 - strength**-2) if strength > 0 else 0.0
+    trusted = max(0.0, 1 - (CHANCE / strength) ** 2) if strength > 0 else 0.0
     return OpinionShift(found, _possible(found * trusted, feedback.double(), logit), strength)
 
 

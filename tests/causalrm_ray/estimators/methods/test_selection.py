@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.core.members import CrossFit
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import Calling, FitSettings, predict
 from causalrm_ray.estimators.methods import mechanisms
@@ -170,12 +169,12 @@ def test_likely_odds_lean_to_who_gives_feedback(selection: str, low: float, high
 
 
 def test_likely_odds_are_the_mean_of_what_prior_and_held_out_rows_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = task("label")
+    given = replace(task("label"), heldout=torch.arange(4))
     liked = 0.8
     risks = torch.tensor([[0.2, 0.1, 0.1], [0.5, 0.3, 0.6]]).repeat(2, 1)  # nats of four rows under each start
-    fitted = CrossFit(None, torch.arange(4), torch.zeros(4, 3, 6), risks, risks.mean(1))
     monkeypatch.setattr(mechanisms, "_scorer", lambda task: (EnsembleScorer(world("label")[0], members=3), liked))
-    monkeypatch.setattr(mechanisms, "_fit_label", lambda task, folds, odds: (None, fitted))
+    monkeypatch.setattr(mechanisms, "start_linear", lambda *given: None)
+    monkeypatch.setattr(mechanisms._LabelModel, "nll", lambda model, output, index: risks)
     odds = [math.log(4) / 2 + steps * math.sqrt(0.5) for steps in (-2, 0, 2)]
 
     def expected(counted: float) -> float:
@@ -203,8 +202,9 @@ def test_propensities_of_opinions_are_the_joint_over_the_share() -> None:
     _, observations, _, _ = world("label")
     label = found("label").mechanisms["label"]
     p1, p0 = label.propensities(observations)
-    torch.testing.assert_close(p1[label.rows], (label.joint[:, 0] / label.opinion).clamp(0.05, 1))
-    torch.testing.assert_close(p0[label.rows], (label.joint[:, 1] / (1 - label.opinion)).clamp(0.05, 1))
+    liked, disliked = label.opinion.clamp_min(1e-6), (1 - label.opinion).clamp_min(1e-6)
+    torch.testing.assert_close(p1[label.rows], (label.joint[:, 0] / liked).clamp(0.05, 1))
+    torch.testing.assert_close(p0[label.rows], (label.joint[:, 1] / disliked).clamp(0.05, 1))
     torch.testing.assert_close(p1[FRESH], torch.full((len(FRESH),), 0.05))  # rows of no fold: the clip
 
 

@@ -1,0 +1,67 @@
+"""Where small ensembles begin to learn: at the optimum of what they are without a hidden layer, by quasi-Newton steps.
+
+rows -> a sample -> L-BFGS on the linear part and the module's few scalars -> the module, whose hidden layer adds nothing yet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from causalrm_ray.estimators.core.training import Inputs, Risk, outputs
+from causalrm_ray.models.heads import EnsembleScorer
+
+ROWS = 20_000  # as many show where to begin
+STEPS, HISTORY = 30, 10  # of L-BFGS
+SPREAD = 2.0  # prior variance of the linear part over the rows, in squared logits
+
+
+def start_linear(
+    module: nn.Module,
+    inputs: Inputs,
+    risk: Risk,
+    rows: Tensor,
+    taught: Callable[[Tensor], Tensor],
+    prior: Callable[[], Tensor],
+    seed: int,
+) -> None:
+    """Fit `module` in place, whose `scorer` is an EnsembleScorer, as if this had no hidden layer, which stays as it is.
+
+        minimise  over each of K members  mean over its rows of risk_k + prior + D |w_k|^2 / (2 SPREAD M),    x in R^D
+
+    `risk` maps outputs [B, K, ...] to each member's [B, K], `taught` row numbers [B] to the mask [B, K] of the members that learn
+    from them; `prior` is a penalty per row. Of more `rows` than ROWS, M = ROWS are drawn by `seed`. x has mean square 1, so the
+    ridge holds the variance of w . x near SPREAD or below, however many the features. L-BFGS: Liu and Nocedal 1989.
+    Raises FloatingPointError for a risk that is not finite.
+    """
+    sample = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]]
+    learns = taught(sample).float()
+    share = learns / learns.sum(0).clamp_min(1)
+    whole = cast(EnsembleScorer, module.scorer)
+    linear = whole.without_hidden()
+    ridge = linear.linear.shape[1] / (2 * SPREAD * len(sample))
+    module.scorer = linear
+    optimizer = torch.optim.LBFGS(
+        [parameter for parameter in module.parameters() if parameter.numel()],
+        max_iter=STEPS,
+        history_size=HISTORY,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        found = (risk(outputs(module, inputs, sample), sample) * share).sum()
+        total = found + share.shape[1] * prior() + ridge * linear.linear.square().sum().cpu()
+        total.backward()
+        return float(total.detach())
+
+    module.eval()
+    optimizer.step(closure)
+    module.train()
+    module.scorer = whole
+    whole.take_linear(linear)
+    if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+        raise FloatingPointError(f"a linear start on {len(sample)} rows must be finite, and it is not")
