@@ -39,9 +39,9 @@ from causalrm_ray.estimators.given import held_out, judged_of, propensity_of, st
 from causalrm_ray.estimators.nuisances.level import LevelReport
 from causalrm_ray.estimators.nuisances.propensity import cross_fit
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
-from causalrm_ray.models.heads import FeatureScorer, centre_and_scale
-from causalrm_ray.models.saved_heads import describe, rebuild
-from causalrm_ray.types import NoiseEstimator, NoiseRates
+from causalrm_ray.models.scorers.heads import FeatureScorer, centre_and_scale
+from causalrm_ray.models.scorers.saved_heads import describe, rebuild
+from causalrm_ray.types import HeadKind, NoiseEstimator, NoiseRates
 
 _DEFAULT = HeadConfig()
 MODEL, TENSORS = "model.json", "model.safetensors"
@@ -64,6 +64,8 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
     ----------
     method: estimator by name or import path "package.module:object" (causalrm_ray.registry.ESTIMATORS). "auto" models how
         selection works; "causalrm_dr" and "causalrm_ips" are the paper's (arXiv 2603.18736); "naive" corrects nothing.
+    kind: "mlp", "linear", or "boosting": gradient-boosted trees, for "naive", "ips", "snips", "two_stage" and "auto"; None is
+        "mlp", and for "two_stage" and "auto" whichever of mlp and boosting predicts held-out feedback better.
     hidden, dropout, lr, weight_decay, batch_size, epochs, patience: the head and its training, of propensity and reward models.
         Ensembles ("auto", "latent", "two_stage", "..._stable") have sizes and schedules of their own.
     clip: lowest propensity used in a weight, in (0, 1); None: a quarter of the share of rows with feedback, and 0.1 at most.
@@ -86,6 +88,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         self,
         method: str = "auto",
         *,
+        kind: HeadKind | None = _DEFAULT.kind,
         hidden: Sequence[int] = _DEFAULT.hidden,
         dropout: float = _DEFAULT.dropout,
         lr: float = _DEFAULT.lr,
@@ -99,6 +102,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         random_state: int | np.random.RandomState | None = 0,
     ) -> None:
         self.method = method
+        self.kind = kind
         self.hidden = hidden
         self.dropout = dropout
         self.lr = lr
@@ -128,7 +132,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         observations = Observations(torch.from_numpy(given).float(), torch.from_numpy(r))
         self._centre, self._scale = centre_and_scale(features)
         inputs = FeatureRows(self._standardise(features))
-        make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
+        make_scorer = partial(FeatureScorer, features.shape[1], head.widths, head.dropout)
         settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, seed)
         strata, self.strata_ = strata_of(traits, observations)
         judged = judged_of(clean, self.classes_, len(features))
@@ -146,6 +150,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
             judged=judged,
             heldout=held_out(observations, seed),
             strata=strata,
+            head=head.kind,
         )
         fitted = fits.fits[self.method]
         self.scorer_, self.noise_rates_, self.propensity_ = fitted.scorer.eval(), fits.rates, prob.numpy()

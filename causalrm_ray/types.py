@@ -19,6 +19,7 @@ Truncation = Literal["refuse", "oldest"]  # of what is too long for a model: cau
 LoraTargets = Literal["auto"] | tuple[str, ...]  # of adapters: causalrm_ray.models.lora.linear_layers
 StopReason = Literal["stop", "length"]
 NoiseEstimator = Literal["curve", "anchors"]  # of the noise rates: estimators.nuisances.noise_rates
+HeadKind = Literal["mlp", "linear", "boosting"]  # of a model on features: config.benchmark.HeadConfig
 Selection = Literal["label", "features", "trait", "popularity", "mixed"]  # who gives feedback: data.simulate.simulate
 
 

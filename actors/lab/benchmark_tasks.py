@@ -28,7 +28,7 @@ from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit
 from causalrm_ray.estimators.pipeline import ORACLE, RewardFits, fit_reward_models
 from causalrm_ray.estimators.studies.noise_study import StudyResult, World, study
 from causalrm_ray.estimators.studies.semisynthetic import Bias, bias_table
-from causalrm_ray.models.heads import FeatureScorer, centre_and_scale
+from causalrm_ray.models.scorers.heads import FeatureScorer, centre_and_scale
 from causalrm_ray.types import FEEDBACK_RATE, SCENARIOS, NoiseRates, Selection
 
 METRICS = ("r2", "mae", "mse", "auroc", "pearson")
@@ -126,12 +126,13 @@ def run_cell(spec: CellSpec, data: Splits) -> list[MethodResult]:
     features, test_features = ((split.features.float() - centre) / scale for split in (train, test))
     log = spec.setting.log(train, spec.seed)
     inputs, observations = FeatureRows(features), Observations(log.o, log.r)
-    make_scorer = partial(FeatureScorer, features.shape[1], head.hidden, head.dropout)
+    make_scorer = partial(FeatureScorer, features.shape[1], head.widths, head.dropout)
     settings = FitSettings(head.epochs, head.lr, head.batch_size, head.patience, head.weight_decay, spec.seed, head.bf16)
     raw, _ = cross_fit(make_scorer, inputs, log.o, settings)
     propensity = calibrate(raw, log.o, head.clip, seed=spec.seed).prob
     strata = log.strata if spec.strata else None
-    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, settings=settings, strata=strata)
+    given = {"settings": settings, "strata": strata, "head": head.kind}
+    fit = partial(fit_reward_models, make_scorer, inputs, observations, propensity, **given)
     rates, fault = None, None
     try:
         rates = fit(methods=()).rates

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from causalrm_ray.config.base import ClusterConfig, ComparedName, Distinct, NotEmpty, RatePair, RunFolder, Section
-from causalrm_ray.types import FEEDBACK_RATE, SCENARIOS, Selection
+from causalrm_ray.types import FEEDBACK_RATE, SCENARIOS, HeadKind, Selection
 
 
 class BenchmarkCluster(ClusterConfig):
@@ -25,6 +25,11 @@ class HeadConfig(Section):
     thousand noisy labels that learns the noise, so ours are regularised and stop on held-out feedback.
     """
 
+    kind: HeadKind | None = Field(
+        None,
+        description="mlp, linear, or boosting: gradient-boosted trees, for naive, ips, snips, two_stage and auto; if not given, "
+        "mlp, and for two_stage and auto whichever of mlp and boosting predicts held-out feedback better",
+    )
     hidden: tuple[PositiveInt, ...] = Field((256, 64), description="widths of the hidden layers; [] is a linear head")
     dropout: float = Field(0.5, ge=0, lt=1, description="dropout after each hidden layer")
     lr: float = Field(5e-4, gt=0, description="learning rate of AdamW")
@@ -40,6 +45,11 @@ class HeadConfig(Section):
         description="lowest propensity used in a weight; if not given, a quarter of the share of rows with feedback, and 0.1 at "
         "most",
     )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the hidden layers; none of a linear head."""
+        return () if self.kind == "linear" else self.hidden
 
 
 class BenchmarkConfig(Section):

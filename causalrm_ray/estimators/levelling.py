@@ -15,7 +15,7 @@ from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import FitTask, Fitted
 from causalrm_ray.estimators.core.training import Calling, Inputs, Shard, predict
 from causalrm_ray.estimators.nuisances.level import Level, LevelReport, fit_level
-from causalrm_ray.models.heads import Levelled, fold_level
+from causalrm_ray.models.scorers.heads import Levelled, fold_level
 
 RIDGE = 1e-6  # of the states' mean square: what keeps a direction that they hardly have from being used
 SAMPLE = 20_000  # rows whose states say in which direction they are most alike

@@ -20,7 +20,7 @@ from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
 from causalrm_ray.estimators.core.task import FitTask, Fitted, Method, Nuisances, Observations, Propensities, load_method
 from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, mean_risk
 from causalrm_ray.estimators.levelling import check_judged, learn_level, level_opinion, levelled
-from causalrm_ray.estimators.methods.reweighting import REWEIGHTING, fit_oracle
+from causalrm_ray.estimators.methods.reweighting import BOOSTED, REWEIGHTING, fit_oracle
 from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
 from causalrm_ray.estimators.nuisances.level import Level, LevelReport
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_by_anchors, estimate_noise_rates
@@ -28,7 +28,7 @@ from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits, split
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
 from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.losses.surrogate import denoise
-from causalrm_ray.types import NoiseEstimator, NoiseRates
+from causalrm_ray.types import HeadKind, NoiseEstimator, NoiseRates
 
 ORACLE = "oracle"
 PROXY_FOLDS = 3  # rows without feedback get the mean of as many proxies; two of half the labels each are far weaker
@@ -78,6 +78,7 @@ def fit_reward_models(
     strata: Tensor | None = None,
     caution: float = 0.0,
     ranked: bool = False,
+    head: HeadKind | None = "mlp",
     shard: Shard = SINGLE,
 ) -> RewardFits:
     """Fit one module per name in `methods` on the observed feedback.
@@ -95,11 +96,14 @@ def fit_reward_models(
     distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
     from 0 the observed traits that selection may depend on. `caution` is how many of the members' standard deviations a module
     that is distilled from an ensemble stays below their mean. `ranked` asks for `ranking` where no method needs it, unless rates
-    are given. The same settings and shard give the same modules.
+    are given. `head` is the kind of model where `inputs` are features: boosting (trees) is for the methods BOOSTED; None lets
+    `two_stage` and `auto` choose between mlp and boosting by held-out feedback.
+    The same settings and shard give the same modules.
     All held-out risks are weighted by the first method's selection model.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
     """
     loaded = {name: load_method(name) for name in methods if name != ORACLE}
+    check_head(head, [*loaded])
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
     if noise_rates not in get_args(NoiseEstimator):
@@ -128,6 +132,7 @@ def fit_reward_models(
         LOSSES[loss],
         shard,
         strata,
+        head=head,
     )
     needs = frozenset[str]().union(*(method.needs for method in loaded.values()))
     first_finds_rates = bool(methods) and methods[0] != ORACLE and "states" in loaded[methods[0]].needs
@@ -147,6 +152,13 @@ def fit_reward_models(
         elif clean_labels is not None:
             fitted[name] = fit_oracle(given, clean_labels)
     return replace(_risks(task, found, fitted, serving), level=level)
+
+
+def check_head(head: HeadKind | None, methods: Sequence[str]) -> None:
+    """Raise ValueError for the first of `methods` that a `head` of this kind cannot fit."""
+    others = [name for name in methods if name not in (*BOOSTED, ORACLE)]
+    if head == "boosting" and others:
+        raise ValueError(f"kind boosting fits {', '.join(BOOSTED)}, got method {others[0]!r}: use kind mlp or linear for it")
 
 
 def _risks(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.Module | None) -> RewardFits:

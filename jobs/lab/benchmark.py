@@ -29,7 +29,7 @@ from causalrm_ray.data.embeddings import load_pair
 from causalrm_ray.data.simulate import WITHOUT_ALPHA, preferences, threshold
 from causalrm_ray.errors import ConfigError, InputError
 from causalrm_ray.estimators.core.task import load_method
-from causalrm_ray.estimators.pipeline import ORACLE
+from causalrm_ray.estimators.pipeline import ORACLE, check_head
 from causalrm_ray.estimators.studies.semisynthetic import Bias
 from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.report.benchmark_figures import ablation_lines, draw_bars, draw_rho_sensitivity, draw_sensitivity
@@ -175,14 +175,19 @@ def bias_texts(biases: pd.DataFrame) -> pd.DataFrame:
 
 
 def wanted_methods(config: BenchmarkConfig) -> tuple[str, ...]:
-    """The methods to fit. Raises ConfigError for one that is unknown or cannot be imported."""
+    """The methods to fit. Raises ConfigError for one that is unknown, cannot be imported, or has no head of this kind."""
     try:
         for name in config.methods:
             if name != ORACLE:
                 load_method(name)
     except ValueError as error:
         raise ConfigError(f"methods: {error}") from error
-    return config.methods or (*ESTIMATORS.names(), ORACLE)
+    methods = config.methods or (*ESTIMATORS.names(), ORACLE)
+    try:
+        check_head(config.head.kind, methods)
+    except ValueError as error:
+        raise ConfigError(f"head.kind: {error}") from error
+    return methods
 
 
 def _begin(config: BenchmarkConfig, folder: Path) -> None:

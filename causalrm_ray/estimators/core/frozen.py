@@ -20,7 +20,7 @@ from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.task import FitTask, Fitted
 from causalrm_ray.estimators.core.training import Calling, FitSettings, Inputs, Objective, Shard, predict
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import Cautious, EnsembleScorer, as_scorer
+from causalrm_ray.models.scorers.heads import Cautious, EnsembleScorer, as_scorer
 
 SETTINGS = {  # by the rows from which on they serve; chosen on simulated logs of one data set, seeds apart from those reported
     50_000: FitSettings(10, 3e-3, 1024, 2, 0.1),  # about as many steps as the next
@@ -28,6 +28,7 @@ SETTINGS = {  # by the rows from which on they serve; chosen on simulated logs o
     2_500: FitSettings(80, 2e-3, 512, 6, 0.1),
     0: FitSettings(160, 5e-4, 128, 16, 0.1),
 }
+HIDDEN = 32  # units of a member
 FEW, MEMBERS, MANY_MEMBERS = 2_500, 5, 20  # fewer rows than FEW are shared by more members, each of which leaves out less
 
 
@@ -45,7 +46,8 @@ def with_settings(task: FitTask, rows: int) -> FitTask:
 
 def on_states(task: FitTask, states: Tensor) -> FitTask:
     """The same task for heads on `states` [N, D]; every rank solves it alone."""
-    make = partial(EnsembleScorer, states, members=MANY_MEMBERS if len(states) < FEW else MEMBERS)
+    members, hidden = MANY_MEMBERS if len(states) < FEW else MEMBERS, 0 if task.head == "linear" else HIDDEN
+    make = partial(EnsembleScorer, states, members=members, hidden=hidden)
     return replace(task, make_scorer=make, inputs=FeatureRows(states), shard=Shard())
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.estimators.core.training import Inputs, Risk, outputs
-from causalrm_ray.models.heads import EnsembleScorer
+from causalrm_ray.models.scorers.heads import EnsembleScorer
 
 ROWS = 20_000  # as many show where to begin
 STEPS, HISTORY = 30, 10  # of L-BFGS

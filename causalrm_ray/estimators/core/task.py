@@ -16,7 +16,7 @@ from causalrm_ray.checks import check_binary, check_propensity, check_same_lengt
 from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings, Inputs, Objective, Shard, fit, seeded
 from causalrm_ray.losses.pointwise import Loss
 from causalrm_ray.registry import ESTIMATORS
-from causalrm_ray.types import NoiseRates
+from causalrm_ray.types import HeadKind, NoiseRates
 
 NOISE_FREE = NoiseRates(0.0, 0.0)
 Propensities = tuple[Tensor, Tensor]
@@ -74,9 +74,10 @@ class FitTask:
     """One fit of one estimator.
 
     `make_scorer` returns a fresh scorer: a module whose forward gives a logit [B], and that can be given further heads
-    (models.heads.WithHeads). Only the rows numbered in `train` are trained on; those in `heldout` decide when to stop. An
+    (models.scorers.heads.WithHeads). Only the rows numbered in `train` are trained on; those in `heldout` decide when to stop. An
     ensemble that cross-fits trains on held-out rows as well, unless `spare_heldout`, and gives back their out-of-fold logits.
-    `strata` [N] numbers from 0 the observed traits within which selection may work in its own way (None: all alike).
+    `strata` [N] numbers from 0 the observed traits within which selection may work in its own way (None: all alike). `head` is
+    the kind of model that `inputs`, if they are features, get; None leaves the choice of mlp or boosting to methods that can.
     """
 
     make_scorer: Callable[[], nn.Module]
@@ -90,6 +91,7 @@ class FitTask:
     shard: Shard = SINGLE
     strata: Tensor | None = None
     spare_heldout: bool = False
+    head: HeadKind | None = "mlp"
 
     def scorer(self, seed_offset: int = 0) -> nn.Module:
         """A scorer at its start; the same offset gives the same one."""

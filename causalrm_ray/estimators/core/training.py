@@ -6,6 +6,7 @@ epoch:  seeded permutation -> global batches -> this rank's slice -> risk -> ste
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -235,7 +236,7 @@ def predict(
 
 def outputs(module: nn.Module, inputs: Inputs, index: Tensor, bf16: bool = False) -> Tensor:
     """What `module` gives for the rows `index` [B]: [B, ...] of single precision or more, on the CPU."""
-    device = next(module.parameters()).device
+    device = next(itertools.chain(module.parameters(), module.buffers())).device  # trees have buffers only
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logit = module(**{name: value.to(device) for name, value in inputs.batch(index).items()})
     if logit.shape[:1] != index.shape:

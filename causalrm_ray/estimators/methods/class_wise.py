@@ -23,7 +23,7 @@ from causalrm_ray.estimators.core.training import Calling, Risk
 from causalrm_ray.estimators.methods.mechanisms import among_all, to_logits
 from causalrm_ray.estimators.methods.selection import fit_mechanisms
 from causalrm_ray.losses.selection import class_weights, class_wise_dr_label
-from causalrm_ray.models.heads import Corrected, EnsembleScorer, to_logit
+from causalrm_ray.models.scorers.heads import Corrected, EnsembleScorer, to_logit
 
 
 def weighted_risk(v1: Tensor, v0: Tensor) -> Risk:

@@ -1,7 +1,7 @@
 """What decides who gives feedback: the opinion itself, or the features only? A joint model of a log's outcomes for either.
 
-    label      P(o=1 | x, r*) depends on the opinion: one likelihood of MISSING, DISLIKED, LIKED      (losses.selection)
-    features   P(o=1 | x) and P(r=1 | x, o=1) apart, the latter through the noise channel
+    label      P(o=1 | x, r*) depends on the opinion: one likelihood of MISSING, DISLIKED, LIKED      (here, losses.selection)
+    features   P(o=1 | x) and P(r=1 | x, o=1) apart, the latter through the noise channel             (two_stage)
 
 Only what a log shows is read, and rates of the noise if they are known: no propensity or label from outside. Ours; the noise
 channel is that of arXiv 2603.18736.
@@ -21,11 +21,11 @@ from causalrm_ray.estimators.core.linear_start import start_linear
 from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Observations, Propensities
 from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
-from causalrm_ray.estimators.methods.outcome_models import CENTRE, FeedbackByFeatures, LabelSelection, NoisyLabel, logit
+from causalrm_ray.estimators.methods.outcome_models import CENTRE, LabelSelection, logit
 from causalrm_ray.estimators.nuisances.propensity import lowest_weighted
-from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.losses.selection import FLOOR, outcomes
-from causalrm_ray.models.heads import EnsembleScorer, to_logit
+from causalrm_ray.models.scorers.heads import EnsembleScorer, to_logit
+from causalrm_ray.models.scorers.trees import BoostedScorer
 from causalrm_ray.types import NoiseRates
 
 HIGHEST_CLIP = 0.05  # lowest propensity of an opinion used in a weight, unless feedback is rare
@@ -76,9 +76,9 @@ class Mechanism:
     def shifted(self, log_odds: float) -> Mechanism:
         """The same outcomes where the pleased give feedback more readily by `log_odds` at the same x: P(r* = 1 | x) is lower.
 
-        The scorer, an EnsembleScorer, is changed in place.
+        The scorer is changed in place.
         """
-        scorer = cast(EnsembleScorer, self.scorer)
+        scorer = cast(EnsembleScorer | BoostedScorer, self.scorer)
         with torch.no_grad():
             scorer.bias.sub_(log_odds)
         return replace(self, opinion=torch.sigmoid(to_logit(self.opinion) - log_odds))
@@ -115,7 +115,7 @@ def fit_label(task: FitTask) -> Mechanism:
     The likelihood has an optimum also where the pleased are taken for the displeased, and it hardly identifies the level of
     P(r* = 1), which trades off against the odds. So members begin about the `likely_odds`, and stop early.
     """
-    number = len(_scorer(task)[0].bias)
+    number = len(starting_scorer(task)[0].bias)
     folds = Folds(task, number)
     labels = float(task.observations.o[folds.learn].sum())
     likely = likely_odds(task) if labels >= FEW_LABELS else 0.0  # few labels tell nothing of it: members start all over the range
@@ -136,7 +136,7 @@ def likely_odds(task: FitTask) -> float:
     on training rows, and weighed by prior and likelihood of the held-out rows, these counted as if they were as many independent
     ones.
     """
-    scorer, liked = _scorer(task)
+    scorer, liked = starting_scorer(task)
     steps = torch.linspace(-WIDEST, WIDEST, len(scorer.bias))
     odds = logit(liked) / 2 + steps * 0.5**0.5
     model = _LabelModel(task, task.train, odds)
@@ -156,8 +156,8 @@ class _LabelModel:
     """Outcomes of the rows `learn` [L] where selection depends on the opinion: members that start at `odds` [K], their risk."""
 
     def __init__(self, task: FitTask, learn: Tensor, odds: Tensor) -> None:
-        strata = _strata(task)
-        scorer, liked = _scorer(task)
+        strata = strata_of(task)
+        scorer, liked = starting_scorer(task)
         assumed = logit(liked) - odds
         scorer.start_at(assumed)
         starts = [_selection_start(task, strata, learn, float(share)) for share in torch.sigmoid(assumed)]
@@ -205,49 +205,12 @@ def _selection_start(task: FitTask, strata: Tensor, rows: Tensor, liked: float) 
     return torch.tensor(start)
 
 
-def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
-    """Two stages: P(o | x, stratum) on all rows, P(r | x, o = 1) on those with feedback; also the first's likelihood, [M]."""
-    o, r = task.observations.o, task.observations.r
-    propensity, _ = _scorer(task)
-    scorer, _ = _scorer(task)
-    folds = Folds(task, len(scorer.bias))
-    least = 0.5 / len(folds.learn)  # half a row: all may have feedback
-    propensity.start_at(logit(min(max(float(o[folds.learn].mean()), least), 1 - least)))
-
-    def feedback_risk(output: Tensor, index: Tensor) -> Tensor:
-        return bce(output, o[index].unsqueeze(1).expand_as(output))
-
-    everyone = torch.arange(len(o))
-    strata = _strata(task)
-    with_strata = replace(with_settings(task, len(folds.learn)), inputs=WithStrata(task.inputs, strata))
-    levels = FeedbackByFeatures(propensity, int(strata.max()) + 1)
-    feedback = cross_fit_members(
-        with_strata, levels, feedback_risk, folds, everyone, lambda: levels.penalty().cpu() / len(folds.learn), "start"
-    )
-    module, seen = NoisyLabel(scorer, task.nuisances.rates), everyone[o == 1]
-
-    def label_risk(output: Tensor, index: Tensor) -> Tensor:
-        label = r[index].unsqueeze(1).expand(-1, output.shape[1])
-        return o[index].unsqueeze(1) * nn.functional.binary_cross_entropy(output[:, :, 0], label, reduction="none")
-
-    labelled = int(o[folds.learn].sum())
-    on_labels = with_settings(task, labelled)
-    labels = cross_fit_members(
-        on_labels, module, label_risk, folds, seen, lambda: module.noise.penalty().cpu() / labelled, "rival"
-    )
-    nll = feedback.risk.clone()
-    nll[torch.isin(feedback.rows, labels.rows)] += labels.risk
-    opinion = folds.out_of_fold(predict(module, task.inputs, feedback.rows, shard=task.shard), feedback.rows)[:, 1]
-    share = folds.out_of_fold(torch.sigmoid(feedback.output), feedback.rows)
-    joint = share.unsqueeze(1) * torch.stack([opinion, 1 - opinion], dim=1)
-    return Mechanism(scorer, module.noise.means(), feedback.rows, nll, opinion, joint, labels.report), feedback.risk
-
-
-def _strata(task: FitTask) -> Tensor:
+def strata_of(task: FitTask) -> Tensor:
+    """Strata [N] of all rows; one where the task has none."""
     return torch.zeros(len(task.inputs), dtype=torch.long) if task.strata is None else task.strata
 
 
-def _scorer(task: FitTask) -> tuple[EnsembleScorer, float]:
+def starting_scorer(task: FitTask) -> tuple[EnsembleScorer, float]:
     """A fresh ensemble that starts at P(r* = 1) as if feedback were given at random: the share liked, denoised at CENTRE."""
     rows = task.train[task.observations.o[task.train] == 1]
     liked = _denoised(float(task.observations.r[rows].mean()))

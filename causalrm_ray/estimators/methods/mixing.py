@@ -21,7 +21,7 @@ from causalrm_ray.estimators.nuisances.calibration import temperature
 from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits
 from causalrm_ray.losses.label_noise import balance_penalty, clean_posterior, co_refined, sharpen
 from causalrm_ray.losses.pointwise import bce, mse
-from causalrm_ray.models.heads import Scorer
+from causalrm_ray.models.scorers.heads import Scorer
 
 PARTNER = "partner_"
 WARM_UP, PATIENCE = 5, 30  # epochs of DivideMix

@@ -21,7 +21,7 @@ from causalrm_ray.estimators.methods.observed import minimise
 from causalrm_ray.estimators.nuisances.propensity import lowest_weighted
 from causalrm_ray.losses import multitask, reweighted
 from causalrm_ray.losses.pointwise import Loss, bce, bounded_bce
-from causalrm_ray.models.heads import WithHeads
+from causalrm_ray.models.scorers.heads import WithHeads
 
 MIN_SHARE = 0.01  # the propensity starts at least this far from 0 and 1
 PENALTY = 1.0  # of the squared constraint of stable DR

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from causalrm_ray.estimators.core.task import FitTask
 from causalrm_ray.estimators.core.training import FitReport, FitSettings, Inputs, Objective, Risk, fit, predict
 from causalrm_ray.estimators.nuisances.calibration import temperature
-from causalrm_ray.models.heads import Scorer
+from causalrm_ray.models.scorers.heads import Scorer
 from causalrm_ray.types import NoiseRates
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.losses.selection import graded_outcomes
-from causalrm_ray.models.heads import EnsembleScorer
+from causalrm_ray.models.scorers.heads import EnsembleScorer
 from causalrm_ray.types import NoiseRates
 
 CENTRE, STRENGTH = 0.15, 5.0  # prior of the noise rates: a Gaussian on logit(2 rho), worth a few rows

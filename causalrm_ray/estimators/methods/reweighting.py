@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from causalrm_ray.checks import check_binary, check_same_length
+from causalrm_ray.estimators.core.boosting import fit_weighted
 from causalrm_ray.estimators.core.task import NOISE_FREE, FitTask, Fitted, Need, Nuisances, Observations
 from causalrm_ray.estimators.core.training import Objective
 from causalrm_ray.losses import reweighted
@@ -54,8 +55,10 @@ class Reweighting:
 
     def fit(self, task: FitTask) -> Fitted:
         """A scorer at the minimum of the risk."""
-        scorer = task.scorer()
         objective = partial(self.build, task.observations, task.nuisances, self.pointwise(task.loss))
+        if task.head == "boosting":
+            return fit_weighted(task, objective(task.train), objective(task.heldout))
+        scorer = task.scorer()
         return Fitted(scorer, task.minimise(scorer, objective))
 
 
@@ -119,6 +122,7 @@ REWEIGHTING: dict[str, Reweighting] = {
     "causalrm_dr_surrogate": _doubly_robust_method(_CAUSALRM + ", no propensity", "rates", "imputation"),
 }
 FORWARD_CORRECTION = Reweighting(_forward_correction, "Patrini et al. 2017, arXiv 1609.03683", frozenset({"rates"}))
+BOOSTED = ("naive", "ips", "snips", "two_stage", "auto")  # methods that trees can fit: others subtract losses, or share states
 # full method -> (only its reweighting: the paper's dagger, only its surrogate: the paper's double dagger)
 ABLATIONS = {"causalrm_ips": ("ips", "causalrm_ips_surrogate"), "causalrm_dr": ("dr", "causalrm_dr_surrogate")}
 

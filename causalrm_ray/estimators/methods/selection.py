@@ -1,7 +1,7 @@
 """Methods that fit the selection mechanism together with the opinion, and let the log choose between mechanisms.
 
     latent      selection depends on the opinion              (mechanisms.fit_label)
-    two_stage   selection depends on the features only        (mechanisms.fit_features)
+    two_stage   selection depends on the features only        (two_stage.fit_features)
     auto        both, averaged by how well each explains what feedback says on rows that it did not learn from; what opinions may
                 do besides features is allowed for in the latter
 
@@ -24,12 +24,14 @@ from causalrm_ray.estimators.methods.evidence import (
     MIN_SIGNAL,
     added_information,
     evidence,
+    likelihood_gain,
     mechanism_weights,
     propensity_signal,
 )
-from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_features, fit_label, opinion_propensities, to_logits
-from causalrm_ray.estimators.methods.opinion_shift import OpinionShift, opinion_shift
-from causalrm_ray.models.heads import Mixture
+from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_label, opinion_propensities, to_logits
+from causalrm_ray.estimators.methods.two_stage import fit_features
+from causalrm_ray.estimators.nuisances.opinion_shift import OpinionShift, opinion_shift
+from causalrm_ray.models.scorers.heads import Mixture
 from causalrm_ray.types import NoiseRates
 
 
@@ -95,7 +97,8 @@ def fit_mechanisms(task: FitTask) -> Averaged:
     predictions = [one.label_logit()[labelled] for one in found.values()]
     adds = added_information(observations.r[rows][labelled], predictions, None if cluster is None else cluster[labelled])
     signal = propensity_signal(feedback_nll, observations.o[rows], cluster)
-    weights = mechanism_weights(evidence(*adds), signal >= MIN_SIGNAL)
+    gain = likelihood_gain(features.heldout, found["label"].heldout, cluster)
+    weights = mechanism_weights(evidence(adds[0], adds[1], gain), signal >= MIN_SIGNAL)
     strata = None if task.strata is None else task.strata[rows]
     units = None if cluster is None else len(cluster.unique())
     states = cast(FeatureRows, task.inputs).features

@@ -15,7 +15,7 @@ from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.nuisances.noise_rates import anchors
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.metrics import auroc, r2
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.types import NoiseRates
 

@@ -13,7 +13,7 @@ from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.methods.observed import cool
 from causalrm_ray.estimators.nuisances.calibration import temperature
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 
 
 @pytest.mark.parametrize("sure", [0.5, 3.0, 12.0])

@@ -15,7 +15,7 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.nuisances.propensity import calibrate, cross_fit
 from causalrm_ray.estimators.pipeline import fit_reward_models
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 from causalrm_ray.types import NoiseRates, PerUser
 
 ROWS, UPVOTES = 4000, 1000

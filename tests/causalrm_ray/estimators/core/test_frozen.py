@@ -13,7 +13,7 @@ from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings
 from causalrm_ray.estimators.pipeline import fit_reward_models
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import r2
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 
 ROWS = 1200
 HELD_OUT = torch.arange(1000, ROWS)

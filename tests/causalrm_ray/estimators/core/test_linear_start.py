@@ -16,7 +16,7 @@ from causalrm_ray.estimators.core.members import Folds, cross_fit_members, mean_
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import EnsembleScorer
+from causalrm_ray.models.scorers.heads import EnsembleScorer
 
 ROWS, WIDTH, MEMBERS = 400, 5, 3
 

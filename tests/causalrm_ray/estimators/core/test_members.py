@@ -13,7 +13,7 @@ from causalrm_ray.estimators.core.members import BestMembers, Folds, mean_where
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 
 TRAIN, HELD_OUT = torch.tensor([0, 1, 3, 4, 5, 7]), torch.tensor([2, 6])
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from causalrm_ray.data.collate import FeatureRows, TokenRows
 from causalrm_ray.estimators.core.training import FitReport, FitSettings, Objective, Shard, fit, mean_risk, predict
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 
 SETTINGS = FitSettings(epochs=3, lr=0.01, batch_size=7, patience=3, seed=4)
 

@@ -28,7 +28,7 @@ from causalrm_ray.estimators.diagnostics.diagnose import (
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.losses.sensitivity import corrected_label, hidden_selection_bounds
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 from causalrm_ray.types import NoiseRates
 
 METHOD, RATES, ROWS = "causalrm_snips", NoiseRates(0.2, 0.1), 4000

@@ -16,7 +16,7 @@ from causalrm_ray.estimators.methods.denoising import DENOISING, ilde_risk
 from causalrm_ray.losses.label_noise import agreement_penalty, class_correlation, label_distribution
 from causalrm_ray.losses.pointwise import bce, mse
 from causalrm_ray.metrics import auroc
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 from causalrm_ray.types import NoiseRates
 
 RATES = NoiseRates(0.2, 0.1)

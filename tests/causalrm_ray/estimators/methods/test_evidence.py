@@ -11,7 +11,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from causalrm_ray.estimators.methods.evidence import added_information, evidence, mechanism_weights, propensity_signal
+from causalrm_ray.estimators.methods.evidence import (
+    added_information,
+    evidence,
+    likelihood_gain,
+    mechanism_weights,
+    propensity_signal,
+)
 from causalrm_ray.losses.pointwise import bce
 
 
@@ -74,6 +80,20 @@ def test_evidence_by_hand() -> None:
     assert evidence(4.0, 2.0) == 6.0
     assert evidence(-3.0, 2.0) == -2.0
     assert evidence(3.0, -5.0) == 4.5
+    assert evidence(3.0, 5.0, 10.0) == 2.0
+    assert evidence(3.0, 5.0, -10.0) == -8.0  # a likelier label mechanism is the simpler one: that says nothing
+
+
+def test_held_out_likelihood_speaks_against_the_label_mechanism_only_and_only_if_sure() -> None:
+    features = torch.zeros(400)
+    label = torch.tensor([-0.9, 1.1]).repeat(200)  # 0.1 nats worse a row, 40 in all, with a deviation of 1: z = 2
+    stderr = math.sqrt(400 / 399) / 20
+    assert likelihood_gain(features, label) == pytest.approx(40 * max(0.0, 1 - (2 * stderr / 0.1) ** 2), abs=1e-6)
+    sure = torch.tensor([-0.1, 0.3]).repeat(200)  # the same mean, a deviation of 0.2
+    assert likelihood_gain(features, sure) == pytest.approx(40 * (1 - (2 * 0.2 * stderr / 0.1) ** 2), rel=1e-5)
+    assert likelihood_gain(sure, features) == 0
+    users = torch.arange(400) // 100  # four users, of whom two count against, two for it
+    assert likelihood_gain(features, torch.tensor([0.3, -0.1]).repeat_interleave(200), users) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.estimators.methods.denoising import PredictionChanges, fit_labelwave
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 
 
 def test_the_moving_average_starts_at_one_and_forgets() -> None:

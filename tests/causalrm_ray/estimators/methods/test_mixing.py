@@ -12,7 +12,7 @@ from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.estimators.methods.mixing import Division, MixedRows, MixingNetworks, beta_draws, fit_dividemix, fit_selectmix
 from causalrm_ray.losses.label_noise import balance_penalty, sharpen
 from causalrm_ray.losses.pointwise import bce, mse
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 
 FEATURES = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 

@@ -15,8 +15,8 @@ from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.methods.multitask import MULTITASK, MultiTask, cvib_objective
 from causalrm_ray.losses.pointwise import bce, bounded_bce, mse
 from causalrm_ray.metrics import auroc
-from causalrm_ray.models.heads import FeatureScorer
 from causalrm_ray.models.reward_model import SequenceScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 from causalrm_ray.types import NoiseRates
 
 ROWS, WIDTH = 800, 6

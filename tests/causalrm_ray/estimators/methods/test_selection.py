@@ -15,12 +15,13 @@ from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import Calling, FitSettings, predict
 from causalrm_ray.estimators.methods import mechanisms
 from causalrm_ray.estimators.methods.class_wise import CLASS_WISE, weighted_risk
-from causalrm_ray.estimators.methods.mechanisms import _offsets, _selection_start, fit_features, fit_label, likely_odds
+from causalrm_ray.estimators.methods.mechanisms import _offsets, _selection_start, fit_label, likely_odds
 from causalrm_ray.estimators.methods.selection import SELECTION, Averaged, fit_mechanisms
+from causalrm_ray.estimators.methods.two_stage import fit_features
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.metrics import r2
-from causalrm_ray.models.heads import Corrected, EnsembleScorer
+from causalrm_ray.models.scorers.heads import Corrected, EnsembleScorer
 from causalrm_ray.types import NoiseRates
 
 RATES = NoiseRates(0.2, 0.1)
@@ -172,7 +173,7 @@ def test_likely_odds_are_the_mean_of_what_prior_and_held_out_rows_leave(monkeypa
     given = replace(task("label"), heldout=torch.arange(4))
     liked = 0.8
     risks = torch.tensor([[0.2, 0.1, 0.1], [0.5, 0.3, 0.6]]).repeat(2, 1)  # nats of four rows under each start
-    monkeypatch.setattr(mechanisms, "_scorer", lambda task: (EnsembleScorer(world("label")[0], members=3), liked))
+    monkeypatch.setattr(mechanisms, "starting_scorer", lambda task: (EnsembleScorer(world("label")[0], members=3), liked))
     monkeypatch.setattr(mechanisms, "start_linear", lambda *given: None)
     monkeypatch.setattr(mechanisms._LabelModel, "nll", lambda model, output, index: risks)
     odds = [math.log(4) / 2 + steps * math.sqrt(0.5) for steps in (-2, 0, 2)]

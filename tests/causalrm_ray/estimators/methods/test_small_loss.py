@@ -10,7 +10,7 @@ from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.methods.small_loss import Exchange, fit_small_loss
 from causalrm_ray.losses.label_noise import jensen_shannon
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 from causalrm_ray.types import NoiseRates
 
 R = torch.ones(4)

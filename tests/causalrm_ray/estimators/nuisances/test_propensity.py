@@ -25,7 +25,7 @@ from causalrm_ray.estimators.nuisances.propensity import (
     split_rows,
 )
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.heads import FeatureScorer
+from causalrm_ray.models.scorers.heads import FeatureScorer
 
 SETTINGS = FitSettings(epochs=8, lr=0.05, batch_size=256)
 

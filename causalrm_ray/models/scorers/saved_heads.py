@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from causalrm_ray.models.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture
+from causalrm_ray.models.scorers.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture
+from causalrm_ray.models.scorers.trees import BoostedScorer
 
 
 def describe(scorer: nn.Module) -> dict[str, Any]:
@@ -26,13 +27,22 @@ def describe(scorer: nn.Module) -> dict[str, Any]:
     if isinstance(scorer, EnsembleScorer):
         members, hidden, width = scorer.inner.shape
         return {"type": "EnsembleScorer", "in_features": width, "members": members, "hidden": hidden}
+    if isinstance(scorer, BoostedScorer):
+        members, trees, nodes = scorer.value.shape
+        return {
+            "type": "BoostedScorer",
+            "in_features": scorer.in_features,
+            "members": members,
+            "trees": trees,
+            "nodes": nodes,
+        }
     if isinstance(scorer, Mixture):
         return {"type": "Mixture", "scorers": [describe(part) for part in scorer.scorers]}
     if isinstance(scorer, Corrected):
         return {"type": "Corrected", "base": describe(scorer.base), "residual": describe(scorer.residual)}
     if isinstance(scorer, Levelled):
         return {"type": "Levelled", "scorer": describe(scorer.scorer)}
-    raise ValueError(f"a scorer of type {type(scorer).__name__} cannot be saved: only those of causalrm_ray.models.heads can")
+    raise ValueError(f"a scorer of type {type(scorer).__name__} cannot be saved: only this package's can")
 
 
 def rebuild(described: Mapping[str, Any]) -> nn.Module:
@@ -42,6 +52,9 @@ def rebuild(described: Mapping[str, Any]) -> nn.Module:
             scorer: nn.Module = FeatureScorer(described["in_features"], described["hidden"])
         case "EnsembleScorer":
             scorer = EnsembleScorer(torch.zeros(1, described["in_features"]), described["members"], described["hidden"])
+        case "BoostedScorer":
+            sizes = (described[name] for name in ("in_features", "members", "trees", "nodes"))
+            scorer = BoostedScorer(*sizes)
         case "Mixture":
             scorers = [rebuild(part) for part in described["scorers"]]
             scorer = Mixture(scorers, [0.0] * len(scorers))
@@ -50,6 +63,6 @@ def rebuild(described: Mapping[str, Any]) -> nn.Module:
         case "Levelled":
             scorer = Levelled(rebuild(described["scorer"]))
         case unknown:
-            known = "FeatureScorer, EnsembleScorer, Mixture, Corrected or Levelled"
+            known = "FeatureScorer, EnsembleScorer, BoostedScorer, Mixture, Corrected or Levelled"
             raise ValueError(f"type of a scorer must be {known}, got {unknown!r}")
     return scorer.eval()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from causalrm_ray.estimators.methods.opinion_shift import BLOCK, opinion_shift
+from causalrm_ray.estimators.nuisances.opinion_shift import BLOCK, opinion_shift
 
 ROWS = 20_000
+ONE = torch.zeros(ROWS, dtype=torch.long)  # a stratum of all rows
 
 
 def world(c: float, popularity: Tensor, opinion: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +25,8 @@ def world(c: float, popularity: Tensor, opinion: Tensor) -> tuple[Tensor, Tensor
 def test_the_shift_is_found_where_the_rest_has_nothing_to_do_with_opinions(c: float) -> None:
     states = torch.randn(ROWS, 50, generator=torch.Generator().manual_seed(0)).double()
     opinion, popularity = torch.sigmoid(states[:, 0]), 0.05 * torch.exp(0.5 * states[:, 1])
-    found = opinion_shift(*world(c, popularity, opinion), states, torch.arange(ROWS))
+    found = opinion_shift(*world(c, popularity, opinion), states, torch.arange(ROWS), ONE)
+    assert opinion_shift(*world(c, popularity, opinion), states, torch.arange(ROWS)) == replace(found, used=0.0)
     # Cov[states_1 / 2, opinion] is not exactly 0 in a sample: its error over Var[opinion], 0.043, is 0.5 / sqrt(0.043 ROWS).
     assert found.found == pytest.approx(c, abs=4 * 0.5 / math.sqrt(0.043 * ROWS) + 1e-6)
     assert found.used == pytest.approx(found.found * max(0.0, 1 - 4 / found.strength**2) if c else 0.0, abs=1e-9)
@@ -36,12 +39,12 @@ def test_no_shift_is_found_where_none_explains_the_rates_and_none_beyond_a_proba
     seen, states = torch.sigmoid(0.3 * x), torch.stack([x, noise], 1)  # rates vary more with x than opinions, whatever c is
     rate = 0.1 * torch.exp(0.8 * x + 0.3 * noise)
     assert opinion_shift(rate, seen, states, torch.arange(ROWS)).found == 0
-    opinion = torch.sigmoid(states[:, 0])
+    opinion, states = torch.sigmoid(x), torch.cat([states, torch.randn(ROWS, 30, generator=generator).double()], 1)
     feedback, seen = world(2.0, torch.full((ROWS,), 0.13).double(), opinion)  # P(o = 1 | r* = 1) = 0.96
-    found = opinion_shift(feedback, seen, states, torch.arange(ROWS))
+    found = opinion_shift(feedback, seen, states, torch.arange(ROWS), ONE)
     shifted = torch.sigmoid(torch.logit(seen) - found.used)
     assert float((feedback * seen / shifted <= 1).double().mean()) >= 0.99
-    assert found.used <= 2.05
+    assert 0.5 < found.used <= 2.05
 
 
 def test_strength_counts_what_directions_of_the_states_reach_by_chance() -> None:
@@ -72,7 +75,7 @@ def test_levels_of_strata_say_nothing_of_opinions() -> None:
 def test_a_log_whose_rows_are_alike_shows_nothing_and_few_units_show_little() -> None:
     states = torch.randn(500, 4, generator=torch.Generator().manual_seed(3)).double()
     everyone = torch.arange(500)
-    assert opinion_shift(torch.full((500,), 0.2), torch.full((500,), 0.6), states, everyone).used == 0
+    assert opinion_shift(torch.full((500,), 0.2), torch.full((500,), 0.6), states, everyone, ONE[:500]).used == 0
     opinion = torch.sigmoid(states[:, 0])
     feedback, seen = world(1.0, torch.full((500,), 0.1).double(), opinion)
     many, few = (opinion_shift(feedback, seen, states, everyone, units=units) for units in (500, 3))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.models.heads import Cautious, Corrected, EnsembleScorer, Mixture, lower_logit
+from causalrm_ray.models.scorers.heads import Cautious, Corrected, EnsembleScorer, Mixture, lower_logit
 
 X = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
 
