@@ -88,13 +88,13 @@ def _grow(
     task: FitTask, learn: Tensor, measure: Tensor, weight: Tensor | None = None, measure_weight: Tensor | None = None
 ) -> HistGradientBoostingClassifier:
     model = HistGradientBoostingClassifier(
-        learning_rate=0.05,
+        learning_rate=0.1,
         max_iter=400,
         max_leaf_nodes=16,
         l2_regularization=20.0,
         max_features=0.3,
         early_stopping=True,
-        n_iter_no_change=20,
+        n_iter_no_change=10,
         random_state=task.settings.seed,
     )
     label = task.observations.r

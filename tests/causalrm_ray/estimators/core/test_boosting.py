@@ -81,8 +81,8 @@ def test_a_weighted_risk_is_that_of_scikit_learn_with_its_weights(name: str) -> 
     if name == "naive":
         scale = [1.0, 1.0]
     model = HistGradientBoostingClassifier(
-        learning_rate=0.05, max_iter=400, max_leaf_nodes=16, l2_regularization=20.0, max_features=0.3,
-        early_stopping=True, n_iter_no_change=20, random_state=3,
+        learning_rate=0.1, max_iter=400, max_leaf_nodes=16, l2_regularization=20.0, max_features=0.3,
+        early_stopping=True, n_iter_no_change=10, random_state=3,
     )  # fmt: skip
     model.fit(
         x[learn], r[learn], (weight[learn] * scale[0]).numpy(),
