@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from causalrm_ray.checks import check_binary, check_same_length
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import FitTask, Fitted
-from causalrm_ray.estimators.core.training import Calling, Inputs, Shard, predict
+from causalrm_ray.estimators.core.training import Calling, Inputs, Shard, device_of, predict
 from causalrm_ray.estimators.nuisances.level import Level, LevelReport, fit_level
 from causalrm_ray.models.scorers.heads import Levelled, fold_level
 
@@ -88,7 +88,7 @@ def level_scorer(scorer: nn.Module, level: Level, inputs: Inputs, shard: Shard) 
     """
     head = getattr(scorer, "head", None)
     if not (isinstance(head, nn.Linear) and hasattr(scorer, "states")):
-        return Levelled(scorer, level.shift, level.slope).to(next(scorer.parameters()).device), 0.0
+        return Levelled(scorer, level.shift, level.slope).to(device_of(scorer)), 0.0
     if fold_level(head, level.shift, level.slope):
         return scorer, 0.0
     some = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:SAMPLE]

@@ -1,7 +1,7 @@
 """Gradient-boosted trees in place of neural heads, for features that are columns of a table (scikit-learn's, by histograms).
 
-rows with feedback -> a member for each fold, which grows until its fold gains no more -> P(r = 1 | x, o = 1), out of fold
-rows, weights      -> one member, which grows until held-out rows gain no more         -> a method that is a weighted risk
+rows with feedback -> a member for each fold, as many trees as suit its fold best -> P(r* = 1 | x), out of fold
+rows, weights      -> one member, as many trees as suit held-out rows best        -> a method that is a weighted risk
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from causalrm_ray.checks import check_both_classes
 from causalrm_ray.data.collate import FeatureRows
+from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.clusters import in_standard_errors
 from causalrm_ray.estimators.core.members import Folds
 from causalrm_ray.estimators.core.task import NOISE_FREE, FitTask, Fitted
@@ -32,41 +33,46 @@ BETTER = 2.0  # standard errors by which trees must lower the held-out risk of n
 
 @dataclass(frozen=True, eq=False)
 class BoostedMembers:
-    """A model for each fold; of the rows `rows` [M] P(r = 1 | x, o = 1) [M], `label`, out of fold."""
+    """A scorer of a member for each fold; P(r* = 1 | x) [M], `opinion`, out of fold, of the rows that were asked for, the
+    cross-entropy `risk` [S] of those with feedback, and how training went, a mean over members."""
 
-    models: list[HistGradientBoostingClassifier]
-    label: Tensor
-
-    def opinion(self, rates: NoiseRates) -> Tensor:
-        """P(r* = 1 | x) [M] under these noise rates, kept within (0, 1)."""
-        return torch.sigmoid(to_logit((self.label - rates.rho_10) / (1 - rates.rho_01 - rates.rho_10)))
-
-    def scorer(self, rates: NoiseRates) -> BoostedScorer:
-        """The scorer of P(r* = 1 | x)."""
-        return from_boosting(self.models, rates)
+    scorer: BoostedScorer
+    opinion: Tensor
+    risk: Tensor
+    report: FitReport
 
 
-def fit_members(task: FitTask, folds: Folds, seen: Tensor, rows: Tensor, risk: Tensor | None = None) -> BoostedMembers | None:
-    """Trees on the rows `seen` [S] with feedback, a member without each fold; what they say of the `rows` [M], out of fold.
+def fit_members(
+    task: FitTask, folds: Folds, seen: Tensor, rows: Tensor, rates: NoiseRates, rival: Tensor | None = None
+) -> BoostedMembers | None:
+    """Trees on the rows `seen` [S] with feedback, a member without each fold, and what they make of the `rows` [M] out of fold.
 
-    Where `risk` [S] is given, the cross-entropy of other heads out of fold, there are trees only if theirs is lower by BETTER
-    standard errors; the first fold decides alone where theirs is not lower at all. Friedman 2001.
+        P(r = 1 | x, o = 1) = rho_10 + (1 - rho_01 - rho_10) P(r* = 1 | x)
+
+    with the noise `rates` as given; what trees say beyond it is taken to its ends. Where `rival` [S] is given, the cross-entropy
+    of other heads out of fold, there are trees only if theirs is lower by BETTER standard errors; the first fold decides alone
+    where theirs is not lower at all. Friedman 2001.
+    Raises InputError for a fold without feedback, or without both kinds in the other folds.
     """
     own, label = folds.unseen(seen), task.observations.r
+    for left_out in own.T:
+        if not left_out.any() or len(label[seen[~left_out]].unique()) < 2:
+            raise InputError(
+                f"kind boosting needs feedback in each of {folds.members} folds and both kinds in any others, got "
+                f"{len(seen)} labels, {int(label[seen].sum())} of them positive: use kind mlp"
+            )
     models = []
-    for member in range(folds.members):
-        left_out = own[:, member]
+    for member, left_out in enumerate(own.T):
         models.append(_grow(task, seen[~left_out], seen[left_out]))
-        if member == 0 and risk is not None:
-            first = bce(to_logit(_say(models[0], task, seen[left_out])), label[seen[left_out]])
-            if not float(first.mean()) < float(risk[left_out].mean()):
+        if member == 0 and rival is not None:
+            said = _said(models[:1], task, own[:, :1][left_out], seen[left_out])
+            if not float(_risk(_opinion(said, rates), rates, label[seen[left_out]]).mean()) < float(rival[left_out].mean()):
                 return None
-    found = BoostedMembers(models, _out_of_fold(models, task, folds, rows))
-    if risk is not None:
-        gain = risk - bce(to_logit(found.label[torch.isin(rows, seen)]), label[seen])
-        if not float(in_standard_errors(gain, task.observations.clusters(seen))) > BETTER:
-            return None
-    return found
+    opinion = _opinion(_said(models, task, folds.unseen(rows), rows), rates)
+    risk = _risk(opinion[torch.isin(rows, seen)], rates, label[seen])
+    if rival is not None and not float(in_standard_errors(rival - risk, task.observations.clusters(seen))) > BETTER:
+        return None
+    return BoostedMembers(from_boosting(models, rates), opinion, risk, _report(models))
 
 
 def fit_weighted(task: FitTask, train: Objective, heldout: Objective) -> Fitted:
@@ -78,15 +84,13 @@ def fit_weighted(task: FitTask, train: Objective, heldout: Objective) -> Fitted:
         raise ValueError("trees minimise loss='bce', got another loss: use kind='mlp' or 'linear'")
     weights = (objective.risk(torch.zeros(len(objective.rows)), objective.rows) / math.log(2) for objective in (train, heldout))
     model = _grow(task, train.rows, heldout.rows, *weights)
-    scores = zip(-model.train_score_, -model.validation_score_, strict=True)
-    epochs = tuple(Epoch(number, float(risk), float(unseen)) for number, (risk, unseen) in enumerate(scores, 1))
-    report = FitReport(epochs, min(epochs, key=lambda epoch: epoch.validation_risk))
-    return Fitted(from_boosting([model], NOISE_FREE), report)
+    return Fitted(from_boosting([model], NOISE_FREE), _report([model]))
 
 
 def _grow(
     task: FitTask, learn: Tensor, measure: Tensor, weight: Tensor | None = None, measure_weight: Tensor | None = None
 ) -> HistGradientBoostingClassifier:
+    """Trees until ten more do not lower the risk of the rows `measure`; those beyond its minimum are cut off."""
     model = HistGradientBoostingClassifier(
         learning_rate=0.1,
         max_iter=400,
@@ -100,24 +104,43 @@ def _grow(
     label = task.observations.r
     check_both_classes("r of the rows that trees learn from", label[learn])
     held: dict[str, Any] = {"X_val": _table(task, measure), "y_val": label[measure].numpy()}
-    if weight is None or measure_weight is None:
-        return model.fit(_table(task, learn), label[learn].numpy(), **held)
-    held["sample_weight_val"] = measure_weight.numpy()
-    return model.fit(_table(task, learn), label[learn].numpy(), weight.numpy(), **held)
+    given = None if weight is None else weight.numpy()
+    if measure_weight is not None:
+        held["sample_weight_val"] = measure_weight.numpy()
+    model.fit(_table(task, learn), label[learn].numpy(), given, **held)
+    del vars(model)["_predictors"][_best(model) :]
+    return model
 
 
-def _out_of_fold(models: Sequence[HistGradientBoostingClassifier], task: FitTask, folds: Folds, rows: Tensor) -> Tensor:
-    """Mean [M] of what the models say that never saw each of the `rows` [M]; each is asked of these alone."""
-    unseen = folds.unseen(rows)
+def _best(model: HistGradientBoostingClassifier) -> int:
+    """The number of trees, one at least, with which the rows that measure are likeliest; the first score is of none."""
+    return max(int(np.argmax(model.validation_score_)), 1)
+
+
+def _report(models: Sequence[HistGradientBoostingClassifier]) -> FitReport:
+    """Mean risks over the models after each tree that all of them tried."""
+    scores = ((model.train_score_, model.validation_score_) for model in models)
+    number = min(len(model.train_score_) for model in models)
+    mean = -np.mean([[train[1:number], unseen[1:number]] for train, unseen in scores], axis=0)
+    epochs = tuple(Epoch(place, float(train), float(unseen)) for place, (train, unseen) in enumerate(mean.T, 1))
+    return FitReport(epochs, min(epochs, key=lambda epoch: epoch.validation_risk))
+
+
+def _said(models: Sequence[HistGradientBoostingClassifier], task: FitTask, unseen: Tensor, rows: Tensor) -> Tensor:
+    """Mean P(r = 1 | x, o = 1) [M] of the models that never saw each of the `rows` [M], as `unseen` [M, K] has it."""
     total = torch.zeros(len(rows))
     for member, model in enumerate(models):
         own = unseen[:, member]
-        total[own] += _say(model, task, rows[own])
+        total[own] += torch.from_numpy(model.predict_proba(_table(task, rows[own]))[:, 1]).float()
     return total / unseen.sum(1)
 
 
-def _say(model: HistGradientBoostingClassifier, task: FitTask, rows: Tensor) -> Tensor:
-    return torch.from_numpy(model.predict_proba(_table(task, rows))[:, 1]).float()
+def _opinion(said: Tensor, rates: NoiseRates) -> Tensor:
+    return torch.sigmoid(to_logit((said - rates.rho_10) / (1 - rates.rho_01 - rates.rho_10)))
+
+
+def _risk(opinion: Tensor, rates: NoiseRates, label: Tensor) -> Tensor:
+    return bce(to_logit(rates.rho_10 + (1 - rates.rho_01 - rates.rho_10) * opinion), label)
 
 
 def _table(task: FitTask, rows: Tensor) -> np.ndarray:

@@ -122,12 +122,12 @@ def cross_fit_members(
     each member becomes if training does no better.
     """
     taught, measured = folds.learn[torch.isin(folds.learn, rows)], folds.measure[torch.isin(folds.measure, rows)]
-    fresh = copy.deepcopy(module.state_dict())
+    own, rival = copy.deepcopy(module.state_dict()) if linear == "rival" else {}, {}
     if linear != "none":
         start_linear(module, task.inputs, risk, taught, folds.taught, prior, task.settings.seed)
-    rival = copy.deepcopy(module.state_dict())
     if linear == "rival":
-        module.load_state_dict(fresh)
+        rival = copy.deepcopy(module.state_dict())
+        module.load_state_dict(own)
     train = Objective(taught, lambda out, index: mean_where(risk(out, index), folds.taught(index)) + prior())
     best = BestMembers(module, risk, folds, task)
     best(predict(module, task.inputs, measured, shard=task.shard), measured)  # the start may be the best there is

@@ -234,9 +234,14 @@ def predict(
     return shard.sum(logit)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` lies, by its first parameter or buffer: trees have buffers only."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
 def outputs(module: nn.Module, inputs: Inputs, index: Tensor, bf16: bool = False) -> Tensor:
     """What `module` gives for the rows `index` [B]: [B, ...] of single precision or more, on the CPU."""
-    device = next(itertools.chain(module.parameters(), module.buffers())).device  # trees have buffers only
+    device = device_of(module)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logit = module(**{name: value.to(device) for name, value in inputs.batch(index).items()})
     if logit.shape[:1] != index.shape:

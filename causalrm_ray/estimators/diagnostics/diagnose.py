@@ -121,9 +121,8 @@ class Mechanisms:
     """Who gives feedback, by a method: `weights` of the mechanisms, their held-out negative log-likelihood in nats a row.
 
     `adds` are the standard errors by which each one's account of what feedback says adds to the others' (empty: the method does
-    not ask); `signal` standard errors by which P(o | x) beats a constant; `shift` the log-odds by which the pleased are taken to
-    give feedback more readily besides what features decide, of the `shift_found` in the log (None: the method has none).
-    """
+    not ask), `gain` the nats for features in held-out outcomes; `signal` standard errors by which P(o | x) beats a constant;
+    `shift` the log-odds by which the pleased are taken to give feedback more readily besides, of the `shift_found` in the log."""
 
     weights: Mapping[str, float]
     heldout: Mapping[str, float]
@@ -131,6 +130,7 @@ class Mechanisms:
     signal: float | None = None
     shift: float | None = None
     shift_found: float | None = None
+    gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -283,14 +283,14 @@ def ranking(label: Tensor, propensity: Tensor, top: Tensor, cluster: Tensor | No
 
 def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
     """Who gives feedback, of a method's `figures` ("weight_NAME", "heldout_NAME", "adds_NAME", "signal", "shift_used",
-    "shift_found"); None if no weights."""
+    "shift_found", "gain"); None if no weights."""
     weights, heldout, adds = (
         {name.removeprefix(kind): value for name, value in figures.items() if name.startswith(kind)}
         for kind in ("weight_", "heldout_", "adds_")
     )
     if not weights:
         return None
-    return Mechanisms(weights, heldout, adds, *(figures.get(name) for name in ("signal", "shift_used", "shift_found")))
+    return Mechanisms(weights, heldout, adds, *(figures.get(name) for name in ("signal", "shift_used", "shift_found", "gain")))
 
 
 def _mean(value: Tensor, propensity: Tensor, cluster: Tensor | None = None) -> tuple[float, float]:

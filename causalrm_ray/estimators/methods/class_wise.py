@@ -9,7 +9,7 @@ Both stop by the same risk on rows that they did not learn from.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import cast
 
@@ -40,7 +40,7 @@ def weighted_risk(v1: Tensor, v0: Tensor) -> Risk:
 
 def _fit(task: FitTask, doubly_robust: bool) -> Fitted:
     """An ensemble at the early-stopped minimum of the risk; the doubly robust one adds to the mechanisms' out-of-fold logits."""
-    found = fit_mechanisms(task)
+    found = fit_mechanisms(replace(task, head=task.head or "mlp"))  # one kind throughout
     ensemble = cast(EnsembleScorer, task.scorer(int(doubly_robust)))
     folds = Folds(task, len(ensemble.bias))
     task = with_settings(task, len(folds.learn))

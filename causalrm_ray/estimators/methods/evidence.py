@@ -1,6 +1,7 @@
 """Which mechanism explains what feedback says? Either one's out-of-fold predictions are asked what they add to the other's.
 
-labels, predictions of two models -> what each adds to the other (J test) -> weights of the mechanisms
+labels, predictions of two models -> what each adds to the other (J test) --+-> weights of the mechanisms
+outcomes, likelihoods of the two  -> how much likelier under the freer one --+
 P(o | x) against a constant       -> whether selection works on x at all
 """
 
@@ -82,7 +83,8 @@ def evidence(features_adds: float, label_adds: float, features_gain: float = 0.0
 
     A predictor that adds z standard errors raises a maximal likelihood by z^2 / 2; one that would have to be turned round adds
     nothing. Two free stages contain nearly all that one opinion explains: to be less likely than they are speaks against
-    `label`, but to be likelier does not speak for it, as the simpler model errs less.
+    `label`, but to be likelier does not speak for it, as the simpler model errs less. Labels count in both parts, so this is a
+    scale on which logs were separated in simulation, and no exact Bayes factor.
     """
     return (max(features_adds, 0.0) ** 2 - max(label_adds, 0.0) ** 2) / 2 + max(features_gain, 0.0)
 

@@ -57,6 +57,8 @@ class Reweighting:
         """A scorer at the minimum of the risk."""
         objective = partial(self.build, task.observations, task.nuisances, self.pointwise(task.loss))
         if task.head == "boosting":
+            if self.subtracts:
+                raise ValueError(f"trees fit {', '.join(BOOSTED)} only: this method subtracts losses")
             return fit_weighted(task, objective(task.train), objective(task.heldout))
         scorer = task.scorer()
         return Fitted(scorer, task.minimise(scorer, objective))

@@ -2,8 +2,8 @@
 
     latent      selection depends on the opinion              (mechanisms.fit_label)
     two_stage   selection depends on the features only        (two_stage.fit_features)
-    auto        both, averaged by how well each explains what feedback says on rows that it did not learn from; what opinions may
-                do besides features is allowed for in the latter
+    auto        both, averaged by what each adds to the other's account of feedback on rows that it did not learn from, and by how
+                likely outcomes are there; what opinions may do besides features is allowed for in the latter, within strata
 
 Only what a log shows is read, and rates of the noise if they are known: no propensity or label from outside. Ours.
 """
@@ -37,16 +37,17 @@ from causalrm_ray.types import NoiseRates
 
 @dataclass(frozen=True, eq=False)
 class Averaged:
-    """Mechanisms and their average, weighted by how well either explains what feedback says (see `evidence`).
+    """Mechanisms and their average, weighted by how well either explains feedback (see `evidence`).
 
     `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `best.rows` [M]; `adds` are the standard errors by which each one's
-    predictions of labels add to the other's; `signal` those by which P(o | x) beats a constant; `shift` is what opinions are
-    taken to do besides features.
+    predictions of labels add to the other's; `gain` the nats by which held-out outcomes are likelier under features; `signal`
+    the standard errors by which P(o | x) beats a constant; `shift` is what opinions are taken to do besides features.
     """
 
     mechanisms: Mapping[str, Mechanism]
     weights: Tensor
     adds: Mapping[str, float]
+    gain: float
     signal: float
     shift: OpinionShift
 
@@ -83,12 +84,12 @@ class Averaged:
         found |= {f"adds_{name}": value for name, value in self.adds.items()}
         found |= {f"heldout_{name}": float(one.heldout.mean()) for name, one in self.mechanisms.items()}
         found |= {f"shift_{name}": value for name, value in asdict(self.shift).items()}
-        return found | {"signal": self.signal} | asdict(self.rates)
+        return found | {"gain": self.gain, "signal": self.signal} | asdict(self.rates)
 
 
 def fit_mechanisms(task: FitTask) -> Averaged:
-    """Both mechanisms, weighed by what either adds to the other's account of what feedback says; and what opinions may do besides
-    features, allowed for in the former."""
+    """Both mechanisms, weighed by what either adds to the other's account of what feedback says, and by held-out outcomes; and
+    what opinions may do besides features, allowed for in the former."""
     features, feedback_nll = fit_features(task)
     found = {"features": features, "label": fit_label(task)}
     rows, observations = features.rows, task.observations
@@ -104,7 +105,7 @@ def fit_mechanisms(task: FitTask) -> Averaged:
     states = cast(FeatureRows, task.inputs).features
     shift = opinion_shift(features.joint.sum(1), features.opinion, states, rows, strata, units)
     found["features"] = features.shifted(shift.used)
-    return Averaged(found, weights, dict(zip(found, adds, strict=True)), signal, shift)
+    return Averaged(found, weights, dict(zip(found, adds, strict=True)), gain, signal, shift)
 
 
 def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted:

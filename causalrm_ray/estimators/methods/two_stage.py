@@ -10,16 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.core.boosting import BoostedMembers, fit_members
+from causalrm_ray.estimators.core.boosting import fit_members
 from causalrm_ray.estimators.core.frozen import with_settings
 from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask
 from causalrm_ray.estimators.core.training import FitReport, predict
-from causalrm_ray.estimators.methods.mechanisms import FEW_LABELS, Mechanism, WithStrata, starting_scorer, strata_of
+from causalrm_ray.estimators.methods.mechanisms import Mechanism, WithStrata, starting_scorer, strata_of
 from causalrm_ray.estimators.methods.outcome_models import FeedbackByFeatures, NoisyLabel, logit
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.scorers.heads import Ensemble, to_logit
+from causalrm_ray.models.scorers.heads import Ensemble
 from causalrm_ray.types import NoiseRates
+
+RARE_LABELS = 200  # of the rarer kind, from which on a log may choose trees
 
 
 def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
@@ -61,7 +63,10 @@ class _Said:
 
 
 def _fit_noisy_label(task: FitTask, folds: Folds, rows: Tensor) -> _Said:
-    """P(r | x, o = 1) through the noise channel, by neural heads or trees, as `task.head` says or held-out feedback does."""
+    """P(r | x, o = 1) through the noise channel, by neural heads or trees, as `task.head` says or held-out feedback does.
+
+    Rates are those of the neural heads: trees take them as given.
+    """
     o, r = task.observations.o, task.observations.r
     scorer, _ = starting_scorer(task)
     module = NoisyLabel(scorer, task.nuisances.rates)
@@ -77,23 +82,13 @@ def _fit_noisy_label(task: FitTask, folds: Folds, rows: Tensor) -> _Said:
     seen = (o == 1).nonzero()[:, 0]
     labels = cross_fit_members(with_settings(task, labelled), module, risk, folds, seen, prior, "rival")
     rates = module.noise.means()
-    trees = _trees(task, folds, labels.rows, rows, labels.risk)
+    rarest = int(torch.bincount(r[labels.rows].long(), minlength=2).min())
+    trees = None
+    if task.head == "boosting":
+        trees = fit_members(task, folds, labels.rows, rows, rates)
+    elif task.head is None and not task.spare_heldout and rarest >= RARE_LABELS:  # states of a backbone are no table
+        trees = fit_members(task, folds, labels.rows, rows, rates, labels.risk)
     if trees is not None:
-        label = r[labels.rows]
-        unseen = bce(to_logit(trees.label[torch.isin(rows, labels.rows)]), label)
-        return _Said(trees.scorer(rates), rates, trees.opinion(rates), unseen, labels.report)
+        return _Said(trees.scorer, rates, trees.opinion, trees.risk, trees.report)
     opinion = folds.out_of_fold(predict(module, task.inputs, rows, shard=task.shard), rows)[:, 1]
     return _Said(scorer, rates, opinion, labels.risk, labels.report)
-
-
-def _trees(task: FitTask, folds: Folds, seen: Tensor, rows: Tensor, risk: Tensor) -> BoostedMembers | None:
-    """Trees of what feedback on the rows `seen` says, if they are asked for, or if the choice is free and they do better.
-
-    Where a backbone learns from the teacher, states are no columns of a table, and only what was asked for is fitted.
-    """
-    if task.head == "boosting":
-        return fit_members(task, folds, seen, rows)
-    rarest = int(torch.bincount(task.observations.r[seen].long(), minlength=2).min())
-    if task.head is not None or task.spare_heldout or len(seen) < FEW_LABELS or rarest < 2 * folds.members:
-        return None
-    return fit_members(task, folds, seen, rows, risk)

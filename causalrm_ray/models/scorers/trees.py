@@ -54,12 +54,11 @@ class BoostedScorer(Ensemble):
         x = features.double()
         first = torch.arange(members * trees, device=x.device) * nodes
         at = first.expand(len(x), -1)
-        while True:
+        for _ in range(nodes):  # no tree is deeper than it has nodes, whatever a folder says
             below = x.gather(1, feature[at]) <= threshold[at]
-            further = first + torch.where(below, left[at], right[at])
-            if torch.equal(further, at):
+            before, at = at, first + torch.where(below, left[at], right[at])
+            if torch.equal(before, at):
                 break
-            at = further
         return torch.sigmoid(self.start + value[at].view(len(x), members, trees).sum(2))
 
     def opinions(self, features: Tensor) -> Opinions:

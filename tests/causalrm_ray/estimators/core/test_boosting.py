@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from causalrm_ray.api import RewardEstimator
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.core.boosting import fit_members
+from causalrm_ray.errors import InputError
+from causalrm_ray.estimators.core.boosting import BoostedMembers, fit_members
 from causalrm_ray.estimators.core.members import Folds
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations, load_method
 from causalrm_ray.estimators.core.training import FitSettings, predict
@@ -41,30 +44,51 @@ def task(**given) -> FitTask:
     return FitTask(make, FeatureRows(x), observations, nuisances, TRAIN, HELD_OUT, settings, given.pop("loss", bce), head=head)
 
 
+RATES = NoiseRates(0.1, 0.05)
+
+
+def members(given: FitTask, rival: Tensor | None = None, rates: NoiseRates = RATES) -> tuple[Folds, BoostedMembers | None]:
+    folds, rows = Folds(given, 3), torch.arange(ROWS)
+    return folds, fit_members(given, folds, (given.observations.o == 1).nonzero()[:, 0], rows, rates, rival)
+
+
 def test_each_member_is_asked_of_what_it_did_not_learn_from() -> None:
     given = task()
-    folds, rows = Folds(given, 3), torch.arange(ROWS)
-    seen = (given.observations.o == 1).nonzero()[:, 0]
-    found = fit_members(given, folds, seen, rows)
-    features = given.inputs.features.numpy()
-    said = np.stack([model.predict_proba(features)[:, 1] for model in found.models], axis=1)
-    own = folds.unseen(rows)
+    folds, found = members(given)
+    own = folds.unseen(torch.arange(ROWS))
     assert own.sum(1).tolist() == [1] * ROWS
-    assert found.label.tolist() == pytest.approx(said[own.numpy()].tolist())
-    assert auroc(found.label, (table()[2] > 0.5).float()) > 0.95
-    opinion = found.opinion(NoiseRates(0.1, 0.1))
-    torch.testing.assert_close(opinion, ((found.label - 0.1) / 0.8).clamp(1e-5, 1 - 1e-5), atol=1e-6, rtol=1e-4)
+    opinion = torch.sigmoid(found.scorer.opinions(given.inputs.features).logits_BK)[own]
+    torch.testing.assert_close(found.opinion, opinion, atol=1e-6, rtol=1e-4)
+    assert auroc(found.opinion, (table()[2] > 0.5).float()) > 0.95
+    said = (0.05 + 0.85 * opinion)[given.observations.o == 1].double()  # what feedback says lies within the noise channel
+    labels = given.observations.r[given.observations.o == 1]
+    torch.testing.assert_close(found.risk.double(), -torch.where(labels == 1, said, 1 - said).log(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_member_keeps_as_many_trees_as_suit_its_fold_best() -> None:
+    _, found = members(task())
+    kept = (found.scorer.value != 0).flatten(2).any(2).sum(1).tolist()
+    assert max(kept) == found.scorer.value.shape[1] < 400
+    risks = [epoch.validation_risk for epoch in found.report.epochs]
+    assert [epoch.number for epoch in found.report.epochs] == list(range(1, len(risks) + 1))
+    assert found.report.best.validation_risk == min(risks) < math.log(2)
+    assert len(risks) >= min(kept)
 
 
 @pytest.mark.parametrize(("better", "found"), [(-0.2, False), (0.0, False), (0.2, True)])
 def test_trees_are_chosen_only_where_they_are_surely_better(better: float, found: bool) -> None:
     """Against heads of which the risk is theirs plus `better` nats in each row, give or take a nat."""
-    given = task()
-    folds, rows = Folds(given, 3), torch.arange(ROWS)
-    seen = (given.observations.o == 1).nonzero()[:, 0]
-    own = bce(torch.logit(fit_members(given, folds, seen, rows).label[seen]), given.observations.r[seen])
-    noise = torch.randn(len(seen), generator=torch.Generator().manual_seed(2))
-    assert (fit_members(given, folds, seen, rows, own + better + noise - noise.mean()) is not None) == found
+    own = members(task())[1].risk
+    noise = torch.randn(len(own), generator=torch.Generator().manual_seed(2))
+    assert (members(task(), own + better + noise - noise.mean())[1] is not None) == found
+
+
+def test_folds_without_feedback_are_refused_with_what_helps() -> None:
+    few = task()
+    r = torch.zeros(ROWS)
+    r[(few.observations.o == 1).nonzero()[0, 0]] = 1.0
+    with pytest.raises(InputError, match=r"both kinds in any others, got \d+ labels, 1 of them positive: use kind mlp"):
+        members(replace(few, observations=Observations(few.observations.o, r)))
 
 
 @pytest.mark.parametrize("name", ["naive", "ips"])
@@ -88,9 +112,11 @@ def test_a_weighted_risk_is_that_of_scikit_learn_with_its_weights(name: str) -> 
         x[learn], r[learn], (weight[learn] * scale[0]).numpy(),
         X_val=x[measure], y_val=r[measure].numpy(), sample_weight_val=(weight[measure] * scale[1]).numpy(),
     )  # fmt: skip
-    expected = torch.from_numpy(model.predict_proba(x)[:, 1])
+    best = int(model.validation_score_.argmax())  # trees: the first score is of none
+    expected = torch.from_numpy(next(itertools.islice(model.staged_predict_proba(x), best - 1, None))[:, 1])
     torch.testing.assert_close(torch.sigmoid(predict(fitted.scorer, given.inputs)).double(), expected, atol=2e-5, rtol=0)
-    assert len(fitted.report.epochs) == len(model.validation_score_)
+    assert (len(fitted.report.epochs), fitted.report.best.number) == (len(model.validation_score_) - 1, best)
+    assert fitted.report.best.validation_risk == pytest.approx(-model.validation_score_.max())
     with pytest.raises(ValueError, match="loss='bce'"):
         load_method(name).fit(replace(given, loss=mse))
 
@@ -110,8 +136,11 @@ def test_a_log_chooses_its_heads_by_what_it_holds_out(world: str, kind: str) -> 
 def test_kinds_of_heads_are_fitted_saved_and_refused(tmp_path) -> None:
     x, observations, liking = table()
     y = torch.where(observations.o == 1, observations.r, torch.nan).numpy()
-    for method in ("naive", "two_stage"):
-        model = RewardEstimator(method, kind="boosting", epochs=2).fit(x.numpy(), y)
+    clean = np.where(
+        np.arange(ROWS) % 12 == 0, (liking > 0.5).numpy().astype(float), np.nan
+    )  # judged rows set the level of trees too
+    for method, given in (("naive", None), ("two_stage", clean), ("auto", clean)):
+        model = RewardEstimator(method, kind="boosting", epochs=2).fit(x.numpy(), y, clean=given)
         model.save(tmp_path / method)
         again = RewardEstimator.load(tmp_path / method)
         assert again.kind == "boosting"

@@ -215,6 +215,7 @@ def test_mechanisms_are_read_from_figures() -> None:
     assert found.weights == {"label": 0.9, "features": 0.1}
     assert found.heldout == {"label": 0.5, "features": 0.52}
     assert (found.adds, found.signal, found.shift, found.shift_found) == ({}, 4.0, None, None)
+    assert (found.gain, mechanisms({**figures, "gain": 7.0}).gain) == (None, 7.0)
     known = mechanisms({**figures, "adds_label": 3.0, "adds_features": 0.5, "shift_used": 0.2, "shift_found": 0.6})
     assert known is not None
     assert (known.adds, known.shift, known.shift_found) == ({"label": 3.0, "features": 0.5}, 0.2, 0.6)

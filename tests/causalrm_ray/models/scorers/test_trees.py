@@ -57,3 +57,12 @@ def test_a_folder_rebuilds_them_without_pickle() -> None:
     assert torch.equal(again(features=x), scorer(features=x))
     with pytest.raises(ValueError, match="BoostedScorer"):
         rebuild({"type": "Trees"})
+
+
+def test_a_folder_whose_trees_run_in_circles_ends() -> None:
+    x, found = models()
+    scorer = from_boosting(found, RATES)
+    scorer.left.zero_()
+    scorer.right.zero_()
+    scorer.left[:, :, 0] = scorer.right[:, :, 0] = 1
+    assert scorer(features=x).isfinite().all()
