@@ -23,20 +23,22 @@ from causalrm_ray.estimators.core.clusters import in_standard_errors
 from causalrm_ray.estimators.core.members import Folds
 from causalrm_ray.estimators.core.task import NOISE_FREE, FitTask, Fitted
 from causalrm_ray.estimators.core.training import Epoch, FitReport, Objective
+from causalrm_ray.losses.label_noise import forward_logit
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.scorers.heads import to_logit
-from causalrm_ray.models.scorers.trees import BoostedScorer, from_boosting
+from causalrm_ray.losses.surrogate import invert
+from causalrm_ray.models.scorers.heads import Ensemble, to_logit
+from causalrm_ray.models.scorers.trees import from_boosting
 from causalrm_ray.types import NoiseRates
 
 BETTER = 2.0  # standard errors by which trees must lower the held-out risk of neural heads, where the log chooses
 
 
 @dataclass(frozen=True, eq=False)
-class BoostedMembers:
-    """A scorer of a member for each fold; P(r* = 1 | x) [M], `opinion`, out of fold, of the rows that were asked for, the
-    cross-entropy `risk` [S] of those with feedback, and how training went, a mean over members."""
+class LabelModel:
+    """What feedback says, by an ensemble: P(r* = 1 | x) [M], `opinion`, out of fold, of the rows that were asked for, the
+    cross-entropy `risk` [S] of the labels of those with feedback, and how training went, of trees a mean over members."""
 
-    scorer: BoostedScorer
+    scorer: Ensemble
     opinion: Tensor
     risk: Tensor
     report: FitReport
@@ -44,7 +46,7 @@ class BoostedMembers:
 
 def fit_members(
     task: FitTask, folds: Folds, seen: Tensor, rows: Tensor, rates: NoiseRates, rival: Tensor | None = None
-) -> BoostedMembers | None:
+) -> LabelModel | None:
     """Trees on the rows `seen` [S] with feedback, a member without each fold, and what they make of the `rows` [M] out of fold.
 
         P(r = 1 | x, o = 1) = rho_10 + (1 - rho_01 - rho_10) P(r* = 1 | x)
@@ -72,7 +74,7 @@ def fit_members(
     risk = _risk(opinion[torch.isin(rows, seen)], rates, label[seen])
     if rival is not None and not float(in_standard_errors(rival - risk, task.observations.clusters(seen))) > BETTER:
         return None
-    return BoostedMembers(from_boosting(models, rates), opinion, risk, _report(models))
+    return LabelModel(from_boosting(models, rates), opinion, risk, _report(models))
 
 
 def fit_weighted(task: FitTask, train: Objective, heldout: Objective) -> Fitted:
@@ -136,11 +138,11 @@ def _said(models: Sequence[HistGradientBoostingClassifier], task: FitTask, unsee
 
 
 def _opinion(said: Tensor, rates: NoiseRates) -> Tensor:
-    return torch.sigmoid(to_logit((said - rates.rho_10) / (1 - rates.rho_01 - rates.rho_10)))
+    return torch.sigmoid(to_logit(invert(said, rates)))
 
 
 def _risk(opinion: Tensor, rates: NoiseRates, label: Tensor) -> Tensor:
-    return bce(to_logit(rates.rho_10 + (1 - rates.rho_01 - rates.rho_10) * opinion), label)
+    return bce(forward_logit(to_logit(opinion), rates), label)
 
 
 def _table(task: FitTask, rows: Tensor) -> np.ndarray:

@@ -5,20 +5,19 @@ P(o = 1 | x, stratum) on all rows        P(r = 1 | x, o = 1) on those with feedb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.core.boosting import fit_members
+from causalrm_ray.estimators.core.boosting import LabelModel, fit_members
 from causalrm_ray.estimators.core.frozen import with_settings
 from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask
-from causalrm_ray.estimators.core.training import FitReport, predict
+from causalrm_ray.estimators.core.training import predict
 from causalrm_ray.estimators.methods.mechanisms import Mechanism, WithStrata, starting_scorer, strata_of
 from causalrm_ray.estimators.methods.outcome_models import FeedbackByFeatures, NoisyLabel, logit
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.scorers.heads import Ensemble
 from causalrm_ray.types import NoiseRates
 
 RARE_LABELS = 200  # of the rarer kind, from which on a log may choose trees
@@ -43,27 +42,16 @@ def fit_features(task: FitTask) -> tuple[Mechanism, Tensor]:
         return levels.penalty().cpu() / len(folds.learn)
 
     feedback = cross_fit_members(with_strata, levels, risk, folds, torch.arange(len(o)), prior, "start")
-    said = _fit_noisy_label(task, folds, feedback.rows)
+    said, rates = _fit_noisy_label(task, folds, feedback.rows)
     nll = feedback.risk.clone()
     nll[o[feedback.rows] == 1] += said.risk
     share = folds.out_of_fold(torch.sigmoid(feedback.output), feedback.rows)
     joint = share.unsqueeze(1) * torch.stack([said.opinion, 1 - said.opinion], dim=1)
-    return Mechanism(said.scorer, said.rates, feedback.rows, nll, said.opinion, joint, said.report), feedback.risk
+    return Mechanism(said.scorer, rates, feedback.rows, nll, said.opinion, joint, said.report), feedback.risk
 
 
-@dataclass(frozen=True, eq=False)
-class _Said:
-    """What feedback says, modelled: out of fold, the `opinion` [M] of all rows and the cross-entropy `risk` of those with it."""
-
-    scorer: Ensemble
-    rates: NoiseRates
-    opinion: Tensor
-    risk: Tensor
-    report: FitReport
-
-
-def _fit_noisy_label(task: FitTask, folds: Folds, rows: Tensor) -> _Said:
-    """P(r | x, o = 1) through the noise channel, by neural heads or trees, as `task.head` says or held-out feedback does.
+def _fit_noisy_label(task: FitTask, folds: Folds, rows: Tensor) -> tuple[LabelModel, NoiseRates]:
+    """P(r | x, o = 1) by neural heads or trees, as `task.head` says or held-out feedback does; and the noise rates.
 
     Rates are those of the neural heads: trees take them as given.
     """
@@ -89,6 +77,6 @@ def _fit_noisy_label(task: FitTask, folds: Folds, rows: Tensor) -> _Said:
     elif task.head is None and not task.spare_heldout and rarest >= RARE_LABELS:  # states of a backbone are no table
         trees = fit_members(task, folds, labels.rows, rows, rates, labels.risk)
     if trees is not None:
-        return _Said(trees.scorer, rates, trees.opinion, trees.risk, trees.report)
+        return trees, rates
     opinion = folds.out_of_fold(predict(module, task.inputs, rows, shard=task.shard), rows)[:, 1]
-    return _Said(scorer, rates, opinion, labels.risk, labels.report)
+    return LabelModel(scorer, opinion, labels.risk, labels.report), rates

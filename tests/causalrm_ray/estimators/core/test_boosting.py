@@ -15,7 +15,7 @@ from torch import Tensor
 from causalrm_ray.api import RewardEstimator
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.errors import InputError
-from causalrm_ray.estimators.core.boosting import BoostedMembers, fit_members
+from causalrm_ray.estimators.core.boosting import LabelModel, fit_members
 from causalrm_ray.estimators.core.members import Folds
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations, load_method
 from causalrm_ray.estimators.core.training import FitSettings, predict
@@ -47,7 +47,7 @@ def task(**given) -> FitTask:
 RATES = NoiseRates(0.1, 0.05)
 
 
-def members(given: FitTask, rival: Tensor | None = None, rates: NoiseRates = RATES) -> tuple[Folds, BoostedMembers | None]:
+def members(given: FitTask, rival: Tensor | None = None, rates: NoiseRates = RATES) -> tuple[Folds, LabelModel | None]:
     folds, rows = Folds(given, 3), torch.arange(ROWS)
     return folds, fit_members(given, folds, (given.observations.o == 1).nonzero()[:, 0], rows, rates, rival)
 
