@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 WIDE = 0.2  # of a rate's interval
+SMALL_STRAIN = 1.0  # nats of noise rates not worth a word
 MOVED = 0.1  # of the mean preference, by rates that the log allows
 FRAGILE = 1.25  # strength of hidden selection that is easily there
 HEAVY = 0.05  # share of all weight on one row
@@ -55,6 +56,8 @@ def verdict(diagnostics: Mapping[str, Any], levelled: bool = False) -> str:
             f"{adds['features']:.1f} to it."
         )
     gain = f", and held-out outcomes are {found['gain']:.0f} nats likelier by them" if found.get("gain") else ""
+    if (strain := found.get("strain") or 0.0) > SMALL_STRAIN:
+        gain += f", and by it more feedback would be noise, at rates {strain:.0f} nats less likely"
     return _advised(
         "The log rules out that the opinion alone decides who gives feedback: prompt and answer add "
         f"{adds['features']:.1f} standard errors to what it says of the labels{gain}. They are taken to decide (weight "

@@ -3,14 +3,13 @@
 overlap, weights                who gives feedback, and how much each counts
 calibration                     the model's P(r* = 1 | x) against held-out feedback
 sensitivity to rho, to Gamma    what becomes of the mean preference, the risk and the ranking if a nuisance is wrong
-mechanisms                      what decides who gives feedback, by the log
+mechanisms                      what decides who gives feedback, by the log (see selection)
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.nn.functional import one_hot
 from causalrm_ray.checks import check_same_length
 from causalrm_ray.estimators.core.clusters import numbered, summed
 from causalrm_ray.estimators.core.task import Nuisances, Observations
+from causalrm_ray.estimators.diagnostics.selection import Mechanisms, mechanisms
 from causalrm_ray.estimators.nuisances.propensity import QUANTILES, effective_sample_size
 from causalrm_ray.estimators.pipeline import RewardFits, heldout_objective
 from causalrm_ray.losses.pointwise import LOSSES
@@ -114,23 +114,6 @@ class Ranking:
     stderr: float
     gamma: float | None
     rows: int
-
-
-@dataclass(frozen=True)
-class Mechanisms:
-    """Who gives feedback, by a method: `weights` of the mechanisms, their held-out negative log-likelihood in nats a row.
-
-    `adds` are the standard errors by which each one's account of what feedback says adds to the others' (empty: the method does
-    not ask), `gain` the nats for features in held-out outcomes; `signal` standard errors by which P(o | x) beats a constant;
-    `shift` the log-odds by which the pleased are taken to give feedback more readily besides, of the `shift_found` in the log."""
-
-    weights: Mapping[str, float]
-    heldout: Mapping[str, float]
-    adds: Mapping[str, float] = field(default_factory=dict)  # an earlier version did not save these
-    signal: float | None = None
-    shift: float | None = None
-    shift_found: float | None = None
-    gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -279,18 +262,6 @@ def ranking(label: Tensor, propensity: Tensor, top: Tensor, cluster: Tensor | No
     )
     stderr = (upper_se**2 + lower_se**2) ** 0.5
     return Ranking(upper - lower, stderr, sign_change(label, propensity, top), len(label))
-
-
-def mechanisms(figures: Mapping[str, float]) -> Mechanisms | None:
-    """Who gives feedback, of a method's `figures` ("weight_NAME", "heldout_NAME", "adds_NAME", "signal", "shift_used",
-    "shift_found", "gain"); None if no weights."""
-    weights, heldout, adds = (
-        {name.removeprefix(kind): value for name, value in figures.items() if name.startswith(kind)}
-        for kind in ("weight_", "heldout_", "adds_")
-    )
-    if not weights:
-        return None
-    return Mechanisms(weights, heldout, adds, *(figures.get(name) for name in ("signal", "shift_used", "shift_found", "gain")))
 
 
 def _mean(value: Tensor, propensity: Tensor, cluster: Tensor | None = None) -> tuple[float, float]:

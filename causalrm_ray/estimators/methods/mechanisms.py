@@ -22,6 +22,7 @@ from causalrm_ray.estimators.core.members import Folds, cross_fit_members
 from causalrm_ray.estimators.core.task import FitTask, Observations, Propensities
 from causalrm_ray.estimators.core.training import FitReport, Inputs, predict
 from causalrm_ray.estimators.methods.outcome_models import CENTRE, LabelSelection, logit
+from causalrm_ray.estimators.nuisances.opinion_shift import opinion_given
 from causalrm_ray.estimators.nuisances.propensity import lowest_weighted
 from causalrm_ray.losses.selection import FLOOR, outcomes
 from causalrm_ray.models.scorers.heads import EnsembleScorer, to_logit
@@ -73,15 +74,17 @@ class Mechanism:
         says_liked, says_disliked = liked * (1 - rho_01) + disliked * rho_10, liked * rho_01 + disliked * (1 - rho_10)
         return says_liked.clamp_min(FLOOR).log() - says_disliked.clamp_min(FLOOR).log()
 
-    def shifted(self, log_odds: float) -> Mechanism:
-        """The same outcomes where the pleased give feedback more readily by `log_odds` at the same x: P(r* = 1 | x) is lower.
+    def shifted(self, log_odds: float, features: Tensor) -> Mechanism:
+        """The same outcomes where the pleased give feedback more readily by `log_odds` at the same x (see `opinion_given`).
 
-        The scorer is changed in place.
+        The scorer is changed in place, by what best follows the change of the opinion's logit: a linear function of `features`
+        [N, D], or a constant where it has no linear part.
         """
-        scorer = cast(EnsembleScorer | BoostedScorer, self.scorer)
-        with torch.no_grad():
-            scorer.bias.sub_(log_odds)
-        return replace(self, opinion=torch.sigmoid(to_logit(self.opinion) - log_odds))
+        feedback = self.joint.sum(1).double().clamp(FLOOR, 1 - FLOOR)
+        opinion = opinion_given(feedback, self.opinion.double().clamp(FLOOR, 1 - FLOOR), log_odds).to(self.opinion.dtype)
+        added = to_logit(opinion) - to_logit(self.opinion)
+        cast(EnsembleScorer | BoostedScorer, self.scorer).add(features[self.rows], added)
+        return replace(self, opinion=opinion)
 
     def propensities(self, observations: Observations) -> Propensities:
         """P(o = 1 | x, r* = k) = joint_k / P(r* = k | x), k = 1, 0."""

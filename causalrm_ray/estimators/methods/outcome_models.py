@@ -52,7 +52,7 @@ class LabelNoise(nn.Module):
 
     def penalty(self) -> Tensor:
         """Minus the log-prior, up to a constant, in nats; the mean over members."""
-        return STRENGTH * (self.logits() - logit(2 * CENTRE)).square().sum(1).mean()
+        return _surprise(self.logits()).mean()
 
     def means(self) -> NoiseRates:
         """The rates, means over members."""
@@ -114,6 +114,16 @@ class NoisyLabel(nn.Module):
         rho_01, rho_10 = self.noise()
         opinion = torch.sigmoid(self.scorer.members(**batch))
         return torch.stack([rho_10 + (1 - rho_01 - rho_10) * opinion, opinion], dim=2)
+
+
+def surprise(rates: NoiseRates) -> float:
+    """Minus the log-prior of `rates` in (0, 0.5), in nats, up to a constant."""
+    return float(_surprise(torch.logit(2 * torch.tensor(astuple(rates), dtype=torch.float64))))
+
+
+def _surprise(logits: Tensor) -> Tensor:
+    """That of logit(2 rho) [..., 2]."""
+    return STRENGTH * (logits - logit(2 * CENTRE)).square().sum(-1)
 
 
 def logit(probability: float) -> float:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.estimators.core.task import FitTask, Fitted, FunctionMethod, Need, Observations, Propensities
 from causalrm_ray.estimators.methods.evidence import (
-    MIN_SIGNAL,
     added_information,
     evidence,
     likelihood_gain,
@@ -29,6 +28,7 @@ from causalrm_ray.estimators.methods.evidence import (
     propensity_signal,
 )
 from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_label, opinion_propensities, to_logits
+from causalrm_ray.estimators.methods.outcome_models import surprise
 from causalrm_ray.estimators.methods.two_stage import fit_features
 from causalrm_ray.estimators.nuisances.opinion_shift import OpinionShift, opinion_shift
 from causalrm_ray.models.scorers.heads import Mixture
@@ -41,7 +41,8 @@ class Averaged:
 
     `opinion` [M], P(r* = 1 | x), is out of fold, of the rows `best.rows` [M]; `adds` are the standard errors by which each one's
     predictions of labels add to the other's; `gain` the nats by which held-out outcomes are likelier under features; `signal`
-    the standard errors by which P(o | x) beats a constant; `shift` is what opinions are taken to do besides features.
+    the standard errors by which P(o | x) beats a constant; `strain` the nats by which the label mechanism's noise rates are less
+    likely before a log is seen than the other's; `shift` is what opinions are taken to do besides features.
     """
 
     mechanisms: Mapping[str, Mechanism]
@@ -49,6 +50,7 @@ class Averaged:
     adds: Mapping[str, float]
     gain: float
     signal: float
+    strain: float
     shift: OpinionShift
 
     @property
@@ -84,7 +86,7 @@ class Averaged:
         found |= {f"adds_{name}": value for name, value in self.adds.items()}
         found |= {f"heldout_{name}": float(one.heldout.mean()) for name, one in self.mechanisms.items()}
         found |= {f"shift_{name}": value for name, value in asdict(self.shift).items()}
-        return found | {"gain": self.gain, "signal": self.signal} | asdict(self.rates)
+        return found | {"gain": self.gain, "signal": self.signal, "strain": self.strain} | asdict(self.rates)
 
 
 def fit_mechanisms(task: FitTask) -> Averaged:
@@ -99,13 +101,15 @@ def fit_mechanisms(task: FitTask) -> Averaged:
     adds = added_information(observations.r[rows][labelled], predictions, None if cluster is None else cluster[labelled])
     signal = propensity_signal(feedback_nll, observations.o[rows], cluster)
     gain = likelihood_gain(features.heldout, found["label"].heldout, cluster)
-    weights = mechanism_weights(evidence(adds[0], adds[1], gain), signal >= MIN_SIGNAL)
+    strain = 0.0 if task.nuisances.rates else surprise(found["label"].rates) - surprise(features.rates)
+    weights = mechanism_weights(evidence(adds[0], adds[1], gain, strain), signal)
     strata = None if task.strata is None else task.strata[rows]
     units = None if cluster is None else len(cluster.unique())
     states = cast(FeatureRows, task.inputs).features
-    shift = opinion_shift(features.joint.sum(1), features.opinion, states, rows, strata, units)
-    found["features"] = features.shifted(shift.used)
-    return Averaged(found, weights, dict(zip(found, adds, strict=True)), gain, signal, shift)
+    shift = opinion_shift(observations.o[rows], features.joint.sum(1), features.opinion, states, rows, strata, units)
+    if shift.used:
+        found["features"] = features.shifted(shift.used, states)
+    return Averaged(found, weights, dict(zip(found, adds, strict=True)), gain, signal, strain, shift)
 
 
 def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted:

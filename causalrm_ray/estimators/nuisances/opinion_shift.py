@@ -1,14 +1,15 @@
 """Opinions may drive feedback besides features: what a log says of that, and P(r* = 1 | x) corrected by it.
 
-    P(o = 1 | x, r*) = G(x) e^(c r*)      =>      P(o = 1 | x) = G(x) [1 + (e^c - 1) e(x)],   logit e(x) = logit e_1(x) - c
+    logit P(o = 1 | x, r*) = g(x) + c r*
 
-with e = P(r* = 1 | x) and e_1 = P(r* = 1 | x, o = 1), which feedback shows. Any c fits any log with a G of its own; none is
-identified. It is found under one assumption, that what else drives feedback, log G, has nothing to do with the opinion:
+with e = P(r* = 1 | x) unknown, P(o = 1 | x) and e_1 = P(r* = 1 | x, o = 1) shown by feedback. Any c fits any log with a g of
+its own (`opinion_given`), so none is identified: two logs of the same outcomes may differ in c. It is found under one assumption,
+that what else drives feedback has nothing to do with opinions within strata, and where feedback is rare, so that P(o = 1 | x, r*)
+is G(x) e^(c r*):
 
-    Cov[log G(x), e(x)] = 0
+    E[o / (1 + (e^c - 1) e) | e, stratum] is the same for all e
 
-and is trusted as far as a G that has nothing to do with it would not do the same by chance. A few hundred impressions drawn at
-random and judged show the level without the assumption. Ours.
+A few hundred impressions drawn at random and judged show the level without the assumption. Ours.
 """
 
 from __future__ import annotations
@@ -21,73 +22,89 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from causalrm_ray.checks import check_same_length
+from causalrm_ray.models.scorers.heads import to_logit
 
 WIDEST_SHIFT = 4.0  # of c either way
-CHANCE = 2.0  # up to so many times what chance gives, a correlation shows nothing
-POSSIBLE = 0.99  # share of the rows whose P(o = 1 | x, r*) must stay below 1
+PRIOR = 1.0  # standard deviation of c before a log is seen, as that of all odds between opinions (mechanisms.likely_odds)
+STEP = 1e-3  # of c, for a derivative
+SURE = 1e-4  # probabilities of the models no nearer to 0 and 1 than this
 BLOCK = 8_192  # rows of states at a time
 
 
 @dataclass(frozen=True)
 class OpinionShift:
-    """The log-odds `found` by which the pleased give feedback more readily than others at the same x; `used`, the part that is
-    trusted; `strength`, how many times the correlation of log P(o | x) and opinion exceeds what chance gives."""
+    """The log-odds `found` by which the pleased give feedback more readily than others at the same x, its `stderr` if the
+    assumption holds, and `used`, what is expected of it then: 0 without strata, where the assumption is not made."""
 
     found: float
     used: float
-    strength: float
+    stderr: float
+
+
+def opinion_given(feedback: Tensor, seen: Tensor, c: float) -> Tensor:
+    """e = P(r* = 1 | x) [M] of `feedback` [M], P(o = 1 | x), and `seen` [M], P(r* = 1 | x, o = 1), if opinions do c besides:
+
+        e^-g = (1 / P(o = 1 | x) - 1) / (e_1 e^-c + 1 - e_1)        e = P(o = 1 | x) e_1 (1 + e^(-g - c))
+
+    by Bayes' rule. Where feedback is rare it is logit e = logit e_1 - c; where all rows have feedback, e = e_1. `feedback` and
+    `seen` lie in (0, 1).
+    """
+    odds = (1 / feedback - 1) / (seen * math.exp(-c) + 1 - seen)  # e^-g
+    return feedback * seen * (1 + odds * math.exp(-c))
 
 
 def opinion_shift(
+    o: Tensor,
     feedback: Tensor,
-    opinion: Tensor,
+    seen: Tensor,
     states: Tensor,
     rows: Tensor,
     strata: Tensor | None = None,
     units: int | None = None,
 ) -> OpinionShift:
-    """c of the module's docstring, and the part of it to be used: none without strata.
+    """c of the module's docstring: the root of the pseudo-Poisson score
+
+        T(c) = mean of (e - mean of e in the stratum) o / (1 + (e^c - 1) e),    logit e = logit e_1 - c
 
     Where people choose what they see, as in shops, they choose what they expect to like, and the assumption fails: on Coat's
-    ratings c is 0.17 by a random sample, and 1.3 to 2.2 is found. Strata that carry what else drives feedback make it plausible.
+    ratings c is 0.17 by a random sample, and about 1.7 is found. Strata that carry what else drives feedback make it plausible.
 
-    `feedback` [M] is P(o = 1 | x), `opinion` [M] e_1, both out of fold and in (0, 1), of the `rows` [M] of `states` [N, D].
-    Covariances are taken within `strata` [M]: how their levels go with opinions says nothing. What is trusted is the part
-    1 - (CHANCE / strength)^2, at least 0. Chance is a G that goes by any direction of the states, or is drawn for each of `units`
-    (rows, where none are given):
+    `o` [M] is whether feedback was given, `feedback` [M] P(o = 1 | x), `seen` [M] e_1, both out of fold, of the `rows` [M] of
+    `states` [N, D]; `strata` [M] number from 0. The standard error is that of T over its slope. T varies as a sum over `units`
+    (rows, where none are given), and as what a G(x) = P(o = 1 | x) / (1 + (e^c - 1) e) that goes by any direction of the states
+    would have to do with opinions by chance:
 
-        E Cov[X w, e]^2 / (E Var[X w] Var e) + 1 / units,    w ~ N(0, 1)
+        Var T = Var e (Var o / units + Var G E Cov[X w, e]^2 / (E Var[X w] Var e)),    w ~ N(0, 1),  variances within strata
 
-    No more of c is used than leaves P(o = 1 | x, r*) a probability. Where no c explains the covariance, none is found.
+    Of c ~ N(0, PRIOR^2) and an estimate of this error, c PRIOR^2 / (PRIOR^2 + stderr^2) is expected, and used. Where no c
+    explains the score, none is found.
     """
-    check_same_length(feedback=feedback, opinion=opinion, rows=rows)
+    check_same_length(o=o, feedback=feedback, opinion=seen, rows=rows)
     assumed = strata is not None
-    strata = torch.zeros(len(opinion), dtype=torch.long) if strata is None else strata
-    log_rate, logit = feedback.double().clamp_min(1e-6).log(), torch.logit(opinion.double().clamp(1e-6, 1 - 1e-6))
+    strata = torch.zeros(len(o), dtype=torch.long) if strata is None else strata
+    o, feedback, logit = o.double(), feedback.double(), to_logit(seen.double().clamp(SURE, 1 - SURE))
 
-    def unexplained(c: float) -> float:  # Cov[log G, e], falling in c
+    def score(c: float) -> Tensor:  # of each row; T is the mean
         e = torch.sigmoid(logit - c)
-        return float((_within(log_rate - torch.log1p(math.expm1(c) * e), strata) * e).mean())
+        return _within(e, strata) * o / (1 + math.expm1(c) * e)
 
-    if not unexplained(-WIDEST_SHIFT) > 0 > unexplained(WIDEST_SHIFT):  # rates vary with opinions otherwise than any c makes them
+    def total(c: float) -> float:
+        return float(score(c).mean())
+
+    if not total(-WIDEST_SHIFT) > 0 > total(WIDEST_SHIFT):  # rates vary with opinions otherwise than any c makes them
         return OpinionShift(0.0, 0.0, 0.0)
-    found = root_scalar(unexplained, bracket=(-WIDEST_SHIFT, WIDEST_SHIFT)).root
-    e, rate = _within(torch.sigmoid(logit - found), strata), _within(log_rate, strata)
-    scale = (e.square().mean() * rate.square().mean()).sqrt()
-    if float(scale) < 1e-9:  # all rows alike: nothing is shown
+    c = root_scalar(total, bracket=(-WIDEST_SHIFT, WIDEST_SHIFT)).root
+    slope = (total(c + STEP) - total(c - STEP)) / (2 * STEP)
+    e = torch.sigmoid(logit - c)
+    base, rate = _within(o / (1 + math.expm1(c) * e), strata), _within(feedback / (1 + math.expm1(c) * e), strata)
+    e = _within(e, strata)
+    spread = float(e.square().mean())
+    if spread < 1e-9 or abs(slope) < 1e-9:  # all rows alike: nothing is shown
         return OpinionShift(0.0, 0.0, 0.0)
-    chance = _by_chance(states, rows, e / e.square().mean().sqrt(), strata) + 1 / (units or len(e))
-    strength = abs(float((rate * e).mean() / scale)) / math.sqrt(chance)
-    trusted = max(0.0, 1 - (CHANCE / strength) ** 2) if assumed and strength > 0 else 0.0
-    return OpinionShift(found, _possible(found * trusted, feedback.double(), logit), strength)
-
-
-def _possible(c: float, feedback: Tensor, logit: Tensor) -> float:
-    """`c`, or as much of it as leaves P(o = 1 | x, r* = 1 or 0) = P(o = 1 | x) e_1 / e or (1 - e_1) / (1 - e) a probability."""
-    sign = 1.0 if c >= 0 else -1.0  # for c < 0 the displeased are the ones who give feedback more readily
-    most = sign * logit - torch.logit(feedback * torch.sigmoid(sign * logit))  # of |c| in each row
-    few = int((1 - POSSIBLE) * len(most))
-    return sign * min(abs(c), max(float(most.kthvalue(few + 1).values), 0.0))
+    chance = _by_chance(states, rows, e / spread**0.5, strata)
+    variance = spread * (float(base.square().mean()) / (units or len(e)) + float(rate.square().mean()) * chance)
+    stderr = math.sqrt(variance) / abs(slope)
+    return OpinionShift(c, c * PRIOR**2 / (PRIOR**2 + stderr**2) if assumed else 0.0, stderr)
 
 
 def _within(value: Tensor, strata: Tensor) -> Tensor:

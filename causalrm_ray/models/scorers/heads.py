@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from causalrm_ray.models.kernels import Dropout, dropout
 
+BLOCK = 8_192  # rows in double precision at a time
+
 
 class Scorer(Protocol):
     """What a module must have to be given further heads."""
@@ -143,6 +145,21 @@ class EnsembleScorer(Ensemble):
         with torch.no_grad():
             self.linear.copy_(scorer.linear)
             self.bias.copy_(scorer.bias)
+
+    def add(self, features: Tensor, logit: Tensor) -> None:
+        """Add to every member the linear function of x that is nearest to `logit` [M] on `features` [M, D], by least squares."""
+        width = features.shape[1]
+        products, sums = torch.zeros(width + 1, width + 1, dtype=torch.float64), torch.zeros(width + 1, dtype=torch.float64)
+        for rows in torch.arange(len(features)).split(BLOCK):
+            x = ((features[rows].float() - self.mean) / self.scale).double()
+            design = torch.cat([x, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+            products += design.T @ design
+            sums += design.T @ logit[rows].double()
+        products.diagonal()[:-1].add_(1.0)  # a ridge worth a row, where features are many
+        found = torch.linalg.solve(products, sums).float()
+        with torch.no_grad():
+            self.linear.add_(found[:-1])
+            self.bias.add_(found[-1])
 
     def members(self, features: Tensor) -> Tensor:
         """Logits [B, K] of `features` [B, D], one of each member."""

@@ -61,6 +61,10 @@ class BoostedScorer(Ensemble):
                 break
         return torch.sigmoid(self.start + value[at].view(len(x), members, trees).sum(2))
 
+    def add(self, features: Tensor, logit: Tensor) -> None:
+        """Add to every member the mean of `logit` [M], as trees have no linear part; of the rows `features` [M, D]."""
+        self.bias.add_(logit.mean())
+
     def opinions(self, features: Tensor) -> Opinions:
         """Each member's logits, with equal weights."""
         rho_01, rho_10 = self.rates

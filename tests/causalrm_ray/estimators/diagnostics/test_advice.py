@@ -111,6 +111,8 @@ def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     )
     gained = verdict(changed(mechanisms={"gain": 41.7}))
     assert "of the labels, and held-out outcomes are 42 nats likelier by them. They are taken to decide" in gained
+    strained = verdict(changed(mechanisms={"strain": 14.2}))
+    assert "of the labels, and by it more feedback would be noise, at rates 14 nats less likely. They are taken" in strained
     besides = verdict(changed(mechanisms={"shift": math.log(2), "shift_found": math.log(3)}))
     assert "the pleased are taken to give feedback 2.00 times as readily as others (the log suggests 3.00, if all else" in besides
     opinion = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 6.1}})

@@ -19,12 +19,12 @@ from causalrm_ray.estimators.diagnostics.diagnose import (
     FitDiagnostics,
     diagnose_fit,
     gamma_sensitivity,
-    mechanisms,
     overlap,
     ranking,
     reward_calibration,
     weight_spread,
 )
+from causalrm_ray.estimators.diagnostics.selection import mechanisms
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.losses.sensitivity import corrected_label, hidden_selection_bounds
@@ -215,7 +215,9 @@ def test_mechanisms_are_read_from_figures() -> None:
     assert found.weights == {"label": 0.9, "features": 0.1}
     assert found.heldout == {"label": 0.5, "features": 0.52}
     assert (found.adds, found.signal, found.shift, found.shift_found) == ({}, 4.0, None, None)
-    assert (found.gain, mechanisms({**figures, "gain": 7.0}).gain) == (None, 7.0)
+    evidence = mechanisms({**figures, "gain": 7.0, "strain": -2.0})
+    assert evidence is not None
+    assert (found.gain, found.strain, evidence.gain, evidence.strain) == (None, None, 7.0, -2.0)
     known = mechanisms({**figures, "adds_label": 3.0, "adds_features": 0.5, "shift_used": 0.2, "shift_found": 0.6})
     assert known is not None
     assert (known.adds, known.shift, known.shift_found) == ({"label": 3.0, "features": 0.5}, 0.2, 0.6)

@@ -82,6 +82,8 @@ def test_evidence_by_hand() -> None:
     assert evidence(3.0, -5.0) == 4.5
     assert evidence(3.0, 5.0, 10.0) == 2.0
     assert evidence(3.0, 5.0, -10.0) == -8.0  # a likelier label mechanism is the simpler one: that says nothing
+    assert evidence(3.0, 5.0, 10.0, 7.0) == 9.0
+    assert evidence(3.0, 5.0, strain=-2.5) == -10.5
 
 
 def test_held_out_likelihood_speaks_against_the_label_mechanism_only_and_only_if_sure() -> None:
@@ -97,11 +99,18 @@ def test_held_out_likelihood_speaks_against_the_label_mechanism_only_and_only_if
 
 
 @pytest.mark.parametrize(
-    ("nats", "ventured", "expected"),
-    [(6.0, True, 0.5), (0.0, True, 0.00247262), (12.0, True, 0.99752738), (0.0, False, 0.5), (2.0, False, 0.88079708)],
+    ("nats", "signal", "expected"),
+    [
+        (15.0, 9.0, 0.5),
+        (9.0, 2.0, 0.00247262),
+        (21.0, 2.0, 0.99752738),
+        (3.75, 1.0, 0.5),  # a quarter of 15 nats
+        (0.0, 0.0, 0.5),
+        (2.0, -3.0, 0.88079708),
+    ],
 )
-def test_weights_are_a_logistic_function_of_the_nats(nats: float, ventured: bool, expected: float) -> None:
-    torch.testing.assert_close(mechanism_weights(nats, ventured), torch.tensor([expected, 1 - expected]), rtol=1e-4, atol=1e-6)
+def test_weights_are_a_logistic_function_of_the_nats(nats: float, signal: float, expected: float) -> None:
+    torch.testing.assert_close(mechanism_weights(nats, signal), torch.tensor([expected, 1 - expected]), rtol=1e-4, atol=1e-6)
 
 
 def test_signal_counts_standard_errors_over_a_constant() -> None:

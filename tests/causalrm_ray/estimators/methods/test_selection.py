@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from causalrm_ray.estimators.methods.class_wise import CLASS_WISE, weighted_risk
 from causalrm_ray.estimators.methods.mechanisms import _offsets, _selection_start, fit_label, likely_odds
 from causalrm_ray.estimators.methods.selection import SELECTION, Averaged, fit_mechanisms
 from causalrm_ray.estimators.methods.two_stage import fit_features
+from causalrm_ray.estimators.nuisances.opinion_shift import opinion_given
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.metrics import r2
@@ -220,13 +223,34 @@ def test_known_rates_are_taken_as_they_are() -> None:
 
 def test_a_shift_changes_opinions_and_not_outcomes() -> None:
     mechanism, _ = fit_features(replace(task("features"), train=TRAIN[:400], heldout=HELD_OUT[:100]))
-    inputs = task("features").inputs
-    opinion, scored = torch.logit(mechanism.opinion), predict(Calling(mechanism.scorer, "members"), inputs)
-    moved = mechanism.shifted(0.7)
-    torch.testing.assert_close(torch.logit(moved.opinion), opinion - 0.7, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(predict(Calling(moved.scorer, "members"), inputs), scored - 0.7, atol=1e-5, rtol=1e-4)
+    inputs = cast(FeatureRows, task("features").inputs)
+    before, scored = mechanism.opinion, predict(Calling(mechanism.scorer, "members"), inputs)
+    moved = mechanism.shifted(0.7, inputs.features)
+    expected = opinion_given(mechanism.joint.sum(1), before, 0.7)
+    torch.testing.assert_close(moved.opinion, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(moved.joint, mechanism.joint)
     torch.testing.assert_close(moved.label_logit(), mechanism.label_logit())
+    # Every member moves by the linear function of the features that is nearest to the change, as numpy's least squares find it.
+    design = np.column_stack([np.ones(len(moved.rows)), inputs.features[moved.rows].double()])
+    change = (torch.logit(expected) - torch.logit(before)).double().numpy()
+    weight = np.linalg.lstsq(design, change, rcond=None)[0]
+    wanted = np.column_stack([np.ones(len(inputs)), inputs.features.double()]) @ weight
+    added = predict(Calling(moved.scorer, "members"), inputs) - scored
+    torch.testing.assert_close(added, torch.tensor(wanted).float()[:, None].expand_as(added), atol=0.02, rtol=0)
+
+
+def test_noise_rates_are_strained_where_opinions_do_not_select_and_not_where_they_are_known() -> None:
+    by_features, by_opinions = found("features"), found("label")
+    for averaged in (by_features, by_opinions):
+        label, features = averaged.mechanisms["label"].rates, averaged.mechanisms["features"].rates
+        by_hand = [
+            5 * sum((math.log(2 * rate / (1 - 2 * rate)) - math.log(0.3 / 0.7)) ** 2 for rate in (rates.rho_01, rates.rho_10))
+            for rates in (label, features)
+        ]
+        assert averaged.strain == pytest.approx(by_hand[0] - by_hand[1], rel=1e-6)
+    assert by_features.strain > 5 > by_opinions.strain
+    known = replace(task("features"), nuisances=Nuisances(rates=NoiseRates(0.0, 0.1)), train=TRAIN[:400], heldout=HELD_OUT[:100])
+    assert fit_mechanisms(known).strain == 0
 
 
 def test_label_logits_are_those_of_the_noise_channel() -> None:
