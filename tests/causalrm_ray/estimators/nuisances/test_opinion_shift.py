@@ -38,6 +38,19 @@ def test_the_opinion_is_that_of_bayes_rule(c: float) -> None:
     torch.testing.assert_close(opinion_given(certain, seen, c), seen, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("c", [-1.5, 0.0, 1.1])
+def test_no_log_shows_the_shift_without_an_assumption(c: float) -> None:
+    """Whatever c made a log, another c with an opinion and a base of its own gives all outcomes the same probabilities."""
+    base, opinion = draws(500, 1, 0)[:, 0] - 2, torch.sigmoid(2 * draws(500, 1, 1)[:, 0])
+    _, feedback, seen = world(0.7, base, opinion)
+    other = opinion_given(feedback, seen, c)
+    p0 = feedback * (1 - seen) / (1 - other)  # P(o = 1 | x, r* = 0)
+    _, again, said = world(c, torch.logit(p0), other)
+    torch.testing.assert_close(again, feedback)
+    torch.testing.assert_close(said, seen)
+    assert float((other - opinion).abs().max()) > 0.04
+
+
 @pytest.mark.parametrize("c", [-1.0, 0.0, 1.1])
 def test_the_shift_is_found_where_the_rest_has_nothing_to_do_with_opinions(c: float) -> None:
     """Within three standard errors in each of ten logs, which are as wide as what is found varies."""
