@@ -148,15 +148,15 @@ class EnsembleScorer(Ensemble):
 
     def add(self, features: Tensor, logit: Tensor) -> None:
         """Add to every member the linear function of x that is nearest to `logit` [M] on `features` [M, D], by least squares."""
-        width = features.shape[1]
+        width, mean, scale = features.shape[1], self.mean.cpu(), self.scale.cpu()
         products, sums = torch.zeros(width + 1, width + 1, dtype=torch.float64), torch.zeros(width + 1, dtype=torch.float64)
         for rows in torch.arange(len(features)).split(BLOCK):
-            x = ((features[rows].float() - self.mean) / self.scale).double()
+            x = ((features[rows].float() - mean) / scale).double()
             design = torch.cat([x, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
             products += design.T @ design
             sums += design.T @ logit[rows].double()
         products.diagonal()[:-1].add_(1.0)  # a ridge worth a row, where features are many
-        found = torch.linalg.solve(products, sums).float()
+        found = torch.linalg.solve(products, sums).to(self.linear)  # where a fit left the members
         with torch.no_grad():
             self.linear.add_(found[:-1])
             self.bias.add_(found[-1])
