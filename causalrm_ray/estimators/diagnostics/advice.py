@@ -55,12 +55,12 @@ def verdict(diagnostics: Mapping[str, Any], levelled: bool = False) -> str:
             f"what it says. It adds {adds['label']:.1f} standard errors to what prompt and answer say of the labels; these add "
             f"{adds['features']:.1f} to it."
         )
-    gain = f", and held-out outcomes are {found['gain']:.0f} nats likelier by them" if found.get("gain") else ""
+    further = f", and held-out outcomes are {found['gain']:.0f} nats likelier by them" if found.get("gain") else ""
     if (strain := found.get("strain") or 0.0) > SMALL_STRAIN:
-        gain += f", and by it more feedback would be noise, at rates {strain:.0f} nats less likely"
+        further += f", and by it more feedback would be noise, at rates {strain:.0f} nats less likely"
     return _advised(
         "The log rules out that the opinion alone decides who gives feedback: prompt and answer add "
-        f"{adds['features']:.1f} standard errors to what it says of the labels{gain}. They are taken to decide (weight "
+        f"{adds['features']:.1f} standard errors to what it says of the labels{further}. They are taken to decide (weight "
         f"{weights[best]:.0%}). {_besides(found, levelled)}",
         levelled,
     )

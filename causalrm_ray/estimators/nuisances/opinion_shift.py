@@ -22,13 +22,12 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from causalrm_ray.checks import check_same_length
-from causalrm_ray.models.scorers.heads import to_logit
+from causalrm_ray.models.scorers.heads import BLOCK, to_logit
 
 WIDEST_SHIFT = 4.0  # of c either way
 PRIOR = 1.0  # standard deviation of c before a log is seen, as that of all odds between opinions (mechanisms.likely_odds)
 STEP = 1e-3  # of c, for a derivative
 SURE = 1e-4  # probabilities of the models no nearer to 0 and 1 than this
-BLOCK = 8_192  # rows of states at a time
 
 
 @dataclass(frozen=True)
@@ -84,19 +83,16 @@ def opinion_shift(
     strata = torch.zeros(len(o), dtype=torch.long) if strata is None else strata
     o, feedback, logit = o.double(), feedback.double(), to_logit(seen.double().clamp(SURE, 1 - SURE))
 
-    def score(c: float) -> Tensor:  # of each row; T is the mean
+    def total(c: float) -> float:  # T(c)
         e = torch.sigmoid(logit - c)
-        return _within(e, strata) * o / (1 + math.expm1(c) * e)
-
-    def total(c: float) -> float:
-        return float(score(c).mean())
+        return float((_within(e, strata) * o / (1 + math.expm1(c) * e)).mean())
 
     if not total(-WIDEST_SHIFT) > 0 > total(WIDEST_SHIFT):  # rates vary with opinions otherwise than any c makes them
         return OpinionShift(0.0, 0.0, 0.0)
     c = root_scalar(total, bracket=(-WIDEST_SHIFT, WIDEST_SHIFT)).root
     slope = (total(c + STEP) - total(c - STEP)) / (2 * STEP)
     e = torch.sigmoid(logit - c)
-    base, rate = _within(o / (1 + math.expm1(c) * e), strata), _within(feedback / (1 + math.expm1(c) * e), strata)
+    base, rate = (_within(share / (1 + math.expm1(c) * e), strata) for share in (o, feedback))
     e = _within(e, strata)
     spread = float(e.square().mean())
     if spread < 1e-9 or abs(slope) < 1e-9:  # all rows alike: nothing is shown
