@@ -35,6 +35,7 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.diagnostics.advice import advise
 from causalrm_ray.estimators.diagnostics.diagnose import FitDiagnostics, diagnose_fit
+from causalrm_ray.estimators.diagnostics.intervals import rate_ends
 from causalrm_ray.estimators.given import held_out, judged_of, propensity_of, strata_of
 from causalrm_ray.estimators.nuisances.level import LevelReport
 from causalrm_ray.estimators.nuisances.propensity import cross_fit
@@ -156,7 +157,7 @@ class RewardEstimator(ClassifierMixin, BaseEstimator):
         self.scorer_, self.noise_rates_, self.propensity_ = fitted.scorer.eval(), fits.rates, prob.numpy()
         self.level_ = fits.level.get(self.method)
         logit = predict(fitted.scorer, inputs, fits.heldout) if fitted.opinion is None else fitted.opinion[fits.heldout]
-        found = diagnose_fit(fits, self.method, observations, prob, logit, seed=seed)
+        found = diagnose_fit(fits, self.method, observations, prob, logit, seed=seed, strata=strata)
         self.diagnostics_ = _with_warnings(found, fits, doubts)
         return self
 
@@ -261,11 +262,7 @@ def _as_json(value: Any) -> Any:
 
 def _with_warnings(found: FitDiagnostics, fits: RewardFits, doubts: Sequence[str]) -> Diagnostics:
     noise = fits.noise
-    ends = {"rho_01": noise.rho_01_interval, "rho_10": noise.rho_10_interval} if noise else {}
-    rates = {
-        name: {"estimate": rate, "low": ends[name][0] if ends else None, "high": ends[name][1] if ends else None}
-        for name, rate in asdict(fits.rates).items()
-    }
+    rates = rate_ends(fits.rates, noise, found.intervals)
     sentences = [*advise(asdict(found), {"warnings": [*doubts]}, rates), *(noise.warnings if noise else ())]
     sentences += [sentence for report in fits.level.values() for sentence in report.warnings]
     names = {field.name: getattr(found, field.name) for field in fields(found)}

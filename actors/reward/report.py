@@ -64,9 +64,10 @@ class LogDiagnostics(FitDiagnostics):
 
 @dataclass(frozen=True)
 class RewardReport(Report):
-    """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found by the method along with the
-    opinion, without an interval; `serving_risk` is the held-out risk of the model that served as `serving_version` on the
-    same rows (None: none served); `level` is what judged rows said of each method's model (empty without `feedback.clean`)."""
+    """All methods of one fit. `rates` of the noise were estimated (`noise`), given, or found by the method along with the opinion
+    (their intervals are among the diagnostics); `serving_risk` is the held-out risk of the model that served as `serving_version`
+    on the same rows (None: none served); `level` is what judged rows said of each method's model (empty without
+    `feedback.clean`)."""
 
     methods: Mapping[str, MethodReport]
     diagnostics: LogDiagnostics

@@ -26,6 +26,7 @@ from causalrm_ray.estimators.core.frozen import frozen_states
 from causalrm_ray.estimators.core.training import FitSettings, Inputs, Shard, predict
 from causalrm_ray.estimators.diagnostics.diagnose import diagnose_fit
 from causalrm_ray.estimators.diagnostics.groups import diagnose_groups, diagnose_signals
+from causalrm_ray.estimators.diagnostics.selection_posterior import explained
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.models.reward_model import SequenceScorer
 from causalrm_ray.models.text import load_tokenizer
@@ -69,9 +70,10 @@ def report(fits: RewardFits, spec: FitSpec, inputs: Inputs, log: SnapshotRows, p
     """The report of a fit, with the diagnostics of the model that may serve; the same fit gives the same figures."""
     method, observations = spec.config.method, log.observations
     logit = predict(fits.fits[method].scorer, inputs, fits.heldout)
-    found = diagnose_fit(fits, method, observations, propensity, logit, LOSS, spec.seed)
+    found = diagnose_fit(fits, method, observations, propensity, logit, LOSS, spec.seed, log.traits.number)
+    explanation = explained(fits, method)
     groups = {
-        name: diagnose_groups(fits.ranking, fits.fits[method].opinion, observations, fits.rates, groups, spec.seed)
+        name: diagnose_groups(fits.ranking, explanation, observations, groups, spec.seed)
         for name, groups in (("traits", log.traits), ("lengths", log.lengths))
     }
     signals = diagnose_signals(fits.ranking, log.signals, spec.seed, observations.cluster)

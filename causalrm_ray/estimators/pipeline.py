@@ -39,9 +39,9 @@ HELD_OUT = 0.2  # share of rows that decide when to stop and whether to promote
 class RewardFits:
     """All that one fit makes.
 
-    `fits` by method, and each one's held-out observed risk (`risks`); the `rates` used, the first method's own where it finds
-    them, and how they were estimated otherwise (`noise`; None also where they were given); `selection`, P(o = 1 | x, r* = k) [N],
-    k = 1, 0, by the first method (None: it takes P(o = 1 | x) for both); `ranking` [N], the
+    `fits` by method, and each one's held-out observed risk (`risks`); the `rates` used, `known` or the first method's own where
+    it finds them, and how they were estimated otherwise (`noise`); `selection`, P(o = 1 | x, r* = k) [N], k = 1, 0, by the first
+    method (None: it takes P(o = 1 | x) for both); `ranking` [N], the
     out-of-fold P(r = 1 | x), `proxy` [N], the same calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (None
     where nothing needs them); `heldout` row numbers and the risk of the serving model on them (None where none serves); what
     judged rows said of each method's level (`level`, empty where no row was judged).
@@ -58,6 +58,7 @@ class RewardFits:
     heldout: Tensor
     serving_risk: float | None
     level: Mapping[str, LevelReport] = field(default_factory=dict)
+    known: bool = False
 
 
 def fit_reward_models(
@@ -151,7 +152,7 @@ def fit_reward_models(
             level |= {name: report} if report else {}
         elif clean_labels is not None:
             fitted[name] = fit_oracle(given, clean_labels)
-    return replace(_risks(task, found, fitted, serving), level=level)
+    return replace(_risks(task, found, fitted, serving), level=level, known=rates is not None)
 
 
 def check_head(head: HeadKind | None, methods: Sequence[str]) -> None:

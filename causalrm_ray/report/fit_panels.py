@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 Panel = Callable[["Axes"], None]
+ASSUMED = {"label": "the opinion itself decides who gives feedback", "features": "prompt and answer decide who gives feedback"}
 SMALL = 8  # font size inside a panel
 POSSIBLE = {"preference": (0.0, 1.0), "risk": (0.0, math.inf)}  # outside, the log contradicts the rates
 
@@ -53,6 +54,17 @@ def ranking_sentence(ranking: Json | None) -> str:
     if ranking["gamma"] == 1:
         return f"{start} So the log does not support the ranking."
     return f"{start} Hidden selection by a factor of {ranking['gamma']:.2f} in the odds of feedback would explain this."
+
+
+def preference_sentence(found: Json) -> str | None:
+    """The share of liked answers with its interval, and what it assumes; None for a fit that has none."""
+    if (intervals := found.get("intervals")) is None:
+        return None
+    share, assumed = intervals["preference"], [ASSUMED.get(name, name) for name in intervals["assumed"]]
+    return (
+        f"Of all answers shown {share['estimate']:.2f} are liked ({share['low']:.2f} to {share['high']:.2f} with 95 %), if "
+        f"{' or '.join(assumed)}; the interval does not allow for this being wrong."
+    )
 
 
 def level_sentence(summary: Json) -> str | None:

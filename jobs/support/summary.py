@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from actors.reward.report import Refit, RewardReport, to_json
+from actors.reward.report import Refit, to_json
 from actors.system import Roles
 from causalrm_ray.config.train import Config, WorldConfig
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.estimators.diagnostics.advice import advise, verdict
+from causalrm_ray.estimators.diagnostics.intervals import rate_ends
 from causalrm_ray.rl.drift import drift_warnings
 from jobs.support.oracle import Oracle
 from jobs.support.prompts import PromptSource
@@ -36,7 +37,9 @@ class Start:
 def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
     """Results of a fit of propensity, noise rates and reward model, with the true rates for users of a known `world`."""
     truth = {} if world is None else dict(zip(("rho_01", "rho_10"), world.rho, strict=True))
-    rates = {name: {**_rate(fit.reward, name), "truth": truth.get(name)} for name in ("rho_01", "rho_10")}
+    reward = fit.reward
+    ends = rate_ends(reward.rates, reward.noise, reward.diagnostics.intervals)
+    rates = {name: {**rate, "truth": truth.get(name)} for name, rate in ends.items()}
     found, propensity = to_json(fit.reward.diagnostics), to_json(fit.propensity)
     return {
         "noise_rates": rates,
@@ -80,11 +83,6 @@ def _level_doubts(fit: Refit) -> list[str]:
     """Warnings about judged rows, and about the level that they set of the model that serves."""
     level = fit.reward.level.get(fit.reward.diagnostics.method)
     return [*(fit.clean.warnings if fit.clean else ()), *(level.warnings if level else ())]
-
-
-def _rate(reward: RewardReport, name: str) -> dict[str, float | None]:
-    low, high = getattr(reward.noise, f"{name}_interval") if reward.noise else (None, None)
-    return {"estimate": getattr(reward.rates, name), "low": low, "high": high}
 
 
 def promotion_metrics(refit: Refit) -> dict[str, float]:

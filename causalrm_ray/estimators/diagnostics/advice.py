@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 WIDE = 0.2  # of a rate's interval
@@ -25,8 +26,12 @@ def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates:
     about the log that it was fitted on (`log_warnings`, if it knows one); `rates` maps
     rho_01 and rho_10 to "estimate", "low" and "high" (None where the rates were given).
     """
-    parts = (_weights(diagnostics), _rates(diagnostics, rates), _model(diagnostics), _selection(diagnostics))
-    return [*propensity.get("log_warnings", ()), *propensity["warnings"], *(sentence for part in parts for sentence in part)]
+    parts = (_weights, partial(_rates, rates=rates), _preference, _model, _selection)
+    return [
+        *propensity.get("log_warnings", ()),
+        *propensity["warnings"],
+        *(sentence for part in parts for sentence in part(diagnostics)),
+    ]
 
 
 def verdict(diagnostics: Mapping[str, Any], levelled: bool = False) -> str:
@@ -78,8 +83,8 @@ def _besides(found: Mapping[str, Any], levelled: bool) -> str:
         return "Whether opinions play a part besides cannot be read from any log; none is assumed."
     times, seen = math.exp(found["shift"]), math.exp(found["shift_found"])
     return (
-        f"Besides, the pleased are taken to give feedback {times:.2f} times as readily as others (the log suggests {seen:.2f}, "
-        "if all else that drives feedback has nothing to do with opinions)."
+        f"Besides, the odds that the pleased give feedback are taken to be {times:.2f} times those of others (the log suggests "
+        f"{seen:.2f}, if all else that drives feedback has nothing to do with opinions)."
     )
 
 
@@ -119,6 +124,14 @@ def _rates(diagnostics: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]
             f"({min(ends):.2f} to {max(ends):.2f}): do not rely on it until the rates are better known."
         )
     return sentences
+
+
+def _preference(diagnostics: Mapping[str, Any]) -> list[str]:
+    """Of a share of liked answers that the log leaves open."""
+    share = (diagnostics.get("intervals") or {}).get("preference")
+    if share is None or share["high"] - share["low"] <= WIDE:
+        return []
+    return [f"The share of liked answers is known only to lie in {share['low']:.2f} to {share['high']:.2f}. {JUDGE}"]
 
 
 def _model(diagnostics: Mapping[str, Any]) -> list[str]:

@@ -3,13 +3,14 @@
 overlap, weights                who gives feedback, and how much each counts
 calibration                     the model's P(r* = 1 | x) against held-out feedback
 sensitivity to rho, to Gamma    what becomes of the mean preference, the risk and the ranking if a nuisance is wrong
+intervals                       of noise rates and E[r*], by a method that models who gives feedback (see intervals)
 mechanisms                      what decides who gives feedback, by the log (see selection)
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch.nn.functional import one_hot
 from causalrm_ray.checks import check_same_length
 from causalrm_ray.estimators.core.clusters import numbered, summed
 from causalrm_ray.estimators.core.task import Nuisances, Observations
+from causalrm_ray.estimators.diagnostics.intervals import FitIntervals, RateEnds, draw_rates, fit_intervals, rate_ends
 from causalrm_ray.estimators.diagnostics.selection import Mechanisms, mechanisms
+from causalrm_ray.estimators.diagnostics.selection_posterior import explained
 from causalrm_ray.estimators.nuisances.propensity import QUANTILES, effective_sample_size
 from causalrm_ray.estimators.pipeline import RewardFits, heldout_objective
 from causalrm_ray.losses.pointwise import LOSSES
@@ -128,15 +131,24 @@ class FitDiagnostics:
     gamma: tuple[GammaBounds, ...]
     ranking: Ranking | None
     mechanisms: Mechanisms | None
+    intervals: FitIntervals | None = field(default=None, kw_only=True)  # an earlier version did not save them
 
 
 def diagnose_fit(
-    fits: RewardFits, method: str, observations: Observations, propensity: Tensor, logit: Tensor, loss: str = "bce", seed: int = 0
+    fits: RewardFits,
+    method: str,
+    observations: Observations,
+    propensity: Tensor,
+    logit: Tensor,
+    loss: str = "bce",
+    seed: int = 0,
+    strata: Tensor | None = None,
 ) -> FitDiagnostics:
     """Diagnostics of the model that `method` fitted.
 
     `propensity` [N] as the fit was given it; `logit` [M] of that model on the M rows `fits.heldout`; `loss` a key of LOSSES;
-    `seed` of the bootstrap. What speaks of the model rests on held-out rows, what speaks of the log on all.
+    `seed` of the bootstrap; `strata` [N] as the fit was given them. What speaks of the model rests on held-out rows, what speaks
+    of the log on all.
     """
     check_same_length(heldout=fits.heldout, logit=logit)
     check_same_length(o=observations.o, propensity=propensity)
@@ -144,15 +156,18 @@ def diagnose_fit(
     rows = fits.heldout[held]
     score = torch.sigmoid(logit.double())
     label = corrected_label(observations.r[rows], fits.rates)
+    log = explained(fits, method)
+    intervals = None if log is None else fit_intervals(log, observations, strata)
     return FitDiagnostics(
         method=method,
         overlap=overlap(propensity, observations.o),
         weights=weight_spread(propensity[observations.o == 1]),
         calibration=reward_calibration(score[held], label, propensity[rows], observations.clusters(rows)),
         rho=rho_sensitivity(fits, observations, propensity, logit, loss),
-        gamma=gamma_sensitivity(observations, propensity, fits.rates, seed),
+        gamma=gamma_sensitivity(observations, propensity, fits.rates, seed, ends=rate_ends(fits.rates, fits.noise, intervals)),
         ranking=ranking(label, propensity[rows], (score > score.median())[held], observations.clusters(rows)),
         mechanisms=mechanisms(fits.fits[method].figures),
+        intervals=intervals,
     )
 
 
@@ -224,28 +239,37 @@ def rho_sensitivity(
 
 
 def gamma_sensitivity(
-    observations: Observations, propensity: Tensor, rates: NoiseRates, seed: int = 0, draws: int = DRAWS
+    observations: Observations,
+    propensity: Tensor,
+    rates: NoiseRates,
+    seed: int = 0,
+    draws: int = DRAWS,
+    ends: RateEnds | None = None,
 ) -> tuple[GammaBounds, ...]:
     """E[r*] over all impressions under hidden selection of each strength in GAMMAS.
 
     The interval is from the 2.5 % quantile of the lower bound to the 97.5 % one of the upper, over bootstrap samples of the rows
-    with feedback (Zhao et al. 2019, section 4.3), clusters of them together; propensity and rates stay as they are.
+    with feedback (Zhao et al. 2019, section 4.3), clusters of them together, each with rates drawn from their intervals, `ends`
+    (see intervals.rate_ends; where these have none, the rates stay as they are); the propensity stays as it is.
     """
     seen = observations.o == 1
-    label, place = corrected_label(observations.r[seen], rates).unique(return_inverse=True)
     least, most = hidden_selection_weights(propensity[seen], torch.tensor(GAMMAS))
-    rows, kind, cluster = len(place), one_hot(place).double(), observations.clusters(seen)
+    kind, cluster = one_hot(observations.r[seen].long(), 2).double(), observations.clusters(seen)
+    rows = len(kind)
     unit, units = (torch.arange(rows), rows) if cluster is None else numbered(cluster)  # what is drawn
 
-    def bounds(count: Tensor) -> Tensor:  # times that each row is taken -> low and high [2, G]
+    def bounds(count: Tensor, rates: NoiseRates) -> Tensor:  # times that each row is taken -> low and high [2, G]
         taken = count.double().unsqueeze(1) * kind  # two labels: their sums of weights suffice
+        label = corrected_label(torch.tensor([0.0, 1.0], dtype=torch.float64), rates)
         return torch.stack([-largest_mean(-label, least @ taken, most @ taken), largest_mean(label, least @ taken, most @ taken)])
 
-    low, high = bounds(torch.ones(rows))
+    low, high = bounds(torch.ones(rows), rates)
     generator = torch.Generator().manual_seed(seed)
-    samples = (torch.randint(units, (units,), generator=generator) for _ in range(draws))
-    ends = torch.stack([bounds(torch.bincount(sample, minlength=units)[unit]) for sample in samples])  # [draws, 2, G]
-    low_95, high_95 = ends[:, 0].quantile(0.025, 0), ends[:, 1].quantile(0.975, 0)
+    drawn = []
+    for possible in draw_rates(rates, ends or {}, draws, generator):
+        count = torch.bincount(torch.randint(units, (units,), generator=generator), minlength=units)[unit]
+        drawn.append(bounds(count, possible))
+    low_95, high_95 = (torch.stack(drawn)[:, side].quantile(end, 0) for side, end in enumerate((0.025, 0.975)))
     figures = zip(GAMMAS, low.tolist(), high.tolist(), low_95.tolist(), high_95.tolist(), strict=True)
     return tuple(GammaBounds(*row) for row in figures)
 

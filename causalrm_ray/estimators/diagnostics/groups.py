@@ -8,10 +8,10 @@ from torch import Tensor
 
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.estimators.diagnostics.intervals import StratumSelection, selection_by_stratum
+from causalrm_ray.estimators.diagnostics.selection_posterior import Explained
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, noise_rates_by
 from causalrm_ray.estimators.nuisances.signals import SignalRate, signal_rates
-from causalrm_ray.estimators.nuisances.strata import StratumSelection, selection_by_stratum
-from causalrm_ray.types import NoiseRates
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +41,11 @@ class GroupReport:
 
 
 def diagnose_groups(
-    ranking: Tensor | None, opinion: Tensor | None, observations: Observations, rates: NoiseRates, groups: Groups, seed: int = 0
+    ranking: Tensor | None, log: Explained | None, observations: Observations, groups: Groups, seed: int = 0
 ) -> GroupReport:
-    """Rates by `ranking` [N] (see noise_rates_by) and selection by `opinion` [N], logits (see selection_by_stratum).
+    """Rates by `ranking` [N] (see noise_rates_by), and selection as a fit explains the `log` (see selection_by_stratum).
 
-    What lacks its ranking or opinion is None.
+    What lacks its ranking or explanation is None.
     """
     found = selection = fault = None
     try:
@@ -53,8 +53,8 @@ def diagnose_groups(
             found = noise_rates_by(ranking, observations, groups.number, groups.names, seed=seed)
     except InputError as error:
         fault = str(error)
-    if opinion is not None:
-        selection = selection_by_stratum(opinion, observations, groups.number, groups.names, rates, seed=seed)
+    if log is not None:
+        selection = selection_by_stratum(log, observations, groups.number, groups.names)
     return GroupReport(found, selection, fault)
 
 

@@ -40,7 +40,7 @@ class OpinionShift:
     stderr: float
 
 
-def opinion_given(feedback: Tensor, seen: Tensor, c: float) -> Tensor:
+def opinion_given(feedback: Tensor, seen: Tensor, c: float | Tensor) -> Tensor:
     """e = P(r* = 1 | x) [M] of `feedback` [M], P(o = 1 | x), and `seen` [M], P(r* = 1 | x, o = 1), if opinions do c besides:
 
         e^-g = (1 / P(o = 1 | x) - 1) / (e_1 e^-c + 1 - e_1)        e = P(o = 1 | x) e_1 (1 + e^(-g - c))
@@ -48,8 +48,9 @@ def opinion_given(feedback: Tensor, seen: Tensor, c: float) -> Tensor:
     by Bayes' rule. Where feedback is rare it is logit e = logit e_1 - c; where all rows have feedback, e = e_1. `feedback` and
     `seen` lie in (0, 1).
     """
-    odds = (1 / feedback - 1) / (seen * math.exp(-c) + 1 - seen)  # e^-g
-    return feedback * seen * (1 + odds * math.exp(-c))
+    less = torch.as_tensor(-c, dtype=seen.dtype).exp()
+    odds = (1 / feedback - 1) / (seen * less + 1 - seen)  # e^-g
+    return feedback * seen * (1 + odds * less)
 
 
 def opinion_shift(

@@ -24,6 +24,7 @@ import torch
 from actors.reward.snapshot_rows import SnapshotRows, load_rows
 from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, read_snapshot, write_batches, write_snapshot
 from causalrm_ray.estimators.diagnostics.groups import diagnose_groups, diagnose_signals
+from causalrm_ray.estimators.diagnostics.selection_posterior import MECHANISMS, Explained
 from causalrm_ray.estimators.nuisances.noise_rates import estimate_by_anchors, estimate_noise_rates
 from causalrm_ray.estimators.nuisances.propensity import calibrate
 
@@ -96,8 +97,10 @@ def estimate(log: SnapshotRows) -> None:
     rates = timed("noise rates by the curve", lambda: estimate_noise_rates(ranking, observations))
     print(rates.rates, rates.rho_01_interval, rates.rho_10_interval)
     timed("noise rates by anchors", lambda: estimate_by_anchors(ranking, observations))
-    opinion = torch.logit(0.05 + 0.9 * good)
-    timed("rates and selection by trait", lambda: diagnose_groups(ranking, opinion, observations, rates.rates, log.traits))
+    opinion, feedback = (0.05 + 0.9 * good).double(), torch.full((len(log),), float(observations.o.mean()), dtype=torch.float64)
+    for name in MECHANISMS:
+        explained = Explained(opinion, opinion, feedback, rates.rates, False, {name: 1.0})
+        timed(f"rates and selection by trait, {name}", lambda e=explained: diagnose_groups(ranking, e, observations, log.traits))
     timed("rates by signal", lambda: diagnose_signals(ranking, log.signals, cluster=observations.cluster))
 
 

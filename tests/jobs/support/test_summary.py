@@ -23,6 +23,7 @@ from causalrm_ray.estimators.core.task import Fitted, Observations
 from causalrm_ray.estimators.core.training import Epoch, FitReport
 from causalrm_ray.estimators.diagnostics.diagnose import diagnose_fit
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals, diagnose_groups, diagnose_signals
+from causalrm_ray.estimators.diagnostics.selection_posterior import explained
 from causalrm_ray.estimators.nuisances.level import fit_level
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.nuisances.propensity import diagnose
@@ -48,14 +49,15 @@ def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> Refit:
     wrong = torch.where(clean == 1, RATES.rho_01, RATES.rho_10)
     observations = Observations(o, torch.where(torch.rand(2000, generator=generator) < wrong, 1 - clean, clean))
     heldout, best = torch.arange(1500, 2000), Epoch(1, 0.6, 0.6)
-    one = Fitted(torch.nn.Identity(), FitReport((best,), best), figures)
+    own = (6 * x, RATES, (propensity, propensity)) if figures else ()
+    one = Fitted(torch.nn.Identity(), FitReport((best,), best), figures, *own)
     fits = RewardFits({"auto": one}, {"auto": 0.6}, RATES, noise, None, None, None, None, heldout, None)
     found = diagnose_fit(fits, "auto", observations, propensity.clamp(min=0.1), 2 * x[heldout])
     ranking = torch.sigmoid(2 * x)
     groups = Groups((torch.arange(2000) % 2), ("style=flashy", "style=plain"))
     place = torch.where(o == 1, observations.r * 2 + (torch.arange(2000) % 3 == 0), -1).long()
     signals = diagnose_signals(ranking, Signals(place, ("downvote", "regenerate", "upvote", "copy"), (0, 0, 1, 1)))
-    groups = {"traits": diagnose_groups(ranking, 6 * x if figures else None, observations, RATES, groups)}
+    groups = {"traits": diagnose_groups(ranking, explained(fits, "auto"), observations, groups)}
     methods = {"auto": MethodReport(0.6, 1), "naive": MethodReport(0.7, 1)}
     diagnostics = LogDiagnostics(**vars(found), groups=groups, signals=signals)
     reward = RewardReport(methods, diagnostics, RATES, noise, len(heldout), None, 0)
@@ -106,6 +108,9 @@ def test_the_report_shows_pictures_words_and_advice(tmp_path: Path, summary: dic
     found = summary["diagnostics"]
     assert escape(found["verdict"]) in page
     assert all(f"<li>{escape(warning)}</li>" in page for warning in found["warnings"])
+    share = found["intervals"]["preference"]
+    said = f"are liked ({share['low']:.2f} to {share['high']:.2f} with 95 %), if prompt and answer decide who gives feedback"
+    assert said in html.unescape(page)
     assert "the better half by the model's score is liked more often by" in html.unescape(page)
 
 
@@ -134,6 +139,8 @@ def test_drift_of_the_policy_stands_among_the_warnings(tmp_path: Path, summary: 
 
 
 def test_a_method_that_compares_no_mechanisms_and_given_rates_leave_no_empty_panel(tmp_path: Path) -> None:
+    ends = fit_summary(fit(AUTO, None))["noise_rates"]["rho_01"]
+    assert 0 < ends["low"] <= ends["estimate"] <= ends["high"] < 0.5
     plain = fit_summary(fit({}, None))
     assert plain["diagnostics"]["mechanisms"] is None
     assert plain["noise_rates"]["rho_01"] == {"estimate": 0.1, "low": None, "high": None, "truth": None}

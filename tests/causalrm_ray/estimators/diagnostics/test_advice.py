@@ -96,6 +96,13 @@ def test_a_wide_interval_gets_a_warning_and_given_rates_do_not() -> None:
     assert advise(SOUND, PROPENSITY, given) == []
 
 
+def test_a_share_of_liked_answers_that_the_log_leaves_open_gets_a_warning() -> None:
+    known, open_ = ({"preference": {"estimate": 0.4, "low": low, "high": 0.5}} for low in (0.35, 0.2))
+    assert advise({**SOUND, "intervals": known}, PROPENSITY, RATES) == []
+    (sentence,) = advise({**SOUND, "intervals": open_}, PROPENSITY, RATES)
+    assert sentence.startswith("The share of liked answers is known only to lie in 0.20 to 0.50. A few hundred impressions drawn")
+
+
 def test_warnings_of_the_propensity_come_first() -> None:
     warnings = advise(changed(ranking={"gamma": 1.1}), {"warnings": ["Poor overlap"]}, RATES)
     assert warnings[0] == "Poor overlap"
@@ -114,7 +121,10 @@ def test_the_verdict_says_what_the_log_supports_and_how_surely() -> None:
     strained = verdict(changed(mechanisms={"strain": 14.2}))
     assert "of the labels, and by it more feedback would be noise, at rates 14 nats less likely. They are taken" in strained
     besides = verdict(changed(mechanisms={"shift": math.log(2), "shift_found": math.log(3)}))
-    assert "the pleased are taken to give feedback 2.00 times as readily as others (the log suggests 3.00, if all else" in besides
+    assert (
+        "the odds that the pleased give feedback are taken to be 2.00 times those of others (the log suggests 3.00, if all else"
+        in besides
+    )
     opinion = changed(mechanisms={**OPINION, "adds": {"features": 0.4, "label": 6.1}})
     assert verdict(opinion) == (
         "The log supports selection by the opinion itself (weight 95%): one opinion explains who gives feedback and what it "
