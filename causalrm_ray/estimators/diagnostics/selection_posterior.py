@@ -6,7 +6,8 @@ The ranking is taken as the fit's; its level and scale are not: logits f become 
 What else is uncertain is up to the mechanism (methods.selection), which is assumed to be right:
 
     label      outcomes of all rows by losses.selection.graded_outcomes, with (a, c, d) of each group
-    features   labels of the rows with feedback, f = logit P(r* = 1 | x, o = 1); and what opinions do besides, by its own error
+    features   labels of the rows with feedback, f = logit P(r* = 1 | x, o = 1), with an error of f in the direction of
+               P(o = 1 | x); what opinions do besides, by its own error
 
 Priors are those of the fits. Ours; Gaussian approximations about the mode (Laplace).
 """
@@ -25,12 +26,12 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.laplace import Gaussian, laplace
 from causalrm_ray.estimators.methods.outcome_models import CENTRE, STRENGTH, logit
 from causalrm_ray.estimators.nuisances.level import SLOPE_PRIOR
-from causalrm_ray.estimators.nuisances.opinion_shift import PRIOR, opinion_given
+from causalrm_ray.estimators.nuisances.opinion_shift import opinion_given
 from causalrm_ray.estimators.pipeline import RewardFits
 from causalrm_ray.losses.selection import DISLIKED, LIKED, graded_outcomes, outcomes
 from causalrm_ray.types import NoiseRates
 
-BINS = 50  # of f, within a group
+BINS, ALONG = 50, 10  # of f, within a group, and of logit P(o = 1 | x)
 SURE = 1e-6  # probabilities lie within SURE..1 - SURE
 POSSIBLE = 0.1  # weight from which a mechanism counts
 LEVEL, BASE, ODDS, GRADE = 1.0, 2.0, 1.0, 0.5**0.5  # standard deviations of the priors of b, a, c, d
@@ -57,6 +58,11 @@ class Explained:
     shift_stderr: float = 0.0
     level_stderr: float | None = None
 
+    @property
+    def says_liked(self) -> Tensor:
+        """P(r = 1 | x, o = 1) [N]."""
+        return self.rates.rho_10 + (1 - self.rates.rho_01 - self.rates.rho_10) * self.seen
+
 
 @dataclass(frozen=True, eq=False)
 class Quantities:
@@ -81,8 +87,7 @@ def explained(fits: RewardFits, method: str) -> Explained | None:
     opinion = torch.sigmoid(fitted.opinion.double()).clamp(SURE, 1 - SURE)
     on1, on0 = (p.double() * share for p, share in zip(fitted.propensities, (opinion, 1 - opinion), strict=True))
     feedback, seen = (share.clamp(SURE, 1 - SURE) for share in (on1 + on0, on1 / (on1 + on0)))
-    shift, error = figures.get("shift_used", 0.0), figures.get("shift_stderr", 0.0)
-    error = PRIOR * error / (PRIOR**2 + error**2) ** 0.5 if shift else 0.0  # without strata none is assumed
+    shift, error = figures.get("shift_used", 0.0), figures.get("shift_used_stderr", 0.0)
     rates, level_error = fitted.rates or fits.rates, None if level is None else level.shift_stderr
     return Explained(opinion, seen, feedback, rates, fits.known, weights, shift, error, level_error)
 
@@ -90,7 +95,7 @@ def explained(fits: RewardFits, method: str) -> Explained | None:
 def by_opinion(log: Explained, observations: Observations, groups: Tensor, number: int) -> Quantities:
     """Where opinions decide: b, s, the rates, and (a, c, d) of each of `number` groups, `groups` [N]."""
     f, outcome = torch.logit(log.opinion), outcomes(observations.o, observations.r).long()
-    cell, at = _cells(f, groups, number)
+    cell, at, _ = _cells(f, groups, number)
     counts = torch.bincount(cell * 3 + outcome, minlength=number * BINS * 3).reshape(number, BINS, 3).double()
     rows = counts.sum(-1)
     weights = torch.where(rows.sum(1, keepdim=True) > 0, rows, 1.0)  # an empty group is like any other, for all that is known
@@ -111,40 +116,47 @@ def by_opinion(log: Explained, observations: Observations, groups: Tensor, numbe
     prior, start = _scalars(log, LEVEL if log.level_stderr is None else log.level_stderr)
     selection = torch.stack([torch.logit(share), torch.zeros(number), torch.zeros(number)], 1).double().flatten()
     prior = _beside(prior, Gaussian(selection, torch.diag(torch.tensor([BASE, ODDS, GRADE] * number).double().square())))
-    cells = (counts / rows.clamp_min(1)[..., None]).reshape(-1, 3)
-    labels = (one_hot(outcome, 3) - cells[cell])[:, [DISLIKED, LIKED]]
-    dispersion = _dispersion(labels, observations.cluster)
+    given = log.feedback[:, None] * torch.stack([1 - log.says_liked, log.says_liked], 1)
+    dispersion = _dispersion(one_hot(outcome, 3)[:, [DISLIKED, LIKED]] - given, observations.cluster)
     posterior = laplace(lambda theta: parts(theta)[1].exp(), counts, prior, torch.cat([start, selection]), dispersion)
     return _split(*posterior.of(quantities), number)
 
 
 def by_features(log: Explained, observations: Observations, groups: Tensor, number: int) -> Quantities:
-    """Where features decide: b, s, and the rates, by the labels; P(o = 1 | r* = k) of each group by its rows with feedback."""
+    """Where features decide: b, s, t and the rates, by the labels; P(o = 1 | r* = k) of each group by its rows with feedback.
+
+    Opinions learned where there is feedback stand for those of all rows. What matters most is an error of theirs in the direction
+    of P(o = 1 | x): t times its standardised logit.
+    """
     f, o = torch.logit(log.seen), observations.o.double()
+    along = torch.logit(log.feedback)
+    along = (along - along.mean()) / along.std().clamp_min(SURE)
     seen = observations.o == 1
     r, clusters = observations.r[seen].double(), observations.clusters(seen)
-    cell, at = _cells(f[seen], torch.zeros_like(groups[seen]), 1)
-    rows = torch.bincount(cell, minlength=BINS).double()
-    liked, centre = torch.bincount(cell, r, BINS), f[seen].mean()
+    _, _, tenth = _cells(along[seen], torch.zeros_like(groups[seen]), 1, ALONG)
+    cell, at, _ = _cells(f[seen], tenth, ALONG)
+    rows, liked = (torch.bincount(cell, weight, ALONG * BINS) for weight in (torch.ones_like(r), r))
+    beside = torch.bincount(cell, along[seen], ALONG * BINS) / rows.clamp_min(1)
+    centre = f[seen].mean()
 
     def probabilities(theta: Tensor) -> Tensor:
         rho_01, rho_10 = torch.sigmoid(theta[2:4]) / 2
-        says = rho_10 + (1 - rho_01 - rho_10) * torch.sigmoid(_moved(at[0], centre, theta))
+        says = rho_10 + (1 - rho_01 - rho_10) * torch.sigmoid(_moved(at.flatten(), centre, theta) + theta[4] * beside)
         return torch.stack([1 - says, says], -1)
 
     prior, start = _scalars(log, LEVEL)
-    dispersion = _dispersion((r - (liked / rows.clamp_min(1))[cell])[:, None], clusters)
+    prior, start = _beside(prior, _one(0.0, SLOPE_PRIOR)), torch.cat([start, torch.zeros(1, dtype=torch.float64)])
+    dispersion = _dispersion((r - log.says_liked[seen])[:, None], clusters)
     posterior = laplace(probabilities, torch.stack([rows - liked, liked], -1), prior, start, dispersion)
     # The last parameter is what opinions do besides features, or, where judged rows set it, the level of all opinions.
-    besides = (log.shift, log.shift_stderr) if log.level_stderr is None else (0.0, log.level_stderr)
-    posterior = _beside(posterior, Gaussian(torch.tensor([besides[0]]).double(), torch.tensor([[besides[1] ** 2]]).double()))
+    posterior = _beside(posterior, _one(log.shift, log.shift_stderr) if log.level_stderr is None else _one(0.0, log.level_stderr))
     size = torch.bincount(groups, minlength=number).clamp_min(1)
 
     def opinions(theta: Tensor) -> tuple[Tensor, Tensor]:  # P(r* = 1 | x, o = 1), P(r* = 1 | x)
-        given = torch.sigmoid(_moved(f, centre, theta))
+        given = torch.sigmoid(_moved(f, centre, theta) + theta[4] * along)
         if log.level_stderr is None:
-            return given, opinion_given(log.feedback, given, theta[4])
-        return given, torch.sigmoid(torch.logit(log.opinion) + theta[4])
+            return given, opinion_given(log.feedback, given, theta[5])
+        return given, torch.sigmoid(torch.logit(log.opinion) + theta[5])
 
     def quantities(theta: Tensor) -> Tensor:
         given, opinion = opinions(theta)
@@ -191,16 +203,23 @@ def _beside(one: Gaussian, other: Gaussian) -> Gaussian:
     return Gaussian(torch.cat([one.mean, other.mean]), torch.block_diag(one.covariance, other.covariance))
 
 
-def _cells(f: Tensor, groups: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The cell [N] of each row, BINS of equally many rows of each group in the order of `f` [N]; means of f in them [S, B]."""
+def _cells(f: Tensor, groups: Tensor, number: int, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor]:
+    """The cell [N] of each row, `bins` of equally many rows of each group in the order of `f` [N]; means of f in them [S, B]; the
+    bin [N] of each row within its group."""
     order = torch.argsort(f)
     order = order[torch.argsort(groups[order], stable=True)]
     sizes = torch.bincount(groups, minlength=number)
     within = torch.empty_like(groups)
     within[order] = torch.arange(len(groups)) - (sizes.cumsum(0) - sizes)[groups[order]]
-    cell = groups * BINS + within * BINS // sizes[groups]
-    rows = torch.bincount(cell, minlength=number * BINS).clamp_min(1)
-    return cell, (torch.bincount(cell, f, number * BINS) / rows).reshape(number, BINS)
+    place = within * bins // sizes[groups]
+    cell = groups * bins + place
+    rows = torch.bincount(cell, minlength=number * bins).clamp_min(1)
+    return cell, (torch.bincount(cell, f, number * bins) / rows).reshape(number, bins), place
+
+
+def _one(mean: float, error: float) -> Gaussian:
+    """A single parameter."""
+    return Gaussian(torch.tensor([mean], dtype=torch.float64), torch.tensor([[error**2]], dtype=torch.float64))
 
 
 def _dispersion(residual: Tensor, cluster: Tensor | None) -> float:

@@ -33,7 +33,7 @@ def explanation(world: World, mechanism: str, seed: int, shift_stderr: float = 0
     on1, on0 = (p.double() * e for p, e in zip(world.chances, (opinion, 1 - opinion), strict=True))
     feedback = on1 + on0
     if mechanism == "label":
-        return Explained(torch.sigmoid(level + scale * world.f.double()), on1, feedback, GUESS, False, {"label": 1.0})
+        return Explained(torch.sigmoid(level + scale * world.f.double()), on1 / feedback, feedback, GUESS, False, {"label": 1.0})
     seen = torch.sigmoid(level + scale * torch.logit(on1 / feedback))
     shift = float(torch.logit(world.chances[0][0]) - torch.logit(world.chances[1][0]))
     found = shift + shift_stderr * float(torch.randn(1, generator=generator))
@@ -186,7 +186,7 @@ def test_an_empty_stratum_spoils_no_other(mechanism: str) -> None:
 def test_a_fit_is_explained_by_what_it_found() -> None:
     world = draw_world("shift", 200, 4)
     report = FitReport((Epoch(1, 0.6, 0.6),), Epoch(1, 0.6, 0.6))
-    figures = {"weight_features": 0.7, "weight_label": 0.3, "shift_used": 0.4, "shift_stderr": 1.0}
+    figures = {"weight_features": 0.7, "weight_label": 0.3, "shift_used": 0.4, "shift_used_stderr": 0.7}
     fitted = Fitted(torch.nn.Identity(), report, figures, world.f, GUESS, world.chances)
     fits = RewardFits({"auto": fitted}, {}, GUESS, None, None, None, None, None, torch.arange(9), None)
     found = explained(fits, "auto")
@@ -195,7 +195,7 @@ def test_a_fit_is_explained_by_what_it_found() -> None:
     on1, on0 = torch.sigmoid(world.f) * world.chances[0], torch.sigmoid(-world.f) * world.chances[1]
     assert torch.allclose(found.feedback, (on1 + on0).double(), atol=1e-5)
     assert torch.allclose(found.seen, (on1 / (on1 + on0)).double(), atol=1e-5)
-    assert found.shift_stderr == pytest.approx(0.5**0.5)  # of N(0, 1) a priori and an error of 1
+    assert (found.shift, found.shift_stderr) == (0.4, 0.7)
     alone = replace(fits, fits={"two_stage": replace(fitted, figures={})})
     assert (one := explained(alone, "two_stage")) is not None
     assert one.weights == {"features": 1.0}

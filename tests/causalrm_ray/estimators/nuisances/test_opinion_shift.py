@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalrm_ray.estimators.nuisances.opinion_shift import BLOCK, OpinionShift, opinion_given, opinion_shift
+from causalrm_ray.estimators.nuisances.opinion_shift import BLOCK, opinion_given, opinion_shift
 
 ROWS = 20_000
 ONE = torch.zeros(ROWS, dtype=torch.long)  # a stratum of all rows
@@ -60,8 +60,9 @@ def test_the_shift_is_found_where_the_rest_has_nothing_to_do_with_opinions(c: fl
         opinion, base = torch.sigmoid(1.5 * states[:, 0]), 0.5 * states[:, 1] - 4
         log = world(c, base, opinion, seed)
         one = opinion_shift(*log, states, torch.arange(ROWS), ONE)
-        assert opinion_shift(*log, states, torch.arange(ROWS)) == replace(one, used=0.0)
+        assert opinion_shift(*log, states, torch.arange(ROWS)) == replace(one, used=0.0, used_stderr=0.0)
         assert one.used == pytest.approx(one.found / (1 + one.stderr**2))
+        assert one.used_stderr == pytest.approx(one.stderr / (1 + one.stderr**2) ** 0.5)
         assert one.found == pytest.approx(c, abs=3 * one.stderr)
         found.append(one)
     spread = torch.tensor([one.found for one in found]).std()  # of ten draws, known to 24 %: three times that either way
@@ -82,12 +83,15 @@ def test_a_base_along_a_random_direction_is_as_far_off_as_the_error_says() -> No
     assert 0.66 < float(torch.tensor(z).square().mean().sqrt()) < 1.34  # three standard errors of a root of 40 squares
 
 
-def test_none_is_found_where_none_explains_the_rates() -> None:
+def test_what_no_shift_explains_leaves_it_as_open_as_before() -> None:
     x, noise = draws(ROWS, 2, 6).T
     seen, states = torch.sigmoid(0.3 * x), torch.stack([x, noise], 1)  # rates vary more with x than opinions, whatever c is
     rate = (0.1 * torch.exp(0.8 * x + 0.3 * noise)).clamp(max=0.99)
     o = (torch.rand(ROWS, generator=torch.Generator().manual_seed(0)) < rate).double()
-    assert opinion_shift(o, rate, seen, states, torch.arange(ROWS), ONE) == OpinionShift(0.0, 0.0, 0.0)
+    found = opinion_shift(o, rate, seen, states, torch.arange(ROWS), ONE)
+    assert (found.found, found.used) == (0.0, 0.0)
+    assert found.used_stderr > 0.95
+    assert opinion_shift(o, rate, seen, states, torch.arange(ROWS)).used_stderr == 0  # none is assumed
 
 
 def test_levels_of_strata_say_nothing_of_opinions() -> None:
@@ -104,8 +108,9 @@ def test_a_log_whose_rows_are_alike_shows_nothing_and_few_units_show_little() ->
     states, everyone = draws(500, 4, 3), torch.arange(500)
     o = (everyone % 5 == 0).double()
     assert opinion_shift(o, torch.full((500,), 0.2), torch.full((500,), 0.6), states, everyone, ONE[:500]).used == 0
-    log = world(1.0, torch.full((500,), -2.0).double(), torch.sigmoid(states[:, 0]))
-    many, few = (opinion_shift(*log, states, everyone, ONE[:500], units) for units in (500, 3))
+    states, everyone = draws(ROWS, 4, 3), torch.arange(ROWS)
+    log = world(1.0, torch.full((ROWS,), -2.0).double(), torch.sigmoid(2 * states[:, 0]))
+    many, few = (opinion_shift(*log, states, everyone, ONE, units) for units in (ROWS, 200))
     assert few.stderr > 5 * many.stderr
     assert 0 < few.used < many.used
     assert few.found == many.found
