@@ -1,4 +1,4 @@
-"""Where small ensembles begin to learn: at the optimum of what they are without a hidden layer, by quasi-Newton steps.
+"""Where small heads begin to learn: at the optimum of what they are without a hidden layer, by quasi-Newton steps.
 
 rows -> a sample -> L-BFGS on the linear part and the module's few scalars -> the module, whose hidden layer adds nothing yet
 """
@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.core.training import Inputs, Risk, outputs
+from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings, Inputs, Objective, Risk, Shard, fit, outputs
 from causalrm_ray.models.scorers.heads import EnsembleScorer
 
 ROWS = 20_000  # as many show where to begin
@@ -44,6 +44,39 @@ def start_linear(
     linear = whole.without_hidden()
     ridge = linear.linear.shape[1] / (2 * SPREAD * len(sample))
     module.scorer = linear
+
+    def total() -> Tensor:
+        found = (risk(outputs(module, inputs, sample), sample) * share).sum()
+        return found + share.shape[1] * prior() + ridge * linear.linear.square().sum().cpu()
+
+    _minimise(module, total)
+    module.scorer = whole
+    whole.take_linear(linear)
+
+
+def fit_scorer(
+    module: nn.Module, inputs: Inputs, train: Objective, validation: Objective, settings: FitSettings, shard: Shard = SINGLE
+) -> FitReport:
+    """`fit`, which a module without hidden layers begins at its optimum, the ridge as in `start_linear`.
+
+    A few hundred small steps would not get it there. A risk that changes from epoch to epoch has no such optimum.
+    """
+    if getattr(module, "linear", False) and train.begin is None and len(train.rows):
+        drawn = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(settings.seed))[:ROWS]
+        sample, weights = train.rows[drawn], [parameter for parameter in module.parameters() if parameter.ndim > 1]
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+
+        def total() -> Tensor:
+            found = train.risk(outputs(module, inputs, sample), sample).mean()
+            return found + sum(weight.shape[1] * weight.square().sum().cpu() for weight in weights) / (2 * SPREAD * len(sample))
+
+        _minimise(module, total)
+    return fit(module, inputs, train, validation, settings, shard)
+
+
+def _minimise(module: nn.Module, total: Callable[[], Tensor]) -> None:
+    """The parameters of `module` at a minimum of `total`. Raises FloatingPointError where they are not finite."""
     optimizer = torch.optim.LBFGS(
         [parameter for parameter in module.parameters() if parameter.numel()],
         max_iter=STEPS,
@@ -53,15 +86,12 @@ def start_linear(
 
     def closure() -> float:
         optimizer.zero_grad(set_to_none=True)
-        found = (risk(outputs(module, inputs, sample), sample) * share).sum()
-        total = found + share.shape[1] * prior() + ridge * linear.linear.square().sum().cpu()
-        total.backward()
-        return float(total.detach())
+        found = total()
+        found.backward()
+        return float(found.detach())
 
     module.eval()
     optimizer.step(closure)
     module.train()
-    module.scorer = whole
-    whole.take_linear(linear)
     if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
-        raise FloatingPointError(f"a linear start on {len(sample)} rows must be finite, and it is not")
+        raise FloatingPointError("a linear start must be finite, and it is not")

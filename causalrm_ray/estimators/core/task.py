@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.checks import check_binary, check_propensity, check_same_length, check_unit_interval
-from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings, Inputs, Objective, Shard, fit, seeded
+from causalrm_ray.estimators.core.linear_start import fit_scorer
+from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings, Inputs, Objective, Shard, seeded
 from causalrm_ray.losses.pointwise import Loss
 from causalrm_ray.registry import ESTIMATORS
 from causalrm_ray.types import HeadKind, NoiseRates
@@ -99,7 +100,7 @@ class FitTask:
 
     def minimise(self, module: nn.Module, objective: Callable[[Tensor], Objective]) -> FitReport:
         """Train `module` in place on `objective(train)`, early-stopped by `objective(heldout)`."""
-        return fit(module, self.inputs, objective(self.train), objective(self.heldout), self.settings, self.shard)
+        return fit_scorer(module, self.inputs, objective(self.train), objective(self.heldout), self.settings, self.shard)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_finite, check_propensity, check_same_length, check_unit_interval
 from causalrm_ray.estimators.core.folds import fold_of
+from causalrm_ray.estimators.core.linear_start import fit_scorer
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings, Inputs, Objective, fit, predict, seeded
 from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration
@@ -81,7 +82,8 @@ def cross_fit_logits(
     modules = []
     for number in range(folds):
         module = seeded(starts[number] if starts else task.make_scorer, seed)
-        fit(module, inputs, objective(rows[fold[rows] != number]), stop, task.settings, task.shard)
+        begin = fit if starts else fit_scorer  # a model of an earlier fit goes on from where it is
+        begin(module, inputs, objective(rows[fold[rows] != number]), stop, task.settings, task.shard)
         unseen = ((fold == number) | (fold == -1)).nonzero()[:, 0]
         logit[unseen] += predict(module, inputs, unseen, shard=task.shard).float()
         modules.append(module)

@@ -61,6 +61,11 @@ class FeatureScorer(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, 1)
 
+    @property
+    def linear(self) -> bool:
+        """Whether it has no hidden layer."""
+        return len(self.body) == 0
+
     def states(self, features: Tensor) -> Tensor:
         """The last hidden layer [B, H] of `features` [B, D]."""
         return self.body(features)
@@ -89,6 +94,11 @@ class WithHeads(nn.Module):
         self.heads = nn.Linear(as_scorer(scorer).head.in_features, extra)
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the scorer has no hidden layer."""
+        return isinstance(self.scorer, FeatureScorer) and self.scorer.linear
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Outputs [B, 1 + extra] of a batch as the scorer reads it."""
