@@ -61,7 +61,7 @@ def fit_scorer(
 
     A few hundred small steps would not get it there. A risk that changes from epoch to epoch has no such optimum.
     """
-    if getattr(module, "linear", False) and train.begin is None and len(train.rows):
+    if getattr(module, "is_linear", False) and train.begin is None and len(train.rows):
         drawn = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(settings.seed))[:ROWS]
         sample, weights = train.rows[drawn], [parameter for parameter in module.parameters() if parameter.ndim > 1]
         for parameter in module.parameters():

@@ -62,7 +62,7 @@ class FeatureScorer(nn.Module):
         self.head = nn.Linear(width, 1)
 
     @property
-    def linear(self) -> bool:
+    def is_linear(self) -> bool:
         """Whether it has no hidden layer."""
         return len(self.body) == 0
 
@@ -96,9 +96,9 @@ class WithHeads(nn.Module):
         nn.init.zeros_(self.heads.bias)
 
     @property
-    def linear(self) -> bool:
+    def is_linear(self) -> bool:
         """Whether the scorer has no hidden layer."""
-        return isinstance(self.scorer, FeatureScorer) and self.scorer.linear
+        return isinstance(self.scorer, FeatureScorer) and self.scorer.is_linear
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Outputs [B, 1 + extra] of a batch as the scorer reads it."""

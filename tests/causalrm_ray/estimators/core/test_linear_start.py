@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -153,9 +154,10 @@ def test_a_linear_scorer_is_at_scikit_learns_optimum_however_small_the_steps(hea
     assert len(report.epochs) == 1
 
 
-def test_a_scorer_with_a_hidden_layer_begins_as_before() -> None:
+@pytest.mark.parametrize("make", [lambda x: FeatureScorer(WIDTH, (4,)), lambda x: EnsembleScorer(x, members=1)])
+def test_a_scorer_with_a_hidden_layer_begins_as_before(make: Callable[[Tensor], nn.Module]) -> None:
     x, y = data()
-    first, second = FeatureScorer(WIDTH, (4,)), FeatureScorer(WIDTH, (4,))
+    first, second = make(x), make(x)
     second.load_state_dict(first.state_dict())
     objective, settings = Objective(torch.arange(ROWS), lambda logit, index: bce(logit, y[index])), FitSettings(2, 1e-3, 64)
     linear_start.fit(first, FeatureRows(x), objective, objective, settings)
