@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 Panel = Callable[["Axes"], None]
-ASSUMED = {"label": "the opinion itself decides who gives feedback", "features": "prompt and answer decide who gives feedback"}
 SMALL = 8  # font size inside a panel
 POSSIBLE = {"preference": (0.0, 1.0), "risk": (0.0, math.inf)}  # outside, the log contradicts the rates
 
@@ -60,10 +59,10 @@ def preference_sentence(found: Json) -> str | None:
     """The share of liked answers with its interval, and what it assumes; None for a fit that has none."""
     if (intervals := found.get("intervals")) is None:
         return None
-    share, assumed = intervals["preference"], [ASSUMED.get(name, name) for name in intervals["assumed"]]
+    share, assumed = intervals["preference"], [DRIVES.get(name, name) for name in intervals["assumed"]]
     return (
-        f"Of all answers shown {share['estimate']:.2f} are liked ({share['low']:.2f} to {share['high']:.2f} with 95 %), if "
-        f"{' or '.join(assumed)}; the interval does not allow for this being wrong."
+        f"Of all answers shown {share['estimate']:.2f} are liked ({share['low']:.2f} to {share['high']:.2f} with 95 %), if what "
+        f"decides who gives feedback is {' or '.join(assumed)}; the interval does not allow for anything else."
     )
 
 
@@ -136,7 +135,7 @@ def _draw_overlap(panel: Axes, found: Json) -> None:
     if found["propensity"]["mean_weight"] is not None:
         panel.plot([], [], linestyle="none", label=f"weights average {found['propensity']['mean_weight']:.2f} (1 is right)")
     panel.set(title="overlap of rows with and without", xlabel="propensity: probability of feedback", ylabel="share of the group")
-    panel.set_ylim(top=panel.get_ylim()[1] * 1.3)
+    panel.set_ylim(top=panel.get_ylim()[1] * 1.5)  # room for the legend
     panel.legend(frameon=False, fontsize=SMALL, loc="upper right")
 
 
@@ -219,7 +218,7 @@ def _draw_gamma(panel: Axes, found: Json) -> None:
         panel.fill_between(gamma, bottom, top, color=BLUE, alpha=alpha, linewidth=0, label=label)
     panel.axhline(points[0]["low"], color=GREY, linewidth=1)
     if ranking is not None and ranking["gamma"] is not None and 1 < ranking["gamma"] <= gamma[-1]:
-        panel.vlines(ranking["gamma"], 0, 1, color=ORANGE, linestyle="--", label="beyond, hidden selection explains the ranking")
+        panel.vlines(ranking["gamma"], 0, 1, color=ORANGE, linestyle="--", label="beyond, it explains the ranking")
     panel.set(title="share liked under hidden selection", xlabel="Gamma: factor in the odds of feedback", ylabel="share liked")
     panel.set(ylim=(0, 1.4), xlim=(gamma[0], gamma[-1]), yticks=[0, 0.25, 0.5, 0.75, 1])
     panel.legend(frameon=False, fontsize=SMALL, loc="upper left")

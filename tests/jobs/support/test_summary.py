@@ -109,7 +109,7 @@ def test_the_report_shows_pictures_words_and_advice(tmp_path: Path, summary: dic
     assert escape(found["verdict"]) in page
     assert all(f"<li>{escape(warning)}</li>" in page for warning in found["warnings"])
     share = found["intervals"]["preference"]
-    said = f"are liked ({share['low']:.2f} to {share['high']:.2f} with 95 %), if prompt and answer decide who gives feedback"
+    said = f"{share['low']:.2f} to {share['high']:.2f} with 95 %), if what decides who gives feedback is prompt and answer;"
     assert said in html.unescape(page)
     assert "the better half by the model's score is liked more often by" in html.unescape(page)
 
