@@ -263,7 +263,7 @@ def _as_json(value: Any) -> Any:
 def _with_warnings(found: FitDiagnostics, fits: RewardFits, doubts: Sequence[str]) -> Diagnostics:
     noise = fits.noise
     rates = rate_ends(fits.rates, noise, found.intervals)
-    sentences = [*advise(asdict(found), {"warnings": [*doubts]}, rates), *(noise.warnings if noise else ())]
+    sentences = [*advise(asdict(found), {"warnings": [*doubts]}, rates, bool(fits.level)), *(noise.warnings if noise else ())]
     sentences += [sentence for report in fits.level.values() for sentence in report.warnings]
     names = {field.name: getattr(found, field.name) for field in fields(found)}
     # What a configuration calls reward.clip is the parameter clip here.

@@ -61,8 +61,8 @@ def preference_sentence(found: Json) -> str | None:
         return None
     share, assumed = intervals["preference"], [DRIVES.get(name, name) for name in intervals["assumed"]]
     return (
-        f"Of all answers shown {share['estimate']:.2f} are liked ({share['low']:.2f} to {share['high']:.2f} with 95 %), if what "
-        f"decides who gives feedback is {' or '.join(assumed)}; the interval does not allow for anything else."
+        f"{share['estimate']:.0%} of all answers shown are liked (95 % interval {share['low']:.0%} to {share['high']:.0%}), if "
+        f"what decides who gives feedback is {' or '.join(assumed)}; the interval does not allow for anything else."
     )
 
 

@@ -50,7 +50,7 @@ def fit_summary(fit: Refit, world: WorldConfig | None = None) -> dict[str, Any]:
             "rates": rates,
             "verdict": verdict(found, bool(fit.reward.level)),
             "warnings": [
-                *advise(found, propensity, rates),
+                *advise(found, propensity, rates, bool(fit.reward.level)),
                 *(fit.reward.noise.warnings if fit.reward.noise else ()),
                 *_level_doubts(fit),
             ],

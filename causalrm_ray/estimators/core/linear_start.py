@@ -5,13 +5,25 @@ rows -> a sample -> L-BFGS on the linear part and the module's few scalars -> th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings, Inputs, Objective, Risk, Shard, fit, outputs
+from causalrm_ray.estimators.core.training import (
+    SINGLE,
+    FitReport,
+    FitSettings,
+    Inputs,
+    Objective,
+    Risk,
+    Shard,
+    fit,
+    mean_risk,
+    outputs,
+)
 from causalrm_ray.models.scorers.heads import EnsembleScorer
 
 ROWS = 20_000  # as many show where to begin
@@ -64,6 +76,7 @@ def fit_scorer(
     if getattr(module, "is_linear", False) and train.begin is None and len(train.rows):
         drawn = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(settings.seed))[:ROWS]
         sample, weights = train.rows[drawn], [parameter for parameter in module.parameters() if parameter.ndim > 1]
+        own, before = copy.deepcopy(module.state_dict()), mean_risk(module, inputs, validation, shard=shard)
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
 
@@ -72,6 +85,8 @@ def fit_scorer(
             return found + sum(weight.shape[1] * weight.square().sum().cpu() for weight in weights) / (2 * SPREAD * len(sample))
 
         _minimise(module, total)
+        if not mean_risk(module, inputs, validation, shard=shard) < before:  # of a risk that is not convex, perhaps
+            module.load_state_dict(own)
     return fit(module, inputs, train, validation, settings, shard)
 
 

@@ -109,7 +109,8 @@ class Fitted:
 
     `opinion` [N] are logits of all rows by those members of an ensemble that did not learn from them (None: no ensemble; the
     scorer learned from no held-out row, and what it says of these is honest). `rates`, and `propensities` P(o = 1 | x, r* = k)
-    [N], k = 1, 0, are nuisances that the method found itself (None: it took those that it was given).
+    [N], k = 1, 0, clipped for weights, are nuisances that the method found itself (None: it took those that it was given);
+    `joint` [N, 2] are its P(o = 1, r* = k | x), not clipped.
     """
 
     scorer: nn.Module
@@ -118,6 +119,7 @@ class Fitted:
     opinion: Tensor | None = None
     rates: NoiseRates | None = None
     propensities: Propensities | None = None
+    joint: Tensor | None = None
 
 
 class Method(Protocol):

@@ -17,16 +17,20 @@ SURE = 0.9  # weight of a mechanism that a log supports
 SMALL_SHIFT = 0.1  # log-odds: a tenth more or less readily
 DRIVES = {"label": "the opinion itself", "features": "prompt and answer"}
 JUDGE = "A few hundred impressions drawn at random and judged with care would set the level: give them as feedback.clean."
+MORE = "Have more rows judged (feedback.clean)."
 
 
-def advise(diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def advise(
+    diagnostics: Mapping[str, Any], propensity: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]], levelled: bool = False
+) -> list[str]:
     """Warnings about a fit, most basic first; empty for a sound one.
 
     `diagnostics` is FitDiagnostics as JSON, `propensity` PropensityReport as JSON, whose own warnings come first, after those
     about the log that it was fitted on (`log_warnings`, if it knows one); `rates` maps
-    rho_01 and rho_10 to "estimate", "low" and "high" (None where the rates were given).
+    rho_01 and rho_10 to "estimate", "low" and "high" (None where the rates were given, or found without an interval); `levelled`:
+    judged rows set the level already.
     """
-    parts = (_weights, partial(_rates, rates=rates), _preference, _model, _selection)
+    parts = (_weights, partial(_rates, rates=rates), partial(_preference, levelled=levelled), _model, _selection)
     return [
         *propensity.get("log_warnings", ()),
         *propensity["warnings"],
@@ -126,12 +130,13 @@ def _rates(diagnostics: Mapping[str, Any], rates: Mapping[str, Mapping[str, Any]
     return sentences
 
 
-def _preference(diagnostics: Mapping[str, Any]) -> list[str]:
+def _preference(diagnostics: Mapping[str, Any], levelled: bool) -> list[str]:
     """Of a share of liked answers that the log leaves open."""
     share = (diagnostics.get("intervals") or {}).get("preference")
     if share is None or share["high"] - share["low"] <= WIDE:
         return []
-    return [f"The share of liked answers is known only to lie in {share['low']:.2f} to {share['high']:.2f}. {JUDGE}"]
+    remedy = MORE if levelled else JUDGE
+    return [f"The share of liked answers is known only to lie in {share['low']:.2f} to {share['high']:.2f}. {remedy}"]
 
 
 def _model(diagnostics: Mapping[str, Any]) -> list[str]:

@@ -158,13 +158,14 @@ def diagnose_fit(
     label = corrected_label(observations.r[rows], fits.rates)
     log = explained(fits, method)
     intervals = None if log is None else fit_intervals(log, observations, strata)
+    ends = rate_ends(fits.rates, fits.noise, intervals)
     return FitDiagnostics(
         method=method,
         overlap=overlap(propensity, observations.o),
         weights=weight_spread(propensity[observations.o == 1]),
         calibration=reward_calibration(score[held], label, propensity[rows], observations.clusters(rows)),
         rho=rho_sensitivity(fits, observations, propensity, logit, loss),
-        gamma=gamma_sensitivity(observations, propensity, fits.rates, seed, ends=rate_ends(fits.rates, fits.noise, intervals)),
+        gamma=gamma_sensitivity(observations, propensity, fits.rates, seed, ends=ends),
         ranking=ranking(label, propensity[rows], (score > score.median())[held], observations.clusters(rows)),
         mechanisms=mechanisms(fits.fits[method].figures),
         intervals=intervals,

@@ -1,6 +1,6 @@
 """95 % intervals of what a fit says of a log: noise rates, E[r*], and who gives feedback in each stratum.
 
-They hold where a mechanism that the fit counts with is the right one (see selection_posterior); where the log does not tell which
+They hold where a mechanism that the fit counts with is the right one (see selection_posterior); where the log does not show which
 is, an interval reaches over both.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from causalrm_ray.checks import check_same_length
 from causalrm_ray.estimators.core.task import Observations
-from causalrm_ray.estimators.diagnostics.selection_posterior import MECHANISMS, POSSIBLE, Explained, Quantities
+from causalrm_ray.estimators.diagnostics.selection_posterior import MECHANISMS, POSSIBLE, SURE, Explained, Quantities
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.types import NoiseRates
 
@@ -98,10 +98,10 @@ def draw_rates(rates: NoiseRates, ends: RateEnds, draws: int, generator: torch.G
     found = []
     for name, rate in asdict(rates).items():
         low, high = ends[name]["low"] if ends else None, ends[name]["high"] if ends else None
-        if low is None or high is None or not 0 < low < high < 1:
+        if low is None or high is None:
             found.append(torch.full((draws,), rate, dtype=torch.float64))
         else:
-            (low, high) = torch.logit(torch.tensor([low, high], dtype=torch.float64))
+            low, high = torch.logit(torch.tensor([low, high], dtype=torch.float64).clamp(SURE, 1 - SURE))
             noise = torch.randn(draws, generator=generator, dtype=torch.float64)
             found.append(torch.sigmoid((low + high) / 2 + noise * (high - low) / (2 * NORMAL)))
     return [NoiseRates(*pair) if sum(pair) < 1 else rates for pair in torch.stack(found, 1).tolist()]
@@ -132,7 +132,8 @@ def _stratum(rows: int, labels: int, found: list[tuple[Tensor, Tensor]]) -> Stra
     """One stratum of so many `rows` and `labels`, from logs [2] of its probabilities and their covariances [2, 2]."""
     contrasts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]], dtype=torch.float64)  # liked, disliked, ratio
     figures = [
-        _hull([(float(way @ on), float(way @ spread @ way) ** 0.5) for on, spread in found], math.exp) for way in contrasts
+        _hull([(float(way @ on), max(float(way @ spread @ way), 0.0) ** 0.5) for on, spread in found], math.exp)
+        for way in contrasts
     ]
     liked, disliked, ratio = figures
     warnings = []

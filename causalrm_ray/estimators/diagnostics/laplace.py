@@ -31,7 +31,8 @@ def laplace(
     """The posterior of parameters [P] of multinomial `counts` [..., K] with `probabilities`(parameters) [..., K].
 
     Its covariance is the inverse of Fisher's information, counts over `dispersion` >= 1, plus the prior's precision; the mode is
-    found by scoring from `start` [P], where a step that does not raise the density is halved.
+    found by scoring from `start` [P], where a step that does not raise the density is halved. Raises FloatingPointError for
+    one that is not finite.
     """
     precision, rows = torch.linalg.inv(prior.covariance), counts.sum(-1, keepdim=True)
 
@@ -56,4 +57,7 @@ def laplace(
         if float(step.abs().max()) <= TOLERANCE:
             break
         at, best = at + step, density(at + step)
-    return Gaussian(at, torch.linalg.inv(curvature(at)[1]))
+    covariance = torch.linalg.inv(curvature(at)[1])
+    if not bool(at.isfinite().all() and covariance.isfinite().all()):
+        raise FloatingPointError(f"a posterior must be finite, got the mode {at.tolist()}")
+    return Gaussian(at, covariance)

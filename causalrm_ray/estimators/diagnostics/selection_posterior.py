@@ -9,7 +9,7 @@ What else is uncertain is up to the mechanism (methods.selection), which is assu
     features   labels of the rows with feedback, f = logit P(r* = 1 | x, o = 1), with an error of f in the direction of
                P(o = 1 | x); what opinions do besides, by its own error
 
-Priors are those of the fits. Ours; Gaussian approximations about the mode (Laplace).
+Priors of rates and d are those of the fits, those of b, s, a and c ours. Ours; Gaussian approximations about the mode (Laplace).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BINS, ALONG = 50, 10  # of f, within a group, and of logit P(o = 1 | x)
 SURE = 1e-6  # probabilities lie within SURE..1 - SURE
 POSSIBLE = 0.1  # weight from which a mechanism counts
 LEVEL, BASE, ODDS, GRADE = 1.0, 2.0, 1.0, 0.5**0.5  # standard deviations of the priors of b, a, c, d
-RATE, KNOWN = (2 * STRENGTH) ** -0.5, 1e-6  # that of logit(2 rho), and of what is known
+RATE = (2 * STRENGTH) ** -0.5  # that of logit(2 rho)
 ALONE = {"latent": "label", "two_stage": "features"}  # methods of one mechanism
 
 
@@ -82,11 +82,12 @@ def explained(fits: RewardFits, method: str) -> Explained | None:
     weights = {name: figures[f"weight_{name}"] for name in MECHANISMS if f"weight_{name}" in figures}
     if not weights and method in ALONE:
         weights = {ALONE[method]: 1.0}
-    if not weights or fitted.opinion is None or fitted.propensities is None:
+    if not weights or fitted.opinion is None or fitted.joint is None:
         return None
     opinion = torch.sigmoid(fitted.opinion.double()).clamp(SURE, 1 - SURE)
-    on1, on0 = (p.double() * share for p, share in zip(fitted.propensities, (opinion, 1 - opinion), strict=True))
-    feedback, seen = (share.clamp(SURE, 1 - SURE) for share in (on1 + on0, on1 / (on1 + on0)))
+    joint = fitted.joint.double()
+    feedback = joint.sum(1).clamp(SURE, 1 - SURE)
+    seen = (joint[:, 0] / feedback).clamp(SURE, 1 - SURE)
     shift, error = figures.get("shift_used", 0.0), figures.get("shift_used_stderr", 0.0)
     rates, level_error = fitted.rates or fits.rates, None if level is None else level.shift_stderr
     return Explained(opinion, seen, feedback, rates, fits.known, weights, shift, error, level_error)
@@ -98,13 +99,14 @@ def by_opinion(log: Explained, observations: Observations, groups: Tensor, numbe
     cell, at, _ = _cells(f, groups, number)
     counts = torch.bincount(cell * 3 + outcome, minlength=number * BINS * 3).reshape(number, BINS, 3).double()
     rows = counts.sum(-1)
-    weights = torch.where(rows.sum(1, keepdim=True) > 0, rows, 1.0)  # an empty group is like any other, for all that is known
+    weights = torch.where(rows.sum(1, keepdim=True) > 0, rows, 1.0)
     centre = (at * rows).sum() / rows.sum()
+    at = torch.where(rows.sum(1, keepdim=True) > 0, at, centre)  # an empty group is like any other, for all that is known
 
     def parts(theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a, c, d = theta[4:].reshape(number, 3).T[..., None]
         moved = _moved(at, centre, theta)
-        return moved, *graded_outcomes(moved, a, c, d, *(torch.sigmoid(theta[2:4]) / 2))
+        return moved, *graded_outcomes(moved, a, c, d, *_rates(log, theta))
 
     def quantities(theta: Tensor) -> Tensor:
         moved, _, on1, on0 = parts(theta)
@@ -140,7 +142,7 @@ def by_features(log: Explained, observations: Observations, groups: Tensor, numb
     centre = f[seen].mean()
 
     def probabilities(theta: Tensor) -> Tensor:
-        rho_01, rho_10 = torch.sigmoid(theta[2:4]) / 2
+        rho_01, rho_10 = _rates(log, theta)
         says = rho_10 + (1 - rho_01 - rho_10) * torch.sigmoid(_moved(at.flatten(), centre, theta) + theta[4] * beside)
         return torch.stack([1 - says, says], -1)
 
@@ -167,12 +169,16 @@ def by_features(log: Explained, observations: Observations, groups: Tensor, numb
 
     found = _split(*posterior.of(quantities), number)
     given, opinion = opinions(posterior.mean)
+    with_feedback = torch.stack([o * given, o * (1 - given)], 1)
+    all_rows = torch.stack([opinion, 1 - opinion], 1)
     for s in range(number):
         among = groups == s
-        on = torch.stack([o * given, o * (1 - given)], 1)[among]
-        all_ = torch.stack([opinion, 1 - opinion], 1)[among]
-        influence = on / on.mean(0).clamp_min(SURE) - all_ / all_.mean(0).clamp_min(SURE)
-        total = summed(influence, observations.clusters(among)) / max(int(among.sum()), 1)
+        if not bool(seen[among].any()):  # as unknown as before: the share of all, with the spread of a base
+            found.on[s], found.spread[s] = torch.log(o.mean()), torch.eye(2) * BASE**2
+            continue
+        parts, whole = with_feedback[among], all_rows[among]
+        influence = parts / parts.mean(0).clamp_min(SURE) - whole / whole.mean(0).clamp_min(SURE)
+        total = summed(influence, observations.clusters(among)) / len(parts)
         found.spread[s] += total.T @ total
     return found
 
@@ -186,11 +192,15 @@ MECHANISMS: Mapping[str, Callable[[Explained, Observations, Tensor, int], Quanti
 def _scalars(log: Explained, level: float) -> tuple[Gaussian, Tensor]:
     """The prior of (b, s, logit 2 rho_01, logit 2 rho_10), with the standard deviation `level` of b, and where they start."""
     rates = torch.logit((2 * torch.tensor(astuple(log.rates), dtype=torch.float64)).clamp(SURE, 1 - SURE))
-    centre = rates if log.known else torch.full((2,), logit(2 * CENTRE), dtype=torch.float64)
     mean, start = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    mean[2:], start[2:] = centre, rates
-    error = torch.tensor([level, SLOPE_PRIOR, *[KNOWN if log.known else RATE] * 2], dtype=torch.float64)
+    mean[2:], start[2:] = logit(2 * CENTRE), rates
+    error = torch.tensor([level, SLOPE_PRIOR, RATE, RATE], dtype=torch.float64)
     return Gaussian(mean, torch.diag(error.square())), start
+
+
+def _rates(log: Explained, theta: Tensor) -> Tensor:
+    """rho_01 and rho_10 [2]: those of theta = (b, s, logit 2 rho_01, logit 2 rho_10, ...), unless they are known."""
+    return torch.tensor(astuple(log.rates), dtype=theta.dtype) if log.known else torch.sigmoid(theta[2:4]) / 2
 
 
 def _moved(f: Tensor, centre: Tensor, theta: Tensor) -> Tensor:
@@ -231,4 +241,4 @@ def _dispersion(residual: Tensor, cluster: Tensor | None) -> float:
 def _split(value: Tensor, covariance: Tensor, number: int) -> Quantities:
     pairs = covariance[3:, 3:].reshape(number, 2, number, 2)
     spread = torch.stack([pairs[s, :, s] for s in range(number)])
-    return Quantities(value[:3], covariance.diagonal()[:3].sqrt(), value[3:].reshape(number, 2), spread)
+    return Quantities(value[:3], covariance.diagonal()[:3].clamp_min(0).sqrt(), value[3:].reshape(number, 2), spread)

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from causalrm_ray.estimators.core.linear_start import fit_scorer
 from causalrm_ray.estimators.core.task import FitTask
 from causalrm_ray.estimators.core.training import FitReport, FitSettings, Inputs, Objective, Risk, fit, predict
 from causalrm_ray.estimators.nuisances.calibration import temperature
@@ -32,10 +33,11 @@ def minimise(
     task: FitTask, module: nn.Module, train: Objective, heldout: Objective | None = None, inputs: Inputs | None = None
 ) -> FitReport:
     """Train `module` in place on `train`; `heldout` says when to stop (None: the plain loss on held-out rows with feedback)."""
+    run = fit_scorer if heldout is None else fit  # another rule of stopping may need the whole path
     if heldout is None:
         heldout = Objective(observed(task, task.heldout), plain_risk(task), since=train.since)
     inputs = task.inputs if inputs is None else inputs
-    return fit(module, inputs, train, heldout, task.settings, task.shard)
+    return run(module, inputs, train, heldout, task.settings, task.shard)
 
 
 def cool(task: FitTask, scorer: nn.Module) -> float:

@@ -27,7 +27,7 @@ from causalrm_ray.estimators.methods.evidence import (
     mechanism_weights,
     propensity_signal,
 )
-from causalrm_ray.estimators.methods.mechanisms import Mechanism, fit_label, opinion_propensities, to_logits
+from causalrm_ray.estimators.methods.mechanisms import Mechanism, among_all, fit_label, opinion_propensities, to_logits
 from causalrm_ray.estimators.methods.outcome_models import surprise
 from causalrm_ray.estimators.methods.two_stage import fit_features
 from causalrm_ray.estimators.nuisances.opinion_shift import OpinionShift, opinion_shift
@@ -71,10 +71,14 @@ class Averaged:
             return found[0]
         return NoiseRates(*(self.weights.double() @ torch.tensor([astuple(rates) for rates in found]).double()).tolist())
 
+    @property
+    def joint(self) -> Tensor:
+        """P(o = 1, r* = k | x) [M, 2], k = 1, 0."""
+        return torch.stack([one.joint for one in self.mechanisms.values()], dim=2) @ self.weights
+
     def propensities(self, observations: Observations) -> Propensities:
         """P(o = 1 | x, r* = k) [N], k = 1, 0, of the average, out of fold."""
-        joint = torch.stack([one.joint for one in self.mechanisms.values()], dim=2) @ self.weights
-        return opinion_propensities(joint, self.opinion, self.best.rows, observations)
+        return opinion_propensities(self.joint, self.opinion, self.best.rows, observations)
 
     def scorer(self) -> nn.Module:
         """The mixture of their scorers."""
@@ -116,14 +120,16 @@ def _fit_one(mechanism: Callable[[FitTask], Mechanism], task: FitTask) -> Fitted
     found = mechanism(task)
     figures = asdict(found.rates) | {"heldout": float(found.heldout.mean())}
     opinion = to_logits(found.opinion, found.rows, len(task.inputs))
-    return Fitted(found.scorer, found.report, figures, opinion, found.rates, found.propensities(task.observations))
+    joint = among_all(found.joint, found.rows, len(task.inputs), 0.0)
+    return Fitted(found.scorer, found.report, figures, opinion, found.rates, found.propensities(task.observations), joint)
 
 
 def fit_auto(task: FitTask) -> Fitted:
     """Both mechanisms averaged."""
     found = fit_mechanisms(task)
     opinion = to_logits(found.opinion, found.best.rows, len(task.inputs))
-    nuisances = found.rates, found.propensities(task.observations)
+    joint = among_all(found.joint, found.best.rows, len(task.inputs), 0.0)
+    nuisances = found.rates, found.propensities(task.observations), joint
     return Fitted(found.scorer(), found.best.report, found.figures(), opinion, *nuisances)
 
 

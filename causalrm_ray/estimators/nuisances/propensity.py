@@ -82,8 +82,8 @@ def cross_fit_logits(
     modules = []
     for number in range(folds):
         module = seeded(starts[number] if starts else task.make_scorer, seed)
-        begin = fit if starts else fit_scorer  # a model of an earlier fit goes on from where it is
-        begin(module, inputs, objective(rows[fold[rows] != number]), stop, task.settings, task.shard)
+        train = fit if starts else fit_scorer  # a model of an earlier fit goes on from where it is
+        train(module, inputs, objective(rows[fold[rows] != number]), stop, task.settings, task.shard)
         unseen = ((fold == number) | (fold == -1)).nonzero()[:, 0]
         logit[unseen] += predict(module, inputs, unseen, shard=task.shard).float()
         modules.append(module)

@@ -49,7 +49,8 @@ def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> Refit:
     wrong = torch.where(clean == 1, RATES.rho_01, RATES.rho_10)
     observations = Observations(o, torch.where(torch.rand(2000, generator=generator) < wrong, 1 - clean, clean))
     heldout, best = torch.arange(1500, 2000), Epoch(1, 0.6, 0.6)
-    own = (6 * x, RATES, (propensity, propensity)) if figures else ()
+    joint = propensity[:, None] * torch.stack([torch.sigmoid(6 * x), torch.sigmoid(-6 * x)], 1)
+    own = (6 * x, RATES, (propensity, propensity), joint) if figures else ()
     one = Fitted(torch.nn.Identity(), FitReport((best,), best), figures, *own)
     fits = RewardFits({"auto": one}, {"auto": 0.6}, RATES, noise, None, None, None, None, heldout, None)
     found = diagnose_fit(fits, "auto", observations, propensity.clamp(min=0.1), 2 * x[heldout])
@@ -109,7 +110,7 @@ def test_the_report_shows_pictures_words_and_advice(tmp_path: Path, summary: dic
     assert escape(found["verdict"]) in page
     assert all(f"<li>{escape(warning)}</li>" in page for warning in found["warnings"])
     share = found["intervals"]["preference"]
-    said = f"{share['low']:.2f} to {share['high']:.2f} with 95 %), if what decides who gives feedback is prompt and answer;"
+    said = f"(95 % interval {share['low']:.0%} to {share['high']:.0%}), if what decides who gives feedback is prompt and answer;"
     assert said in html.unescape(page)
     assert "the better half by the model's score is liked more often by" in html.unescape(page)
 

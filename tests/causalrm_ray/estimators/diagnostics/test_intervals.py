@@ -53,9 +53,10 @@ def test_intervals_hold_the_truth_as_often_as_they_claim(kind: str, mechanism: s
         found.append(hits(fit_intervals(log, world.observations, strata), by_stratum, world))
     shares = {name: sum(one[name] for one in found) / SIMULATIONS for name in found[0]}
     margin = 3 * math.sqrt(0.95 * 0.05 / SIMULATIONS)
-    # A rate's interval always holds the fit's own rate besides, so it may be wider.
     assert {name: share for name, share in shares.items() if share < 0.95 - margin} == {}
-    assert {name: share for name, share in shares.items() if share > 0.95 + margin and "rho" not in name} == {}
+    # Intervals of one log are right or wrong together, but those of rates always hold the fit's own besides: these may be wider.
+    others = [share for name, share in shares.items() if "rho" not in name]
+    assert sum(others) / len(others) < 0.95 + margin / 2
 
 
 def test_label_posterior_is_at_the_mode_of_the_rows_own_density() -> None:
@@ -113,6 +114,17 @@ def test_known_rates_have_no_interval_and_leave_less_open(mechanism: str) -> Non
     assert known.preference.high - known.preference.low < found.preference.high - found.preference.low
 
 
+@pytest.mark.parametrize("mechanism", ["label", "features"])
+def test_known_rates_of_a_half_or_more_and_feedback_on_all_rows_have_finite_intervals(mechanism: str) -> None:
+    world = draw_world("label" if mechanism == "label" else "features", 2000, 5)
+    given = Observations(torch.ones(2000), world.observations.r)
+    log = replace(explanation(world, mechanism, 5), rates=NoiseRates(0.6, 0.1), known=True)
+    for observations in (given, world.observations):
+        found = fit_intervals(log, observations).preference
+        assert 0 < found.low < found.estimate < found.high < 1
+        assert all(math.isfinite(one.ratio) for one in selection_by_stratum(log, observations, world.strata, NAMES).values())
+
+
 def test_the_rates_of_the_fit_lie_in_their_intervals() -> None:
     world = draw_world("features", 4000, 6)
     found = fit_intervals(replace(explanation(world, "features", 6), rates=NoiseRates(0.45, 0.01)), world.observations)
@@ -167,6 +179,8 @@ def test_what_the_log_does_not_show_is_said() -> None:
         one = selection_by_stratum(replace(log, weights={mechanism: 1.0}), silent, world.strata, NAMES)["phone"]
         assert one.warnings == (f"no feedback on any of {int((world.strata == 1).sum())} rows: selection is unknown here",)
         assert not one.differ
+        assert one.ratio_interval[0] < 0.2
+        assert one.ratio_interval[1] > 5
     with pytest.raises(ValueError, match=r"strata must be in 0..0 and not empty, got \[0, 1\]"):
         selection_by_stratum(log, world.observations, world.strata, NAMES[:1])
 
@@ -187,12 +201,14 @@ def test_a_fit_is_explained_by_what_it_found() -> None:
     world = draw_world("shift", 200, 4)
     report = FitReport((Epoch(1, 0.6, 0.6),), Epoch(1, 0.6, 0.6))
     figures = {"weight_features": 0.7, "weight_label": 0.3, "shift_used": 0.4, "shift_used_stderr": 0.7}
-    fitted = Fitted(torch.nn.Identity(), report, figures, world.f, GUESS, world.chances)
+    on = torch.stack([torch.sigmoid(world.f) * world.chances[0], torch.sigmoid(-world.f) * world.chances[1]], 1)
+    clipped = world.chances[0].clamp_min(0.9), world.chances[1].clamp_min(0.9)  # weights' clips are no part of it
+    fitted = Fitted(torch.nn.Identity(), report, figures, world.f, GUESS, clipped, on)
     fits = RewardFits({"auto": fitted}, {}, GUESS, None, None, None, None, None, torch.arange(9), None)
     found = explained(fits, "auto")
     assert found is not None
     assert found.weights == {"label": 0.3, "features": 0.7}
-    on1, on0 = torch.sigmoid(world.f) * world.chances[0], torch.sigmoid(-world.f) * world.chances[1]
+    on1, on0 = on.T
     assert torch.allclose(found.feedback, (on1 + on0).double(), atol=1e-5)
     assert torch.allclose(found.seen, (on1 / (on1 + on0)).double(), atol=1e-5)
     assert (found.shift, found.shift_stderr) == (0.4, 0.7)
