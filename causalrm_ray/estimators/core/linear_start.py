@@ -49,7 +49,7 @@ def start_linear(
     ridge holds the variance of w . x near SPREAD or below, however many the features. L-BFGS: Liu and Nocedal 1989.
     Raises FloatingPointError for a risk that is not finite.
     """
-    sample = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]]
+    sample = _drawn(rows, seed)
     learns = taught(sample).float()
     share = learns / learns.sum(0).clamp_min(1)
     whole = cast(EnsembleScorer, module.scorer)
@@ -74,8 +74,10 @@ def fit_scorer(
     A few hundred small steps would not get it there. A risk that changes from epoch to epoch has no such optimum.
     """
     if getattr(module, "is_linear", False) and train.begin is None and len(train.rows):
-        drawn = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(settings.seed))[:ROWS]
-        sample, weights = train.rows[drawn], [parameter for parameter in module.parameters() if parameter.ndim > 1]
+        sample, weights = (
+            _drawn(train.rows, settings.seed),
+            [parameter for parameter in module.parameters() if parameter.ndim > 1],
+        )
         own, before = copy.deepcopy(module.state_dict()), mean_risk(module, inputs, validation, shard=shard)
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
@@ -88,6 +90,11 @@ def fit_scorer(
         if not mean_risk(module, inputs, validation, shard=shard) < before:  # of a risk that is not convex, perhaps
             module.load_state_dict(own)
     return fit(module, inputs, train, validation, settings, shard)
+
+
+def _drawn(rows: Tensor, seed: int) -> Tensor:
+    """ROWS of the `rows`, or all in another order where they are fewer."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]]
 
 
 def _minimise(module: nn.Module, total: Callable[[], Tensor]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 import torch
+from scipy.special import expit
 from torch import Tensor
 
 from causalrm_ray.checks import check_same_length
@@ -74,7 +75,7 @@ def fit_intervals(log: Explained, observations: Observations, strata: Tensor | N
     groups = torch.zeros(len(observations), dtype=torch.long) if strata is None else strata
     found = _quantities(log, observations, groups, int(groups.max()) + 1)
     logits = [torch.stack([one.whole, one.errors], 1) for one in found.values()]  # [3, 2] of each mechanism
-    rho_01, rho_10, preference = (_hull([(float(one[k, 0]), float(one[k, 1])) for one in logits], _sigmoid) for k in range(3))
+    rho_01, rho_10, preference = (_hull([(float(one[k, 0]), float(one[k, 1])) for one in logits], expit) for k in range(3))
     own = log.rates.rho_01, log.rates.rho_10
     rates = [None if log.known else _around(at, one.low / 2, one.high / 2) for at, one in zip(own, (rho_01, rho_10), strict=True)]
     return FitIntervals(tuple(found), rates[0], rates[1], preference)
@@ -161,13 +162,9 @@ def _stratum(rows: int, labels: int, found: list[tuple[Tensor, Tensor]]) -> Stra
 def _hull(found: Sequence[tuple[float, float]], scale: Callable[[float], float]) -> Interval:
     """Values and standard errors, the likeliest mechanism's first, on another `scale`: from the lowest end to the highest."""
     lows, highs = zip(*((value - NORMAL * error, value + NORMAL * error) for value, error in found), strict=True)
-    return Interval(scale(found[0][0]), scale(min(lows)), scale(max(highs)))
+    return Interval(*(float(scale(value)) for value in (found[0][0], min(lows), max(highs))))
 
 
 def _around(estimate: float, low: float, high: float) -> Interval:
     """An interval that holds the estimate."""
     return Interval(estimate, min(low, estimate), max(high, estimate))
-
-
-def _sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value))

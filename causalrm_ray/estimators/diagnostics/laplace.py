@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS, TOLERANCE = 100, 1e-6  # most scoring steps, and the one that is small enough
+from causalrm_ray.estimators.core.scoring import maximise
+
 LEAST = 1e-12  # probability
 
 
@@ -31,8 +32,7 @@ def laplace(
     """The posterior of parameters [P] of multinomial `counts` [..., K] with `probabilities`(parameters) [..., K].
 
     Its covariance is the inverse of Fisher's information, counts over `dispersion` >= 1, plus the prior's precision; the mode is
-    found by scoring from `start` [P], where a step that does not raise the density is halved. Raises FloatingPointError for
-    one that is not finite.
+    found by scoring from `start` [P]. Raises FloatingPointError for one that is not finite.
     """
     precision, rows = torch.linalg.inv(prior.covariance), counts.sum(-1, keepdim=True)
 
@@ -48,15 +48,7 @@ def laplace(
         weighed = (slopes * (rows / p).sqrt()[..., None]).flatten(0, -2)
         return gradient, weighed.T @ weighed / dispersion + precision
 
-    at, best = start, density(start)
-    for _ in range(STEPS):
-        gradient, information = curvature(at)
-        step = torch.linalg.solve(information, gradient)
-        while float(step.abs().max()) > TOLERANCE and not density(at + step) > best:
-            step = step / 2
-        if float(step.abs().max()) <= TOLERANCE:
-            break
-        at, best = at + step, density(at + step)
+    at = maximise(density, curvature, start)
     covariance = torch.linalg.inv(curvature(at)[1])
     if not bool(at.isfinite().all() and covariance.isfinite().all()):
         raise FloatingPointError(f"a posterior must be finite, got the mode {at.tolist()}")

@@ -18,13 +18,13 @@ from causalrm_ray.checks import check_binary, check_finite, check_same_length
 from causalrm_ray.errors import InputError
 from causalrm_ray.estimators.core.clusters import stderr
 from causalrm_ray.estimators.core.folds import fold_of
+from causalrm_ray.estimators.core.scoring import maximise
 
 # Standard deviations of a and b. Biases of a mean are seldom above half a logit, and 100 rows know it to 0.3 only: without the
 # prior, a model of about the right level would lose more by their noise than it gains.
 SHIFT_PRIOR, SLOPE_PRIOR = 0.5, 0.25
 FOLDS = 5
 FEW = 30  # rows, below which an estimate is hardly more than its prior
-STEPS, TOLERANCE = 100, 1e-7  # most Newton steps, and the one that is small enough
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,10 @@ def fit_level(
 
 
 def _maximise(f: Tensor, y: Tensor, w: Tensor, sloped: bool) -> tuple[Level, list[float]]:
-    """The level of greatest posterior density, and the standard errors of a and, if `sloped`, b by its expected curvature.
-
-    Fisher's scoring; a step that does not raise the density is halved.
-    """
+    """The level of greatest posterior density, and the standard errors of a and, if `sloped`, b by its expected curvature."""
     size = 1 + sloped
     prior = torch.tensor([SHIFT_PRIOR, SLOPE_PRIOR], dtype=torch.float64)[:size] ** -2
-    at, centre = torch.zeros(size, dtype=torch.float64), _mean(f, w)
+    centre = _mean(f, w)
 
     def level(at: Tensor) -> Level:
         slope = math.exp(at[1]) if sloped else 1.0
@@ -143,15 +140,7 @@ def _maximise(f: Tensor, y: Tensor, w: Tensor, sloped: bool) -> tuple[Level, lis
         s, x = torch.sigmoid(z), torch.stack([torch.ones_like(z), z - at[0] - centre], dim=1)[:, :size]
         return x.T @ (w * (y - s)) - prior * at, (x * (w * s * (1 - s)).unsqueeze(1)).T @ x + torch.diag(prior)
 
-    for _ in range(STEPS):
-        gradient, information = curvature(at)
-        step = torch.linalg.solve(information, gradient)
-        before = density(at)
-        while float(step.abs().max()) > TOLERANCE and not density(at + step) > before:
-            step = step / 2
-        if float(step.abs().max()) <= TOLERANCE:
-            break
-        at = at + step
+    at = maximise(density, curvature, torch.zeros(size, dtype=torch.float64))
     return level(at), torch.linalg.inv(curvature(at)[1]).diagonal().sqrt().tolist()
 
 

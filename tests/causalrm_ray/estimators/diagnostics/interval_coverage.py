@@ -2,10 +2,11 @@
 
     python -m tests.causalrm_ray.estimators.diagnostics.interval_coverage WORLD
 
-    worlds drawn from the priors of the fit -> logs -> fits by auto -> intervals -> share of them that hold the truth
+    worlds drawn at random -> logs -> fits by auto -> intervals -> share of them that hold the truth
 
 Worlds: "label", opinions of two grades decide who gives feedback, in two strata; "features", only features do; "shift", features
-and opinions do, in two strata. Truth and priors as in selection_posterior.
+and opinions do, in two strata. Rates are drawn from the fits' prior, all else from narrower ones than those of
+selection_posterior.
 """
 # ruff: noqa: T201
 
