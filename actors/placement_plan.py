@@ -18,7 +18,7 @@ from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES, Transport
 from actors.weights.buckets import BUCKET_BYTES, BUCKETS
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
-from causalrm_ray.models.size import GROUP, GROUP_TOKENS, KEPT_TOKENS, WIDTHS, ModelSize
+from causalrm_ray.models.size import GROUP_TOKENS, KEPT_TOKENS, WIDTHS, ModelSize, default_tuning
 from causalrm_ray.registry import ALGORITHMS, ENGINES
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 
@@ -91,11 +91,11 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
 
     Raises ConfigError, saying what to change, where there are too few GPUs.
     """
-    sizes = _bytes(config, policy, reward, parts, on_gpu=gpus > 0)
+    sizes = _bytes(config, policy, reward, parts, gpus)
     generators = [role for role in sizes if role.startswith("generator")]
     ranks = [role for role in sizes if role.startswith("learner")]
-    others = [role for role in sizes if role in ("reward", "propensity")]
-    workers = [role for role in sizes if role not in {*generators, *ranks, *others}]
+    others = [role for role in sizes if role == "reward" or role.startswith("features")]
+    workers = [role for role in sizes if role.startswith("reward worker")]
     if gpus == 0:
         return Plan({role: Allocation(role, size) for role, size in sizes.items()})
     spread = config.rollout.tensor_parallel
@@ -106,10 +106,14 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
         _check_can_share(len(generators), spread, len(ranks), sum(bundles), gpus)
         bundles = [1] * min(gpus, max(len(generators), len(ranks), 1))
         indices = {role: index % len(bundles) for part in (generators, ranks) for index, role in enumerate(part)}
-    indices |= dict.fromkeys(others, len(bundles) - 1)
+    if not (generators or ranks):  # a fit alone: every GPU computes states, but those of workers that need their own
+        bundles = [1] * (len(others) - 1)
+        indices |= {role: min(place, len(bundles) - 1) for place, role in enumerate(others)}
+    else:
+        indices |= dict.fromkeys(others, len(bundles) - 1)
     sharing = Counter(indices.values())
     allocations = {role: Allocation(role, sizes[role], index, bundles[index] / sharing[index]) for role, index in indices.items()}
-    allocations |= {role: Allocation(role, sizes[role]) for role in workers}
+    allocations |= {role: Allocation(role, sizes[role]) for role in sizes if role not in indices}
     ends = [process for role, process in allocations.items() if role.startswith("generator") or role == "learner-0"]
     transport = _transport(config, ends, _partners(allocations))
     if transport == "broadcast":
@@ -152,13 +156,15 @@ def _check_can_share(generators: int, spread: int, ranks: int, wanted: int, gpus
         )
 
 
-def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collection[str], on_gpu: bool) -> dict[str, int]:
+def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collection[str], gpus: int) -> dict[str, int]:
     """Bytes of each process, by role."""
+    on_gpu = gpus > 0
     width, longest = WIDTHS[config.model.dtype], config.model.max_length
     rollout, learner, critic = config.rollout, config.learner, ALGORITHMS.load(config.learner.algorithm).critic
     answers = -(-rollout.prompts_per_step * rollout.samples_per_prompt // rollout.generators)  # of one generator in a step
     single = WIDTHS["float32"]
-    scoring = reward.weight_bytes(single) + reward.activation_bytes(single, GROUP * longest, training=False)
+    states = WIDTHS["bfloat16"] if on_gpu else width
+    scoring = reward.weight_bytes(states) + reward.activation_bytes(states, max(GROUP_TOKENS, longest), training=False)
     sizes: dict[str, float] = {}
     if "generators" in parts:
         cache = policy.cache_bytes(width, longest * min(MAX_SEQUENCES, answers))
@@ -171,10 +177,15 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
         size += policy.activation_bytes(width, max(min(TOKEN_BUDGET, most), longest), critic, checkpointing)
         sizes |= {f"learner-{number}": size + PROCESS_BYTES * (not on_gpu) for number in range(learner.ranks)}
     if "reward" in parts:
-        folds = 2 * reward.weight_bytes(single) + reward.training_bytes(single, 1, 0, critic=False)
-        # Counted once: the workers fit after the propensity model, which has given this back by then. A scorer has no vocabulary.
-        tokens = min(BATCH_SIZE * longest, KEPT_TOKENS + max(GROUP_TOKENS, longest))
-        folds += replace(reward, vocabulary=0).activation_bytes(single, tokens)
-        sizes |= {"reward": scoring + PROCESS_BYTES * (not on_gpu), "propensity": folds + PROCESS_BYTES * (not on_gpu)}
-        sizes |= {f"reward worker {number}": 2 * scoring + PROCESS_BYTES for number in range(config.reward.workers)}
+        worker, spared = 0, 0
+        if (config.reward.tune or default_tuning(reward.backbone)) == "full":
+            tokens = min(BATCH_SIZE * longest, KEPT_TOKENS + max(GROUP_TOKENS, longest))
+            # The one that serves, the one that learns; a scorer has no vocabulary.
+            worker = reward.weight_bytes(single) + reward.training_bytes(single, 1, 0, critic=False)
+            worker += replace(reward, vocabulary=0).activation_bytes(single, tokens)
+            spared = config.reward.workers
+        computing = 1 if "generators" in parts or "learner" in parts else max(1, gpus - spared)
+        sizes |= {f"features-{number}": scoring + PROCESS_BYTES * (not on_gpu) for number in range(computing)}
+        sizes |= {"reward": scoring + PROCESS_BYTES * (not on_gpu), "propensity": PROCESS_BYTES}
+        sizes |= {f"reward worker {number}": worker + PROCESS_BYTES for number in range(config.reward.workers)}
     return {role: int(size) for role, size in sizes.items()}

@@ -1,10 +1,10 @@
-"""A refit: snapshot of the log -> propensities -> reward models -> the gate, and what serves since."""
+"""A refit: snapshot of the log -> states of its rows -> propensities -> reward models -> the gate, and what serves since."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from actors.cluster.telemetry import event, record
 from actors.cluster.wait import resolve
+from actors.features.states import StatesDone
 from actors.reward.report import Refit
 from actors.reward.snapshot_rows import write_clean_labels
 from causalrm_ray.data.log.clean import CleanSource, match_clean
@@ -21,10 +22,17 @@ class Refitter:
     """Fits over handles on the log, propensity and reward roles; `folder` is the run's, which may move between attempts."""
 
     def __init__(
-        self, log: Any, propensity: Any, reward: Any, folder: Path, timeout_s: float, clean: CleanSource | None = None
+        self,
+        log: Any,
+        features: Mapping[str, Any],
+        propensity: Any,
+        reward: Any,
+        folder: Path,
+        timeout_s: float,
+        clean: CleanSource | None = None,
     ) -> None:
-        """`clean` is read at each fit: it may grow between them."""
-        self._log, self._propensity, self._reward = log, propensity, reward
+        """`features` are handles by name; `clean` is read at each fit: it may grow between them."""
+        self._log, self._features, self._propensity, self._reward = log, features, propensity, reward
         self._folder, self._timeout_s, self._clean = folder, timeout_s, clean
         self._propensity_folder: Path | None = None
         self._fitted_position = 0  # of the log, when it was last fitted
@@ -35,14 +43,17 @@ class Refitter:
         as_of: float | None,
         methods: Sequence[str],
         clean_labels: Callable[[Path], np.ndarray] | None = None,
+        on_states: Callable[[StatesDone], None] = lambda done: None,
     ) -> Refit:
-        """Fit propensity, noise rates and reward models on the log as of a time; promote the configured method's behind its gate.
+        """Compute the states that are missing, fit propensity, noise rates and reward models on the log as of a time; promote the
+        configured method's behind its gate.
 
-        `name` names the snapshot and the candidate; `clean_labels` gives r* [N] of a snapshot to the method "oracle". A refit
-        starts from models that serve where these pass on no label (see the roles).
+        `name` names the snapshot and the candidate; `clean_labels` gives r* [N] of a snapshot to the method "oracle";
+        `on_states` is called as states are written.
         """
         position = self._wait(self._log.position.remote(), "snapshot the log")
         snapshot = self._wait(self._log.seal.remote(self._folder, name, as_of), "snapshot the log")
+        self._compute_states(snapshot, on_states)
         folder = self._folder / "propensity" / name
         began = time.perf_counter()
         propensity = self._wait(self._propensity.fit.remote(snapshot, folder), "fit propensity")
@@ -58,7 +69,7 @@ class Refitter:
             found, counts = match_clean(self._clean.read(), snapshot)
             write_clean_labels(judged, found)
         self._propensity_folder, self._fitted_position = folder, position
-        options = {"candidate": name, "start": folder / "fold-0", "clean_labels": labels, "judged": judged}
+        options = {"candidate": name, "clean_labels": labels, "judged": judged}
         fit = self._wait(self._reward.fit.remote(snapshot, folder, list(methods), **options), "fit reward")
         promotion = self._wait(self._reward.promote.remote(name), "promote reward")
         record("fit_seconds", "reward", fit.seconds)
@@ -91,6 +102,18 @@ class Refitter:
         reward = {**serving["reward"], "folder": self._folder / serving["reward"]["folder"]}
         loading = [self._reward.load.remote(**reward), self._propensity.load.remote(self._propensity_folder)]
         self._wait(loading, "load reward and propensity")
+
+    def _compute_states(self, snapshot: Path, on_states: Callable[[StatesDone], None]) -> None:
+        """Let the features roles compute what is missing, each a shard at a time: the time-out is that of one shard."""
+        began, done = time.perf_counter(), dict.fromkeys(self._features, StatesDone(0, 1, 0))
+        while open := {name: role for name, role in self._features.items() if done[name].rows < done[name].missing}:
+            refs = [role.advance.remote(snapshot) for role in open.values()]
+            done |= zip(open, self._wait(refs, "compute states"), strict=True)
+            on_states(StatesDone(*(sum(counts) for counts in zip(*map(astuple, done.values()), strict=True))))
+        tokens = sum(one.tokens for one in done.values())
+        if tokens:
+            rows = sum(one.rows for one in done.values())
+            event("states", "features", rows=rows, tokens=tokens, seconds=time.perf_counter() - began)
 
     def _wait(self, refs: Any, phase: str) -> Any:
         return resolve(refs, phase, self._timeout_s)

@@ -87,7 +87,7 @@ class RolloutStream:
         in_flight: deque[tuple[list[Completion], Any, list[Any], list[Any]]] = deque()
         scored: list[Scored] = []
         for chunk in self._micro_batches(begun[1] if begun else self._generators.generate(requests)):
-            rewards = self.reward.score.remote([done.prompt.token_ids + done.token_ids for done in chunk])
+            rewards = self.reward.score.remote([(done.prompt.token_ids, done.token_ids) for done in chunk])
             in_flight.append((chunk, rewards, self._learner.prepare(chunk), self._show(show(chunk))))
             record("queue_rows", DRIVER, sum(len(waiting) for waiting, *_ in in_flight))
             while sum(len(waiting) for waiting, *_ in in_flight) > self._config.buffer:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.allocated import Allocated
 from actors.cluster.environment import compute_env
 from actors.cluster.in_process import in_process
-from actors.cluster.place import Bundle, Placement, place, rendezvous, reserve
+from actors.cluster.place import Placement, place, rendezvous, reserve
 from actors.cluster.resources import gpu_bytes, ray_resources
 from actors.cluster.telemetry import event, record
 from actors.cluster.wait import resolve
@@ -30,21 +31,17 @@ from actors.learner.rank import LearnerRank
 from actors.learner.shares import Sharder
 from actors.placement_plan import Plan, Transport, make_plan
 from actors.refitting import Refitter
-from actors.reward.fit_spec import BATCH_SIZE, PROPENSITY_EPOCHS
-from actors.reward.propensity_actor import PropensityActor
-from actors.reward.reward_actor import RewardActor
 from actors.rollout.engine import DEVICE_SHARE, EngineSettings
 from actors.rollout.generator import Generator
 from actors.rollout.generator_pool import Generators
+from actors.start_reward import start_reward
 from actors.streaming import RolloutStream
 from actors.users import UsersRole
 from actors.weights.publish import ByBroadcast, ByIpc, ByObject, Publisher
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.clean import clean_source
 from causalrm_ray.data.log.store import FeedbackLog
-from causalrm_ray.estimators.core.training import FitSettings
 from causalrm_ray.models.size import model_size
-from causalrm_ray.models.text import generation_stops
 from causalrm_ray.registry import ENGINES
 from causalrm_ray.types import Completion, Request
 
@@ -75,7 +72,7 @@ class Roles:
 
     def score(self, completions: Sequence[Completion], model: str | Path | None = None) -> np.ndarray:
         """Logits [N] of the serving reward model, or of `model`: a folder or hub id."""
-        rows = [done.prompt.token_ids + done.token_ids for done in completions]
+        rows = [(done.prompt.token_ids, done.token_ids) for done in completions]
         if model is None:
             return resolve(self.reward.score.remote(rows), "score", self.timeout_s)[0]
         return resolve(self.reward.score_with.remote(str(model), rows), "score", self.timeout_s)
@@ -135,16 +132,17 @@ def start_roles(
     plan = plan_roles(config, policy, reward, parts)
     plan = replace(plan, transport=transport or plan.transport)
     on_plan(plan)
-    allocated = _Allocated(plan, reserve(plan.bundles, config.cluster.timeout_s))
+    allocated = Allocated(plan, reserve(plan.bundles, config.cluster.timeout_s))
     timeout_s, restarts = config.cluster.timeout_s, config.loop.max_failures
     log = users = propensity_role = reward_role = None
+    features: dict[str, Any] = {}
     if "log" in parts:
         beside_driver = Placement("log", beside_driver=True, restarts=restarts)
         log = place(FeedbackLog, beside_driver, config.log_url, dict(config.feedback.signals), config.feedback.order)
     if "users" in parts:
         users = place(UsersRole, Placement("users", restarts=restarts), config.world, config.run.seed)
     if "reward" in parts:
-        propensity_role, reward_role = _start_reward(config, policy, reward, allocated)
+        features, propensity_role, reward_role = start_reward(config, policy, reward, allocated)
     start, handles = partial(_start_generator, config, policy, allocated), {}
     if "generators" in parts:
         handles = {name: start(name) for name in (f"generator-{number}" for number in range(config.rollout.generators))}
@@ -158,7 +156,7 @@ def start_roles(
     return Roles(
         plan=plan,
         stream=RolloutStream(config.rollout, generators, learner, **others, refresh=refresh, timeout_s=timeout_s),
-        refitter=Refitter(log, propensity_role, reward_role, config.run.path, timeout_s, clean_source(config.feedback)),
+        refitter=Refitter(log, features, propensity_role, reward_role, config.run.path, timeout_s, clean_source(config.feedback)),
         learner=learner,
         generators=generators,
         publisher=_publisher(config, allocated, learner, by_object),
@@ -179,57 +177,7 @@ def plan_roles(config: Config, policy: str, reward: str, parts: Collection[str] 
     return plan
 
 
-@dataclass(frozen=True, slots=True)
-class _Allocated:
-    """Where the plan puts each role, in the GPUs that are reserved for it."""
-
-    plan: Plan
-    group: Any
-
-    @property
-    def on_gpu(self) -> bool:
-        return bool(self.plan.bundles)
-
-    def bundle(self, role: str) -> Bundle | None:
-        index = self.plan.allocations[role].bundle
-        return (self.group, index) if self.group and index is not None else None
-
-    def placement(self, role: str, **options: Any) -> Placement:
-        return Placement(role, gpus=self.plan.allocations[role].gpus, bundle=self.bundle(role), **options)
-
-
-def _start_reward(config: Config, policy: str, model: str, allocated: _Allocated) -> tuple[Any, Any]:
-    """The propensity and reward roles, which share a GPU where there is one; they read answers of `policy`."""
-    options = {"env": compute_env(allocated.on_gpu), "restarts": config.loop.max_failures}
-    length = {"max_length": config.model.max_length, "truncation": config.model.truncation}
-    limits = {**length, "per_user": config.feedback.per_user}
-    common = {**limits, "device": "cuda" if allocated.on_gpu else "cpu"}
-    seed, folder = config.run.seed, config.run.path
-    propensity = place(
-        PropensityActor,
-        allocated.placement("propensity", **options),
-        model,
-        FitSettings(PROPENSITY_EPOCHS, config.reward.lr, BATCH_SIZE, seed=seed),
-        config.reward.clip,
-        memory=folder / "propensity" / "serving.json",
-        **common,
-    )
-    reward = place(
-        RewardActor,
-        allocated.placement("reward", **options),
-        model,
-        config.reward,
-        seed=seed,
-        folder=folder / "reward",
-        timeout_s=config.cluster.timeout_s,
-        stops=[*generation_stops(policy), *(end for end in config.rollout.stop if isinstance(end, int))],
-        use_gpu=allocated.plan.fits_on_gpu,
-        **common,
-    )
-    return propensity, reward
-
-
-def _start_generator(config: Config, policy: str, allocated: _Allocated, role: str) -> Any:
+def _start_generator(config: Config, policy: str, allocated: Allocated, role: str) -> Any:
     rollout, gpus = config.rollout, allocated.plan.allocations[role].gpus
     settings = EngineSettings(
         model=policy,
@@ -246,7 +194,7 @@ def _start_generator(config: Config, policy: str, allocated: _Allocated, role: s
     return place(Generator, placement, rollout.engine, settings, rollout.sampling())
 
 
-def _start_learner(config: Config, policy: str, allocated: _Allocated) -> list[Any]:
+def _start_learner(config: Config, policy: str, allocated: Allocated) -> list[Any]:
     address = rendezvous(allocated.bundle("learner-0"), config.cluster.timeout_s)
     env = compute_env(allocated.on_gpu)
     return [
@@ -268,7 +216,7 @@ def _start_learner(config: Config, policy: str, allocated: _Allocated) -> list[A
     ]
 
 
-def _publisher(config: Config, allocated: _Allocated, learner: LearnerGroup, by_object: ByObject) -> Publisher:
+def _publisher(config: Config, allocated: Allocated, learner: LearnerGroup, by_object: ByObject) -> Publisher:
     plan, timeout_s = allocated.plan, config.cluster.timeout_s
     if plan.transport == "ipc":
         return ByIpc(learner.ranks, plan.partners, timeout_s)

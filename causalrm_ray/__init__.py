@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causalrm_ray.api import RewardEstimator
+    from causalrm_ray.reward import RewardModel
 
-__all__ = ["RewardEstimator"]
+__all__ = ["RewardEstimator", "RewardModel"]
+_HOMES = {"RewardEstimator": "causalrm_ray.api", "RewardModel": "causalrm_ray.reward"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("causalrm_ray.api"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -31,6 +31,9 @@ class Gpu(NamedTuple):
     price: float
 
 
+# Heads on states: ensembles that `auto` fits, with the propensity's; passes over many rows; weights per hidden unit; FLOP/s.
+HEAD_FITS, HEAD_EPOCHS, HEAD_WEIGHTS, CPU_FLOPS = 8, 10, 5 * 33, 1e11
+
 # Vendors' figures of the SXM modules (L4: PCIe); prices of one large cloud on demand, rounded, of late 2025: give your own.
 GPUS = {
     "A100": Gpu(80e9, 312e12, 2039e9, 300e9, 4.1),
@@ -178,19 +181,18 @@ def step(work: Work, rates: Rates) -> Step:
     return Step(busy, wall)
 
 
-def fit(
-    reward: ModelSize, rows: float, observed: float, tokens: float, epochs: tuple[int, int], workers: int, rates: Rates
-) -> dict[str, float]:
-    """Seconds of the phases of one fit, which follow each other: features by the frozen backbone, propensity, reward model.
+def fit(reward: ModelSize, rows: float, new: float, tokens: float, epochs: int, workers: int, rates: Rates) -> dict[str, float]:
+    """Seconds of the phases of one fit, which follow each other: states of the frozen backbone, heads on them, distillation.
 
-    The log has `rows` impressions of `tokens` tokens, a share `observed` with feedback; `epochs` of propensity and reward.
-    The propensity model is cross-fitted by one role, so that each pass trains on every row once and another predicts them all.
+    The log has `rows` impressions of `tokens` tokens, `new` of which have no states yet. Heads are fitted on a CPU: HEAD_FITS
+    ensembles of HEAD_WEIGHTS weights per hidden unit, HEAD_EPOCHS passes each. With `epochs` >= 1 the heads are distilled into
+    the whole backbone on all rows; 0: they serve.
     """
-    unit = reward.parameters * rows * tokens
+    unit = reward.backbone * tokens
     return {
-        "features": 2 * unit / (workers * rates.forward),
-        "propensity": 6 * epochs[0] * unit / rates.training + 2 * unit / rates.forward,
-        "reward": 6 * epochs[1] * observed * unit / (workers * rates.training),
+        "features": 2 * unit * new / (workers * rates.forward),
+        "heads": 6 * HEAD_FITS * HEAD_EPOCHS * HEAD_WEIGHTS * reward.hidden * rows / CPU_FLOPS,
+        "distillation": 6 * epochs * unit * rows / (workers * rates.training),
     }
 
 
@@ -213,8 +215,9 @@ ADVICE = {
     "update": "add learner ranks, lower epochs, set lora, or turn checkpointing off if memory allows",
     "sync": "set lora, of which the adapter alone is sent, or use a faster link between hosts",
     "driver": "take larger steps: more prompts for each",
-    **dict.fromkeys(("features", "propensity"), "set log_rows: a fit on a sample of the log; or take a smaller reward model"),
-    "reward": "add workers, or set log_rows: a fit on a sample of the log",
+    "features": "add workers, set log_rows: a fit on a sample of the log; or take a smaller reward model",
+    "heads": "set log_rows: a fit on a sample of the log",
+    "distillation": "set tune=head, add workers, or set log_rows: a fit on a sample of the log",
 }
 
 

@@ -99,3 +99,11 @@ def _vectors(predicted: Tensor, actual: Tensor) -> tuple[np.ndarray, np.ndarray]
 def _check_varies(name: str, value: Tensor) -> None:
     if bool((value == value[0]).all()):
         raise ValueError(f"{name} must vary, got {value[0].item():.6g} in all {len(value)} rows")
+
+
+def better_half(score: Tensor) -> Tensor:
+    """Mask [M] of the better half by `score` [M]; where many have the median, the part above it, with or without these, that is
+    nearer to half."""
+    above, from_it = score > score.median(), score >= score.median()
+    parts = [float(part.double().mean()) for part in (above, from_it)]
+    return above if abs(parts[0] - 0.5) <= abs(parts[1] - 0.5) else from_it

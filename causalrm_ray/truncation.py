@@ -75,9 +75,13 @@ class Cuts:
     def add(self, found: Truncated[Any], label: int | None = None) -> None:
         """Count a row if it lost turns; `label` is None where no feedback was given."""
         if found.turns:
-            self._labels[LABELS[label]] += 1
-            self._turns.append(found.turns)
-            self._tokens.append(found.tokens)
+            self.count(found.turns, found.tokens, label)
+
+    def count(self, turns: int, tokens: int, label: int | None) -> None:
+        """Count a row that lost `turns` >= 1 turns of `tokens` tokens."""
+        self._labels[LABELS[label]] += 1
+        self._turns.append(turns)
+        self._tokens.append(tokens)
 
     def __len__(self) -> int:
         return len(self._turns)

@@ -19,7 +19,9 @@ Truncation = Literal["refuse", "oldest"]  # of what is too long for a model: cau
 LoraTargets = Literal["auto"] | tuple[str, ...]  # of adapters: causalrm_ray.models.lora.linear_layers
 StopReason = Literal["stop", "length"]
 NoiseEstimator = Literal["curve", "anchors"]  # of the noise rates: estimators.nuisances.noise_rates
+RewardTuning = Literal["head", "full"]  # of a reward model's backbone: config.train.RewardConfig
 HeadKind = Literal["mlp", "linear", "boosting"]  # of a model on features: config.benchmark.HeadConfig
+StatesName = Literal["final-last", "final-mean", "middle-last", "middle-mean"]  # of a backbone: models.states.pooled
 Selection = Literal["label", "features", "trait", "popularity", "mixed"]  # who gives feedback: data.simulate.simulate
 
 

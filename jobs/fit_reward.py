@@ -31,7 +31,7 @@ def run(config: Config) -> int:
             roles = start_roles(config, policy=backbone, reward=backbone, parts=("log", "reward"))
             progress.phase("fitting propensity and reward")
             methods = [name for name in dict.fromkeys((config.reward.method, *config.reward.compare)) if name != "oracle"]
-            fit = roles.refitter.refit("log", None, methods)
+            fit = roles.refitter.refit("log", None, methods, on_states=progress.states)
             roles.refitter.end_fits()
     summary = {"import": imported, **fit_summary(fit)}
     run.summarise(summary)

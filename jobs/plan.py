@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.placement_plan import Plan, make_plan
-from actors.reward.fit_spec import PROPENSITY_EPOCHS
 from actors.rollout.engine import MAX_SEQUENCES
 from causalrm_ray.capacity import GPUS, Gpu, Rates, Work, bottleneck, calibrated, draw_plan, fit, llama_size, step
 from causalrm_ray.checkpoint import read_json, write_json
@@ -25,7 +24,7 @@ from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.plan import PlanConfig, ShapeConfig
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
-from causalrm_ray.models.size import WIDTHS, ModelSize, model_size
+from causalrm_ray.models.size import WIDTHS, ModelSize, default_tuning, model_size
 from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 from causalrm_ray.types import LoraTargets
@@ -46,10 +45,12 @@ def run(config: PlanConfig) -> int:
     found = step(work, rates)
     rows = config.log_rows or config.log_events
     tokens = config.prompt_tokens + config.answer_tokens
-    epochs = (PROPENSITY_EPOCHS, config.reward_epochs)
-    fitted = fit(reward, rows, config.observed, tokens, epochs, config.workers, rates)
+    tune = config.tune or default_tuning(reward.backbone)
+    epochs = config.reward_epochs if tune == "full" else 0
+    fitted = fit(reward, rows, rows, tokens, epochs, config.workers, rates)
+    refitted = fit(reward, rows, config.new_rows * rows, tokens, epochs, config.workers, rates)
     run_s = {name: seconds * config.steps for name, seconds in found.wall.items()}
-    run_s |= {name: seconds * (1 + config.refits) for name, seconds in fitted.items()}
+    run_s |= {name: seconds + config.refits * refitted[name] for name, seconds in fitted.items()}
     dollars = sum(run_s.values()) / 3600 * config.hardware.gpus * gpu.price
     phase, share, change = bottleneck(run_s)
     plan = {
@@ -57,6 +58,7 @@ def run(config: PlanConfig) -> int:
         "fits": check_fit(roles, config, gpu),
         "step": {"busy_s": found.busy, "wall_s": found.wall, "seconds": found.seconds},
         "fit_s": fitted,
+        "refit_s": refitted,
         "run_s": run_s,
         "dollars": dollars,
         "bottleneck": {"phase": phase, "share": share, "change": change},
@@ -111,7 +113,7 @@ def main_tree(config: PlanConfig) -> Config:
                 **config.model_dump(include={"algorithm", "ranks", "zero_stage", "lora", "lora_targets"}),
                 "save_memory": ["checkpointing"] if config.checkpointing else [],
             },
-            "reward": {"workers": config.workers},
+            "reward": {"workers": config.workers, "tune": config.tune},
         }
     )
 
@@ -225,8 +227,10 @@ def show(plan: Mapping[str, Any], roles: Plan, config: PlanConfig) -> None:
     console.print(memory)
     console.print(times)
     hours = sum(plan["run_s"].values()) / 3600
-    fits = sum(plan["fit_s"].values()) / 3600
-    console.print(f"a step {plan['step']['seconds']:.3g} s, a fit {fits:.3g} h, the run {hours:.3g} h, ${plan['dollars']:,.0f}")
+    for name in ("fit", "refit"):
+        parts = ", ".join(f"{phase} {seconds:.3g} s" for phase, seconds in plan[f"{name}_s"].items() if seconds)
+        console.print(f"a {name} {sum(plan[f'{name}_s'].values()) / 3600:.3g} h: {parts}", soft_wrap=True)
+    console.print(f"a step {plan['step']['seconds']:.3g} s, the run {hours:.3g} h, ${plan['dollars']:,.0f}")
     slow = plan["bottleneck"]
     console.print(f"slowest: {slow['phase']}, {slow['share']:.0%} of the run: {slow['change']}", soft_wrap=True)
     if plan["fits"]:

@@ -127,9 +127,9 @@ class PlainLearner:
 class TokenReward:
     """Stands for the reward role."""
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
-        """`token_reward` of each row, and a version."""
-        return np.array([token_reward(row) for row in sequences], dtype=np.float32), 1
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, int]:
+        """`token_reward` of each prompt and answer, and a version."""
+        return np.array([token_reward([*prompt, *answer]) for prompt, answer in rows], dtype=np.float32), 1
 
 
 def token_reward(token_ids: Sequence[int]) -> float:

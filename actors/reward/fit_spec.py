@@ -7,44 +7,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causalrm_ray.config.train import RewardConfig
-from causalrm_ray.types import PerUser, Truncation
+from causalrm_ray.models.states.backbone import Backbone
+from causalrm_ray.types import PerUser, RewardTuning
 
 LOSS = "bce"  # cross-entropy on the logit
-BATCH_SIZE = 64  # rows per optimizer step over all workers, of reward and propensity models
-PROPENSITY_EPOCHS = 2  # most passes: all impressions teach it, the reward model only those with feedback
+BATCH_SIZE = 64  # rows per optimizer step over all workers, where a whole model is tuned
 
 
 @dataclass(frozen=True, slots=True)
 class FitSpec:
     """All that a worker needs for a fit; data go by path, and every path must be readable from every worker.
 
-    `snapshot` of the log; `propensities`: folder of the propensity model's version, which holds those of the snapshot's rows;
-    `clean_labels`: file with r* of the rows, for the method "oracle" only; `judged`: one with r* of the few that were judged, nan
-    elsewhere (`feedback.clean`). `start` is the model that fits begin from, under a
-    blank head; `per_user` and `truncation` are those of `load_rows`; `serving` (with `serving_version`) is measured on the same
-    held-out rows.
+    `snapshot` of the log; `cache`: folder of the states and token ids of its rows; `propensities`: folder of the propensity
+    model's version, which holds those of the snapshot's rows; `clean_labels`: file with r* of the rows, for the method "oracle"
+    only; `judged`: one with r* of the few that were judged, nan elsewhere (`feedback.clean`). `backbone` says which states are
+    read; with `tune` "full" what heads on them found is distilled into it. `per_user` is that of `load_rows`; `serving` (with
+    `serving_version`) is measured on the same held-out rows.
     Raises ValueError if `methods` lack the one that `config` lets serve, or a path does not exist.
     """
 
     snapshot: Path
+    cache: Path
     propensities: Path
     clean_labels: Path | None
     judged: Path | None
-    backbone: str
-    start: str
+    backbone: Backbone
+    tune: RewardTuning
     serving: str | None
     serving_version: int
     methods: tuple[str, ...]
     config: RewardConfig
     max_length: int
     per_user: PerUser
-    truncation: Truncation
     seed: int
 
     def __post_init__(self) -> None:
         if self.config.method not in self.methods:
             raise ValueError(f"methods must include the one that serves, {self.config.method!r}, got {list(self.methods)}")
-        for name in ("snapshot", "propensities", "clean_labels", "judged"):
+        for name in ("snapshot", "cache", "propensities", "clean_labels", "judged"):
             path = getattr(self, name)
             if path is not None and not path.exists():
                 raise ValueError(f"{name} must be a path that exists, got {path}")

@@ -22,6 +22,7 @@ from causalrm_ray.estimators.nuisances.level import LevelReport
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.nuisances.propensity import PropensityReport
 from causalrm_ray.estimators.nuisances.signals import SignalRate
+from causalrm_ray.estimators.nuisances.state_choice import StateChoice
 from causalrm_ray.types import NoiseRates
 
 REPORT = "report.json"
@@ -95,12 +96,14 @@ class VersionedPropensity(PropensityReport, Report):
     """The report of a propensity model, and its version: fits are counted from 1.
 
     `split_by` is the column by which its folds are split ("": in a version that did not record it);
-    `log_warnings` are sentences about the log (see data.users.clusters).
+    `log_warnings` are sentences about the log (see data.users.clusters); `choice` says which states of the backbone all models
+    of the fit read (None: in a version that did not record it).
     """
 
     version: int
     split_by: str = ""
     log_warnings: tuple[str, ...] = ()
+    choice: StateChoice | None = None
 
 
 @dataclass(frozen=True)

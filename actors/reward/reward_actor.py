@@ -1,6 +1,6 @@
 """The reward role: fits reward models through Ray Train, lets one serve behind a gate, and scores token ids with it.
 
-    snapshot + propensities -> fit (W workers, DDP) -> FOLDER/CANDIDATE/METHOD -> promote (gate) -> score
+    states of a snapshot + propensities -> fit (W workers) -> FOLDER/CANDIDATE/METHOD -> promote (gate) -> score
 
 One fit makes all methods that are asked for; `config.method` is the one that may serve, the others for reports.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from actors.cluster.environment import give_back_freed
 from actors.cluster.place import restarted
 from actors.reward.fit_spec import FitSpec
 from actors.reward.promotion import Promotion, judge
-from actors.reward.report import CandidateFit, RewardReport
+from actors.reward.report import CandidateFit, RewardReport, VersionedPropensity
 from actors.reward.trainer import RewardTrainer
 from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.config.train import RewardConfig
 from causalrm_ray.data.snapshots.table import check_snapshot
 from causalrm_ray.estimators.core.training import Shard
-from causalrm_ray.models.reward_model import SequenceScorer, score_rows
+from causalrm_ray.models.states.backbone import Backbone
+from causalrm_ray.models.states.pooled import Row
+from causalrm_ray.models.states.scorer import RowScorer, load_scorer
 from causalrm_ray.models.text import as_logged, end_tokens, load_tokenizer
-from causalrm_ray.types import PerUser, Truncation
+from causalrm_ray.types import PerUser, RewardTuning
 
 SERVING = "serving.json"
 SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
@@ -38,39 +41,41 @@ class RewardActor:
 
     def __init__(
         self,
-        backbone: str,
+        backbone: Backbone,
         config: RewardConfig,
         *,
+        cache: Path,
+        tune: RewardTuning,
         max_length: int,
         seed: int,
         folder: Path,
         timeout_s: float,
         per_user: PerUser = None,
-        truncation: Truncation = "refuse",
         stops: Sequence[int] = (),
         use_gpu: bool = False,
         device: str = "cpu",
     ) -> None:
-        """`backbone` is a folder or hub id of a causal model with its tokenizer; `folder` must be shared by all nodes.
+        """`backbone` is a causal model with its tokenizer; `folder` and `cache`, where its states of all rows are, must be shared
+        by all nodes. `tune` says whether what serves are heads on its states, or the whole of it ("full").
 
-        `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most, and `truncation` says what
-        becomes of longer rows (see `load_rows`); `stops` are ids that end the policy's answers, besides the backbone's own;
+        `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most (see `load_rows`); `stops` are
+        ids that end the policy's answers, besides the backbone's own;
         `timeout_s` bounds the start of the workers and each exchange between them; `use_gpu` gives each worker a GPU; `device` is
         where the serving model lies.
         """
         torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
-        self._backbone = backbone
+        self._backbone, self._cache, self._tune = backbone, cache, tune
         self._config = config
-        self._max_length, self._per_user, self._truncation = max_length, per_user, truncation
+        self._max_length, self._per_user = max_length, per_user
         self._seed = seed
         self._folder = folder.resolve()
         self._trainer = RewardTrainer(config.workers, self._folder / SCRATCH, use_gpu=use_gpu, timeout_s=timeout_s)
         self._device = device
-        self._scorers: dict[str, SequenceScorer] = {}
+        self._scorers: dict[str, RowScorer] = {}
         self._serving: Path | None = None
         self.version = 0
-        tokenizer = load_tokenizer(backbone)
-        self._ends, self._end = end_tokens(tokenizer, backbone) | set(stops), tokenizer.eos_token_id
+        tokenizer = load_tokenizer(backbone.model)
+        self._ends, self._end = end_tokens(tokenizer, backbone.model) | set(stops), tokenizer.eos_token_id
         if restarted() and (self._folder / SERVING).exists():
             self.load(**read_json(self._folder / SERVING))
 
@@ -81,7 +86,6 @@ class RewardActor:
         methods: Sequence[str],
         *,
         candidate: str,
-        start: Path | None = None,
         clean_labels: Path | None = None,
         judged: Path | None = None,
     ) -> CandidateFit:
@@ -89,30 +93,30 @@ class RewardActor:
 
         `propensities` is the folder of the propensity model's version that was fitted on `snapshot`; `clean_labels` a file of
         `write_clean_labels`, for the method "oracle" only, `judged` another, of the few rows that were judged (`feedback.clean`).
-        Fits begin from the states of the model in `start` (None: the
-        backbone) under a blank head. The propensity model is a good start: it has
-        learned from all impressions what moves users, the labels only from a few. The serving model is none: its states have
-        seen the labels. Only methods that fit heads on the backbone's own states and then distil them into a model go on from the
-        one that serves, which learns from those heads only. The serving model's risk is measured on the same held-out rows.
+        Heads read the states that the propensity model reads. The serving model's risk is measured on the same held-out rows.
         Raises InputError for a log that cannot be fitted, ValueError for other bad input, WorkerGroupError if a worker dies.
         """
         check_snapshot(snapshot)
         spec = FitSpec(
             snapshot=Path(snapshot).resolve(),
+            cache=self._cache,
             propensities=Path(propensities).resolve(),
             clean_labels=clean_labels and Path(clean_labels).resolve(),
             judged=judged and Path(judged).resolve(),
             backbone=self._backbone,
-            start=str(start or self._backbone),
+            tune=self._tune,
             serving=str(self._serving) if self._serving else None,
             serving_version=self.version,
             methods=tuple(methods),
             config=self._config,
             max_length=self._max_length,
             per_user=self._per_user,
-            truncation=self._truncation,
             seed=self._seed,
         )
+        choice = VersionedPropensity.read(spec.propensities).choice
+        if choice is None:
+            raise ValueError(f"{propensities} must say which states its model read: fit it again")
+        spec = replace(spec, backbone=replace(self._backbone, states=choice.states))
         started = time.perf_counter()
         folder = self._folder / candidate
         train_seconds = self._trainer.fit(spec, folder) if self._config.workers else self._fit_here(spec, folder)
@@ -137,8 +141,8 @@ class RewardActor:
             self.load(folder / self._config.method, promotion.version)
         return promotion
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
-        """Logits [B] (float32) of rows of token ids, prompt + response, and the version that gave them.
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, int]:
+        """Logits [B] (float32) of prompts and their answers, token ids, and the version that gave them.
 
         Each is read at the end that rows of a log have, whichever the engine stopped at, and where the token limit cut it (see
         `as_logged`).
@@ -146,19 +150,19 @@ class RewardActor:
         """
         if self._serving is None:
             raise RuntimeError("no reward model serves yet: call fit and promote, or load, first")
-        return self.score_with(str(self._serving), sequences), self.version
+        return self.score_with(str(self._serving), rows), self.version
 
-    def score_with(self, model: str, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    def score_with(self, model: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
         """Logits [B] by another model, a folder or hub id, for reports: that of another method, or of another version."""
-        rows = [as_logged(row, self._ends, self._end) for row in sequences]
-        for number, row in enumerate(rows):
-            if len(row) > self._max_length:
+        read = [Row(tuple(prompt), as_logged(answer, self._ends, self._end)) for prompt, answer in rows]
+        for number, row in enumerate(read):
+            if (tokens := len(row.prompt) + len(row.answer)) > self._max_length:
                 raise ValueError(
-                    f"row {number} must have at most {self._max_length} tokens (model.max_length) with its end, got {len(row)}"
+                    f"row {number} must have at most {self._max_length} tokens (model.max_length) with its end, got {tokens}"
                 )
         if model not in self._scorers:
-            self._scorers[model] = SequenceScorer.from_pretrained(model).to(self._device)
-        return score_rows(self._scorers[model], rows).numpy()
+            self._scorers[model] = load_scorer(model, self._device)
+        return self._scorers[model].score(read).numpy()
 
     def state(self) -> dict[str, Any]:
         """Which model serves, as JSON: {"folder", "version"}, the arguments of `load`."""
@@ -169,7 +173,7 @@ class RewardActor:
         verify_folder(Path(folder).resolve().parent)
         self._scorers.clear()
         self._serving, self.version = Path(folder).resolve(), version
-        self._scorers[str(self._serving)] = SequenceScorer.from_pretrained(self._serving).to(self._device)
+        self._scorers[str(self._serving)] = load_scorer(self._serving, self._device)
         write_json(self._folder / SERVING, self.state())
 
     def end_fits(self) -> None:

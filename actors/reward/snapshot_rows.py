@@ -1,8 +1,8 @@
-"""A snapshot of the log as the numbers that fits read: token ids, was feedback given, what it said.
+"""A snapshot of the log as the numbers that fits read: was feedback given, what it said, and where its states are.
 
-snapshot --batches, once--> digests and feedback [N] -> rows to keep, sides --batches, again--> token ids, traits, signals
+snapshot --batches, once--> digests and feedback [N] -> rows to keep, sides --batches, again--> keys of states, traits, signals
 
-Nothing is kept of a row but numbers, about a hundred bytes and four for each token.
+Nothing is kept of a row but numbers, about a hundred bytes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ import pyarrow.compute as pc
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.data.snapshots.table import check_counts, read_batches, read_columns, value_at
+from causalrm_ray.data.states.cache import StateCache, row_keys
 from causalrm_ray.data.users.clusters import LEVELS, digest, mixed, split, who
 from causalrm_ray.data.users.concentration import HEAVY, Share, cap, keep, largest_share
-from causalrm_ray.errors import InputError, brief
+from causalrm_ray.errors import brief
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals
 from causalrm_ray.estimators.nuisances.strata import length_buckets, merge_strata
 from causalrm_ray.files import write_whole
-from causalrm_ray.models.text import truncate_pair
-from causalrm_ray.truncation import Cuts, TooLongError
-from causalrm_ray.types import PerUser, Truncation
+from causalrm_ray.truncation import Cuts
+from causalrm_ray.types import PerUser, StatesName
 
 MOST_VALUES = 8  # of a trait; more, and it is an id
 READ = ("impression_id", "prompt", "response", "context", "signal", "label")
@@ -42,7 +40,7 @@ READ = ("impression_id", "prompt", "response", "context", "signal", "label")
 
 @dataclass(frozen=True, eq=False)
 class SnapshotRows:
-    """N impressions: `token_rows`, prompt, response and end of each; `observations` o [N] and r [N].
+    """N impressions: `keys` [N] of their states and token ids in `cache`; `observations` o [N] and r [N].
 
     They are ordered by (time, id), whatever the snapshot's order is. `kept` [N] are their row numbers in the snapshot, which has
     more where a user's are thinned (see data.users.concentration).
@@ -53,7 +51,8 @@ class SnapshotRows:
     their contexts hold of few values, `lengths` by the answers' characters; `signals` names the signal that each got.
     """
 
-    token_rows: TokenRows
+    cache: StateCache
+    keys: np.ndarray
     observations: Observations
     kept: Tensor
     heldout: Tensor
@@ -67,19 +66,21 @@ class SnapshotRows:
     def __len__(self) -> int:
         return len(self.kept)
 
+    def states(self, name: StatesName) -> Tensor:
+        """The states of this name [N, D]."""
+        return self.cache.states(name, self.keys)
 
-def load_rows(
-    snapshot: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    per_user: PerUser = None,
-    truncation: Truncation = "refuse",
-) -> SnapshotRows:
-    """Token rows and observations of a snapshot, no user of which counts for more than `per_user` rows with feedback (see
-    data.users.concentration). What is longer than `max_length` tokens is without its oldest turns, if `truncation` is "oldest".
+    def token_rows(self, pad_id: int) -> TokenRows:
+        """Prompt, response and end of each row as token ids."""
+        return TokenRows(*self.cache.tokens(self.keys), pad_id)
 
-    Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshots.table), InputError that names the
-    impression for a row that is too long.
+
+def load_rows(snapshot: Path, cache: StateCache, max_length: int, per_user: PerUser = None) -> SnapshotRows:
+    """Observations of a snapshot, no user of which counts for more than `per_user` rows with feedback (see
+    data.users.concentration), and where in `cache` their states are. Rows were cut to `max_length` tokens, if they were.
+
+    Raises SnapshotError for a snapshot that cannot be read or fitted (see data.snapshots.table), InputError for one of which the
+    cache lacks states.
     """
     keys, observed, label, order = _scan(snapshot)
     check_counts(len(observed), int(np.count_nonzero(observed)), int(np.count_nonzero(label)))
@@ -94,25 +95,37 @@ def load_rows(
     del keys, user
     rows, read = order[kept], np.empty_like(kept)
     read[order] = kept
-    texts = _Texts(tokenizer, max_length, truncation)
+    texts = _Texts()
     start = 0
     for batch in read_columns(snapshot, READ):
         texts.add(batch.filter(pa.array(read[start : start + batch.num_rows])))
         start += batch.num_rows
     place = (np.cumsum(read) - 1)[rows]  # of the rows among those that were read
     bucket, names = length_buckets(torch.from_numpy(np.concatenate(texts.lengths)[place]))
+    state_keys = np.concatenate(texts.keys)[place]
+    cuts = _cuts(cache, state_keys, observed, label)
     return SnapshotRows(
-        TokenRows(*texts.tokens(), tokenizer.pad_token_id).take(torch.from_numpy(place)),
+        cache,
+        state_keys,
         observations,
         torch.from_numpy(rows),
         torch.from_numpy(np.flatnonzero(sides.heldout)),
         torch.from_numpy(sides.fold),
         sides.by,
-        (*warnings, *texts.cuts.warnings(len(observed), f"{max_length} tokens (model.max_length)"), *sides.warnings),
+        (*warnings, *cuts.warnings(len(observed), f"{max_length} tokens (model.max_length)"), *sides.warnings),
         Groups(*merge_strata(*texts.traits.crossings(place), observations)),
         Groups(*merge_strata(bucket, [f"length={name}" for name in names], observations)),
         _signals(np.concatenate(texts.meaning)[place], list(texts.meanings)),
     )
+
+
+def _cuts(cache: StateCache, keys: np.ndarray, observed: np.ndarray, label: np.ndarray) -> Cuts:
+    """What the rows lost to be no longer than a model reads."""
+    cuts, counts = Cuts(), cache.counts(keys)
+    turns, tokens = counts["lost_turns"], counts["lost_tokens"]
+    for row in np.flatnonzero(turns).tolist():
+        cuts.count(int(turns[row]), int(tokens[row]), int(label[row]) if observed[row] else None)
+    return cuts
 
 
 def write_clean_labels(path: Path, labels: np.ndarray) -> None:
@@ -164,29 +177,16 @@ def _digests(batch: pa.RecordBatch, column: str) -> np.ndarray:
 class _Texts:
     """What is read of the rows' texts, batch by batch."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation) -> None:
-        self._tokenizer, self._max_length, self._truncation = tokenizer, max_length, truncation
-        self._ids, self._rows = array("i"), array("i")
-        self.cuts = Cuts()
+    def __init__(self) -> None:
+        self.keys: list[np.ndarray] = []
         self.traits = _Traits()
         self.lengths: list[np.ndarray] = []
         self.meanings: dict[tuple[str, int], int] = {}
         self.meaning: list[np.ndarray] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Read a batch of READ; raises InputError for a row that is too long."""
-        texts = zip(*(batch[name].to_pylist() for name in ("impression_id", "prompt", "response", "label")), strict=True)
-        for name, prompt, response, label in texts:
-            try:
-                found = truncate_pair(self._tokenizer, Conversation(prompt), response, self._max_length, self._truncation)
-            except TooLongError as error:
-                limit = f"{self._max_length} tokens (model.max_length)"
-                raise InputError(f"impression {name!r} must have at most {limit}{error}") from error
-            except ConversationError as error:
-                raise InputError(f"impression {name!r}: {error}") from error
-            self.cuts.add(found, label)
-            self._ids.extend(found.ids)
-            self._rows.append(len(found.ids))
+        """Read a batch of READ."""
+        self.keys.append(row_keys(*(batch[name].to_pylist() for name in ("impression_id", "prompt", "response")))[0])
         self.lengths.append(pc.call_function("utf8_length", [batch["response"]]).to_numpy())
         self.traits.add(batch["context"].to_pylist())
         given = zip(batch["signal"].to_pylist(), batch["label"].to_pylist(), strict=True)
@@ -194,11 +194,6 @@ class _Texts:
             -1 if label is None else self.meanings.setdefault((signal, label), len(self.meanings)) for signal, label in given
         )
         self.meaning.append(np.fromiter(places, dtype=np.int32))
-
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Ids [T] of all rows, end to end, and the rows' lengths [N]."""
-        ids, rows = (torch.from_numpy(np.frombuffer(values, dtype=np.int32)) for values in (self._ids, self._rows))
-        return ids, rows
 
 
 class _Traits:

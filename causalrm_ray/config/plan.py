@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from causalrm_ray.config.base import AlgorithmName, LoraTargetNames, RunFolder, Section
 from causalrm_ray.registry import ALGORITHMS
+from causalrm_ray.types import RewardTuning
 
 Gpu = Literal["A100", "H100", "H200", "L4"]
 
@@ -76,11 +77,12 @@ class PlanConfig(Section):
     epochs: int = Field(1, ge=1, description="passes over a step's answers")
     staleness: Literal[0, 1] = Field(0, description="1: the next answers are written while the learner trains")
     log_events: int = Field(1_000_000, ge=1, le=10**12, description="impressions in the log")
-    observed: float = Field(0.2, gt=0, le=1, description="share of the log with feedback")
     log_rows: int | None = Field(None, ge=1, description="impressions that a fit reads; null: all")
-    reward_epochs: int = Field(4, ge=1, description="passes of the reward fit over the rows with feedback")
-    workers: int = Field(1, ge=1, description="GPUs that fit the propensity and the reward model")
+    tune: RewardTuning | None = Field(None, description="as reward.tune of the fit: heads on states, or the whole backbone")
+    reward_epochs: int = Field(4, ge=1, description="passes over the log of tune=full")
+    workers: int = Field(1, ge=1, description="GPUs that compute states, and tune the reward model")
     refits: int = Field(0, ge=0, description="fits on the grown log during the run, besides the first")
+    new_rows: float = Field(0.01, ge=0, le=1, description="share of the log that is new at each refit")
     run: RunFolder = RunFolder()
 
     @field_validator("reward_shape", mode="before")

@@ -23,7 +23,7 @@ from causalrm_ray.config.base import (
     TrackerName,
 )
 from causalrm_ray.registry import ALGORITHMS, ENGINES, ESTIMATORS
-from causalrm_ray.types import LABEL_SIGNALS, NoiseEstimator, Sampling, Truncation
+from causalrm_ray.types import LABEL_SIGNALS, NoiseEstimator, RewardTuning, Sampling, StatesName, Truncation
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises those between 0 and this one to it, and the learner would not know
 EMBEDDED = "embedded"  # the model or log that the embedded world makes, where no path or hub id is given
@@ -78,6 +78,11 @@ class ModelConfig(Section):
     max_length: int = Field(128, ge=8, description="longest prompt + response, tokens; longer ones: see truncation")
     truncation: Truncation = Field(
         "refuse", description="what is too long is refused or quarantined, or read without as many oldest turns as needed"
+    )
+    states: StatesName | None = Field(
+        None,
+        description="what reward and propensity models read of the frozen backbone: its state at the last token of an answer, or "
+        "the mean over it, at the final layer or at two thirds of the depth; if not given, what predicts held-out feedback best",
     )
 
 
@@ -166,8 +171,13 @@ class RewardConfig(Section):
     compare: tuple[ComparedName, ...] = Field(
         ("naive", "oracle"), description="further estimators fitted once, for the report only; oracle: on true preferences"
     )
-    epochs: int = Field(4, ge=1, description="most passes over the log")
-    lr: float = Field(1e-3, gt=0, description="learning rate of reward and propensity models")
+    tune: RewardTuning | None = Field(
+        None,
+        description="head: small heads on the frozen backbone's states; full: these heads, distilled into the whole backbone, "
+        "which other libraries load as a classifier; if not given, full up to 30M parameters, else head",
+    )
+    epochs: int = Field(4, ge=1, description="most passes over the log of tune=full")
+    lr: float = Field(1e-3, gt=0, description="learning rate of tune=full; heads have schedules of their own")
     clip: float | None = Field(
         None,
         gt=0,

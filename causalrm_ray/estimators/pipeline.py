@@ -1,7 +1,7 @@
 """One fit of reward models from a log, as in arXiv 2603.18736.
 
 split rows -> proxy of P(r = 1 | x) on O, out of fold -> rho_01, rho_10 -> imputation -> a module per method -> held-out risk
-                                                                 its level, by judged rows --+           (the serving model's too)
+                                                                 its level, by judged rows --+
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from causalrm_ray.checks import check_both_classes, check_propensity, check_same_length
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.core.frozen import distil, on_states, with_settings
+from causalrm_ray.estimators.core.frozen import on_states, with_settings
 from causalrm_ray.estimators.core.task import FitTask, Fitted, Method, Nuisances, Observations, Propensities, load_method
 from causalrm_ray.estimators.core.training import SINGLE, FitSettings, Inputs, Objective, Shard, mean_risk
-from causalrm_ray.estimators.levelling import check_judged, learn_level, level_opinion, levelled
+from causalrm_ray.estimators.levelling import check_judged, levelled
 from causalrm_ray.estimators.methods.reweighting import BOOSTED, REWEIGHTING, fit_oracle
 from causalrm_ray.estimators.nuisances.calibration import cross_calibrate
-from causalrm_ray.estimators.nuisances.level import Level, LevelReport
+from causalrm_ray.estimators.nuisances.level import LevelReport
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate, estimate_by_anchors, estimate_noise_rates
 from causalrm_ray.estimators.nuisances.propensity import cross_fit_logits, split_rows
 from causalrm_ray.losses.pointwise import LOSSES, Loss, bce
@@ -43,8 +43,8 @@ class RewardFits:
     it finds them, and how they were estimated otherwise (`noise`); `selection`, P(o = 1 | x, r* = k) [N], k = 1, 0, by the first
     method (None: it takes P(o = 1 | x) for both); `ranking` [N], the
     out-of-fold P(r = 1 | x), `proxy` [N], the same calibrated, and `imputation` [N], the P(r* = 1 | x) that it implies (None
-    where nothing needs them); `heldout` row numbers and the risk of the serving model on them (None where none serves); what
-    judged rows said of each method's level (`level`, empty where no row was judged).
+    where nothing needs them); `heldout` row numbers; what judged rows said of each method's level (`level`, empty where none
+    was).
     """
 
     fits: dict[str, Fitted]
@@ -56,7 +56,6 @@ class RewardFits:
     proxy: Tensor | None
     imputation: Tensor | None
     heldout: Tensor
-    serving_risk: float | None
     level: Mapping[str, LevelReport] = field(default_factory=dict)
     known: bool = False
 
@@ -73,13 +72,11 @@ def fit_reward_models(
     noise_rates: NoiseEstimator = "curve",
     clean_labels: Tensor | None = None,
     judged: Tensor | None = None,
-    serving: nn.Module | None = None,
     heldout: Tensor | None = None,
-    states: Tensor | None = None,
     strata: Tensor | None = None,
-    caution: float = 0.0,
     ranked: bool = False,
     head: HeadKind | None = "mlp",
+    states: bool = False,
     shard: Shard = SINGLE,
 ) -> RewardFits:
     """Fit one module per name in `methods` on the observed feedback.
@@ -91,14 +88,12 @@ def fit_reward_models(
     reads. `judged` [N] is r* of a small sample of rows that was drawn at random and judged with care, nan elsewhere: it sets the
     level of every method's scorer but the oracle's (see estimators.levelling), and nothing else reads it; feedback on these rows
     counts as that on others does. The rows numbered in `heldout` (by default a fifth of all at random, or of the clusters) decide
-    when to stop and whether to promote; no module of tokens trains on them; each member of an ensemble on features leaves out a
-    part, by which these rows are judged.
-    `states` [N, D] of a frozen backbone are what proxies, and methods that need them, are fitted on, and what these found is
-    distilled into a module; where `inputs` are features, these are the states, and nothing is distilled. `strata` [N] numbers
-    from 0 the observed traits that selection may depend on. `caution` is how many of the members' standard deviations a module
-    that is distilled from an ensemble stays below their mean. `ranked` asks for `ranking` where no method needs it, unless rates
-    are given. `head` is the kind of model where `inputs` are features: boosting (trees) is for the methods BOOSTED; None lets
-    `two_stage` and `auto` choose between mlp and boosting by held-out feedback.
+    when to stop and whether to promote; each member of an ensemble leaves out a part of all rows, by which these rows are judged.
+    `strata` [N] numbers from 0 the observed traits that selection may depend on. `ranked` asks for `ranking` where no method
+    needs it, unless rates are given. `head` is the kind of model where `inputs` are features: boosting (trees) is for the methods
+    BOOSTED; None lets `two_stage` and `auto` choose between mlp and boosting by held-out feedback. `states` says that `inputs`
+    are states of a backbone: proxies are then ensembles of small heads, and no member of any ensemble trains on a held-out row,
+    so that what is fitted next on other rows can be compared with it there.
     The same settings and shard give the same modules.
     All held-out risks are weighted by the first method's selection model.
     Raises ValueError that names a method, a length, a class or a rate that does not fit.
@@ -133,6 +128,7 @@ def fit_reward_models(
         LOSSES[loss],
         shard,
         strata,
+        spare_heldout=states,
         head=head,
     )
     needs = frozenset[str]().union(*(method.needs for method in loaded.values()))
@@ -148,11 +144,11 @@ def fit_reward_models(
     for name in methods:
         given = replace(task, nuisances=found.nuisances)
         if name in loaded:
-            fitted[name], report = _fit_method(name, loaded[name], given, rates, states, found.proxy, judged, serving, caution)
+            fitted[name], report = _fit_method(name, loaded[name], given, rates, found.proxy, judged)
             level |= {name: report} if report else {}
         elif clean_labels is not None:
             fitted[name] = fit_oracle(given, clean_labels)
-    return replace(_risks(task, found, fitted, serving), level=level, known=rates is not None)
+    return replace(_risks(task, found, fitted), level=level, known=rates is not None)
 
 
 def check_head(head: HeadKind | None, methods: Sequence[str]) -> None:
@@ -162,8 +158,8 @@ def check_head(head: HeadKind | None, methods: Sequence[str]) -> None:
         raise ValueError(f"kind boosting fits {', '.join(BOOSTED)}, got method {others[0]!r}: use kind mlp or linear for it")
 
 
-def _risks(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.Module | None) -> RewardFits:
-    """Held-out risks of all that was fitted, and of the serving model."""
+def _risks(task: FitTask, found: _Found, fitted: dict[str, Fitted]) -> RewardFits:
+    """Held-out risks of all that was fitted."""
     first = next(iter(fitted.values()), None)
     rates = found.nuisances.rates if first is None or first.rates is None else first.rates
     if rates is None:
@@ -172,11 +168,8 @@ def _risks(task: FitTask, found: _Found, fitted: dict[str, Fitted], serving: nn.
     nuisances = replace(found.nuisances, rates=rates)
     risk = heldout_objective(task.observations, nuisances, task.loss, task.heldout, selection)
     risks = {name: _gate_risk(one, task, risk) for name, one in fitted.items()}
-    served = None if serving is None else mean_risk(serving, task.inputs, risk, shard=task.shard)
     noise = found.noise if rates is found.nuisances.rates else None
-    return RewardFits(
-        fitted, risks, rates, noise, selection, found.ranking, found.proxy, nuisances.imputation, task.heldout, served
-    )
+    return RewardFits(fitted, risks, rates, noise, selection, found.ranking, found.proxy, nuisances.imputation, task.heldout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,12 +181,12 @@ class _Found:
 
 
 def _find_nuisances(
-    task: FitTask, propensity: Tensor, impute: bool, estimate: bool, noise_rates: NoiseEstimator, states: Tensor | None
+    task: FitTask, propensity: Tensor, impute: bool, estimate: bool, noise_rates: NoiseEstimator, states: bool
 ) -> _Found:
     """The nuisances not given; rates only where they are to be estimated: InputError if the log does not identify them."""
     given, observations, seed = task.nuisances, task.observations, task.settings.seed
     labels = int(observations.o[task.train].sum())
-    ranking = _out_of_fold(task if states is None else with_settings(on_states(task, states), labels))
+    ranking = _out_of_fold(with_settings(on_states(task, cast(FeatureRows, task.inputs).features), labels) if states else task)
     seen = observations.o == 1
     proxy = cross_calibrate(ranking, observations.r, seen, 5, seed, 1 / propensity, observations.cluster)
     noise, rates = None, given.rates
@@ -206,32 +199,16 @@ def _find_nuisances(
 
 
 def _fit_method(
-    name: str,
-    method: Method,
-    task: FitTask,
-    known: NoiseRates | None,
-    states: Tensor | None,
-    proxy: Tensor | None,
-    judged: Tensor | None,
-    serving: nn.Module | None,
-    caution: float,
+    name: str, method: Method, task: FitTask, known: NoiseRates | None, proxy: Tensor | None, judged: Tensor | None
 ) -> tuple[Fitted, LevelReport | None]:
     if "rates" not in method.needs:  # what takes feedback as true imputes feedback; what finds rates itself takes known ones
         task = replace(task, nuisances=replace(task.nuisances, imputation=proxy, rates=known))
-    distilled = "states" in method.needs and not isinstance(task.inputs, FeatureRows)
-    if not distilled:
-        if "states" in method.needs:
-            task = on_states(task, cast(FeatureRows, task.inputs).features)
-        fitted = method.fit(task)
-        return (fitted, None) if judged is None else levelled(fitted, judged, task)
-    if states is None:
-        raise ValueError(f"{name} is fitted on states [N, D] of a frozen backbone, got none")
-    taught = replace(on_states(task, states), spare_heldout=True)
-    teacher, report, level = method.fit(taught), None, Level()
-    if judged is not None:  # the student learns the level with the rest
-        level, report = learn_level(teacher, judged, taught)
-        teacher = level_opinion(teacher, level, report)
-    return distil(task, teacher, states, serving, caution, level), report
+    if "states" in method.needs:
+        if not isinstance(task.inputs, FeatureRows):
+            raise ValueError(f"{name} is fitted on features, such as states of a frozen backbone, got tokens")
+        task = on_states(task, task.inputs.features)
+    fitted = method.fit(task)
+    return (fitted, None) if judged is None else levelled(fitted, judged, task)
 
 
 def _gate_risk(fitted: Fitted, task: FitTask, objective: Objective) -> float:

@@ -73,7 +73,7 @@ class SequenceScorer(nn.Module):
         KEPT_TOKENS tokens keep their inputs only, and are computed again in the backward pass: long rows cost time, not memory.
         """
         order = lengths.argsort(stable=True)
-        states, groups, kept = [], _groups(lengths[order].tolist(), group, tokens), 0
+        states, groups, kept = [], group_sizes(lengths[order].tolist(), group, tokens), 0
         for rows in order.split(groups):
             inputs = input_ids[rows, : int(lengths[rows].max())], lengths[rows]
             kept += inputs[0].numel()
@@ -138,7 +138,7 @@ def _architecture(config: PreTrainedConfig) -> str | None:
     return name.replace("ForCausalLM", "ForSequenceClassification") if name.endswith("ForCausalLM") else None
 
 
-def _groups(lengths: Sequence[int], most: int, tokens: int) -> list[int]:
+def group_sizes(lengths: Sequence[int], most: int, tokens: int) -> list[int]:
     """Sizes of consecutive groups of rows of ascending `lengths`: at most `most` rows and `tokens` tokens, or one row."""
     sizes: list[int] = []
     for length in lengths:

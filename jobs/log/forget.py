@@ -15,6 +15,7 @@ from causalrm_ray.config.forget import ForgetConfig
 from causalrm_ray.config.options import load_config
 from causalrm_ray.data.erasure import Forgotten, erase_copies, find_copies
 from causalrm_ray.data.log.store import FeedbackLog
+from causalrm_ray.data.states.cache import forget_states
 from causalrm_ray.errors import InputError
 
 
@@ -31,6 +32,8 @@ def run(config: ForgetConfig) -> int:
         # Of other runs on the same log, what was forgotten before is known by its hash alone.
         forgotten = Forgotten(copies.ids | frozenset(found.ids), copies.prompts | found.prompts, config.user)
         erased = erase_copies(folder, forgotten)
+        if states := forget_states(config.run.cache, sorted(forgotten.ids)):
+            erased["rows of states in run.cache"] += states
         impressions, events = log.forget(sorted(forgotten.ids), time.time())
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"forgotten: {impressions} impressions and {events} events of the log")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +14,9 @@ from rich.table import Table
 
 from actors.cluster.telemetry import event, step_now
 from actors.placement_plan import Plan
+
+if TYPE_CHECKING:
+    from actors.features.states import StatesDone
 
 console = Console(highlight=False)
 LINES = 10  # printed lines per bar where the output is no terminal
@@ -28,7 +31,8 @@ class Progress:
         texts = (TextColumn("{task.description:20}"), TextColumn("{task.fields[figures]}"))
         self._bars = RichProgress(texts[0], *columns, texts[1], console=console, disable=not console.is_terminal)
         self._bar: TaskID | None = None
-        self._total = 0
+        self._total = self._done = 0
+        self._states_began: float | None = None
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -83,6 +87,16 @@ class Progress:
         self.phase(f"{name}: {total} to do")
         self._open(name, total)
 
+    def states(self, done: StatesDone) -> None:
+        """States of some rows were computed; nothing is said where none are missing."""
+        if done.missing and self._states_began is None:
+            self.phase(f"computing states of {done.missing} answers")
+            self._open("answers", done.missing)
+            self._states_began = time.perf_counter()
+        if done.missing and self._states_began is not None:
+            seconds = max(time.perf_counter() - self._states_began, 1e-9)
+            self.task(done.rows, f"{done.tokens / seconds:.0f} tokens/s")
+
     def conclude(self, folder: Path, summary: Mapping[str, Any]) -> None:
         """Print the run's result in a few lines."""
         oracle = summary.get("oracle_reward")
@@ -95,12 +109,13 @@ class Progress:
         )
 
     def _open(self, name: str, total: int, completed: int = 0) -> None:
-        self._total = total
+        self._total, self._done = total, completed
         self._bar = self._bars.add_task(name, total=total, completed=completed, figures="")
 
     def task(self, done: int, figures: str) -> None:
         """`done` tasks, or steps, are complete."""
         if self._bar is not None:
             self._bars.update(self._bar, completed=done, figures=figures)
-        if not console.is_terminal and (done % max(1, self._total // LINES) == 0 or done == self._total):
+        lines, self._done = LINES * self._done // max(1, self._total), done
+        if not console.is_terminal and LINES * done // max(1, self._total) > lines:
             self._say(f"  {done}/{self._total}  {figures}")

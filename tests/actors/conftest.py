@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from actors.features.states import FeaturesActor
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, write_snapshot
 from causalrm_ray.world.pretrain import PretrainSettings, train_tokenizer
@@ -75,6 +76,20 @@ def make_snapshot(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def features(backbone: str, tmp_path: Path) -> Callable[[Path], Path]:
+    """Computes the states of a snapshot's rows; returns the folder that holds them."""
+    folder = tmp_path / "states"
+    actor = FeaturesActor(backbone, folder, max_length=64)
+
+    def compute(snapshot: Path) -> Path:
+        while (done := actor.advance(snapshot)).rows < done.missing:
+            pass
+        return folder
+
+    return compute
 
 
 @pytest.fixture(scope="session")

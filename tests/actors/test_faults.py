@@ -29,7 +29,9 @@ from causalrm_ray.checkpoint import atomic_folder
 from causalrm_ray.config.options import validate
 from causalrm_ray.config.train import Config, RewardConfig
 from causalrm_ray.conversation import Conversation
+from causalrm_ray.models.identity import model_digest
 from causalrm_ray.models.reward_model import SequenceScorer
+from causalrm_ray.models.states.backbone import Backbone
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import Completion, Prompt, Request
 
@@ -162,10 +164,11 @@ def test_a_killed_reward_role_comes_back_with_the_version_that_it_served(backbon
     torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
     with atomic_folder(tmp_path / "candidate") as draft:
         scorer.save_pretrained(draft / "auto", load_tokenizer(backbone))
-    options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S}
-    role = place(RewardActor, Placement("reward", restarts=1), backbone, RewardConfig(), **options)
+    options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S, "cache": tmp_path, "tune": "full"}
+    model = Backbone(backbone, model_digest(backbone), "final-last", "float32")
+    role = place(RewardActor, Placement("reward", restarts=1), model, RewardConfig(), **options)
     resolve(role.load.remote(tmp_path / "candidate" / "auto", 7), "load", TIMEOUT_S)
-    rows = [[3, 4, 5], [6, 7]]
+    rows = [([3, 4], [5]), ([6], [7])]
     before, _ = resolve(role.score.remote(rows), "score", TIMEOUT_S)
     kill(role)
     after, version = resolve(role.score.remote(rows), "score", TIMEOUT_S)

@@ -86,7 +86,8 @@ def test_a_size_counts_the_layers_for_adapters_of_models_that_keep_weights_trans
 def test_without_gpus_all_roles_are_seated_on_the_cpu() -> None:
     found = plan(0)
     assert set(found.allocations) == {
-        *("generator-0", "generator-1", "learner-0", "learner-1", "reward", "propensity", "reward worker 0", "reward worker 1")
+        *("generator-0", "generator-1", "learner-0", "learner-1", "features-0", "reward", "propensity"),
+        *("reward worker 0", "reward worker 1"),
     }
     assert all(seat.bundle is None and seat.gpus == 0 for seat in found.allocations.values())
     assert (list(found.bundles), found.fits_on_gpu, found.colocated) == ([], False, False)
@@ -98,7 +99,7 @@ def test_with_enough_gpus_nobody_shares_but_the_reward_roles() -> None:
     places = {role: (seat.bundle, seat.gpus) for role, seat in found.allocations.items() if seat.bundle is not None}
     assert places == {
         **{"generator-0": (0, 1), "generator-1": (1, 1), "learner-0": (2, 1), "learner-1": (3, 1)},
-        **{"reward": (4, 0.5), "propensity": (4, 0.5)},
+        **{"reward": (4, 0.5), "features-0": (4, 0.5)},
     }
     assert not found.fits_on_gpu
     assert plan(7).fits_on_gpu
@@ -159,7 +160,16 @@ def test_two_buckets_of_a_broadcast_are_planned_with_on_each_gpu_that_takes_part
 
 def test_roles_of_a_job_are_planned_alone() -> None:
     found = make_plan(config(), SIZE, SIZE, ("log", "reward"), 1)
-    assert {role: seat.gpus for role, seat in found.allocations.items() if seat.gpus} == {"reward": 0.5, "propensity": 0.5}
+    assert {role: seat.gpus for role, seat in found.allocations.items() if seat.gpus} == {"reward": 0.5, "features-0": 0.5}
+
+
+def test_a_fit_alone_computes_states_on_every_gpu() -> None:
+    found = make_plan(config("reward.tune=head"), SIZE, SIZE, ("log", "reward"), 3)
+    seats = {role: (seat.bundle, seat.gpus) for role, seat in found.allocations.items() if seat.gpus}
+    assert seats == {"features-0": (0, 1), "features-1": (1, 1), "features-2": (2, 0.5), "reward": (2, 0.5)}
+    tuned = make_plan(config("reward.tune=full"), SIZE, SIZE, ("log", "reward"), 4)
+    assert sum(role.startswith("features") for role in tuned.allocations) == 2
+    assert (list(tuned.bundles), tuned.fits_on_gpu) == ([1, 1], True)
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change() -> None:
@@ -184,6 +194,10 @@ def test_a_learner_is_planned_with_the_tokens_of_its_step_where_these_are_fewer_
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(50, 64 * 50), (1000, 4096 + 2048), (3000, 4096 + 3000)])
-def test_a_propensity_model_is_planned_with_what_a_batch_of_its_fit_keeps(length: int, tokens: int) -> None:
-    found = plan(5, f"model.max_length={length}").allocations["propensity"].bytes  # on a GPU, where no process is counted
-    assert found == 2 * 4_000 + 20_000 + tokens * 2 * 68 * 10
+def test_a_worker_that_tunes_a_whole_model_is_planned_with_what_a_batch_keeps(length: int, tokens: int) -> None:
+    tuned, heads = (
+        plan(0, f"model.max_length={length}", f"reward.tune={tune}").allocations["reward worker 0"].bytes
+        for tune in ("full", "head")
+    )
+    assert tuned - heads == 4_000 + 20_000 + tokens * 2 * 68 * 10
+    assert plan(0, f"model.max_length={length}").allocations["reward worker 0"].bytes == tuned, "SIZE is small"

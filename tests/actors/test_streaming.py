@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from actors.cluster.in_process import Handle, enter_in_process
+from actors.features.states import FeaturesActor
 from actors.learner.group import LearnerGroup
 from actors.learner.shares import Sharder, Share, StepShare
 from actors.refitting import Refitter
@@ -24,7 +25,8 @@ from causalrm_ray.config.train import Config, RewardConfig
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.clean import CleanCounts, CleanSource
 from causalrm_ray.data.log.store import FeedbackLog
-from causalrm_ray.estimators.core.training import FitSettings
+from causalrm_ray.models.identity import model_digest
+from causalrm_ray.models.states.backbone import Backbone
 from causalrm_ray.types import Completion, FeedbackEvent, Impression, Prompt, Request
 
 TIMEOUT_S = 120.0
@@ -37,9 +39,9 @@ class Scores:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def score(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, int]:
         self.sizes.append(len(rows))
-        return np.array([float(len(row)) for row in rows], dtype=np.float32), 7
+        return np.array([float(len(prompt) + len(answer)) for prompt, answer in rows], dtype=np.float32), 7
 
 
 class Learns:
@@ -158,14 +160,18 @@ def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grow
         if number % 3
     ]
     log.append(shown, votes)
-    settings = FitSettings(1, 1e-3, 64)
-    propensity = PropensityActor(backbone, settings, 0.1, max_length=64)
-    options = {"max_length": 64, "seed": 0, "folder": tmp_path / "reward", "timeout_s": TIMEOUT_S}
-    reward = RewardActor(backbone, RewardConfig(method="naive", workers=0, epochs=1, rho=(0.1, 0.1)), **options)
+    states = tmp_path / "states"
+    features = FeaturesActor(backbone, states, max_length=64)
+    propensity = PropensityActor(states, 0.1, seed=0, max_length=64)
+    model = Backbone(backbone, model_digest(backbone), "final-last", "float32")
+    options = {"max_length": 64, "seed": 0, "folder": tmp_path / "reward", "timeout_s": TIMEOUT_S, "cache": states}
+    config = RewardConfig(method="naive", workers=0, epochs=1, rho=(0.1, 0.1))
+    reward = RewardActor(model, config, tune="head", **options)
     judged = "".join(f"i-{number},{number % 4 // 3}\n" for number in range(0, 300, 3))  # a quarter is liked
     (tmp_path / "judged.csv").write_text(f"impression,label\n{judged}gone,1\n", encoding="utf-8")
     clean = CleanSource(str(tmp_path / "judged.csv"))
-    refitter = Refitter(Handle(log), Handle(propensity), Handle(reward), tmp_path, TIMEOUT_S, clean)
+    roles = {"features-0": Handle(features)}, Handle(propensity), Handle(reward)
+    refitter = Refitter(Handle(log), *roles, tmp_path, TIMEOUT_S, clean)
     assert refitter.log_has_grown()
     fit = refitter.refit("first", None, ["naive"])
     assert not refitter.log_has_grown()
@@ -177,11 +183,10 @@ def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grow
     assert state["reward"] == {"folder": "reward/first/naive", "version": 1}
     assert state["propensity"] == "propensity/first"
 
-    fresh = RewardActor(backbone, RewardConfig(method="naive", workers=0), **options)
-    other = Refitter(
-        Handle(log), Handle(PropensityActor(backbone, settings, 0.1, max_length=64)), Handle(fresh), tmp_path, TIMEOUT_S
-    )
+    fresh = RewardActor(model, config, tune="head", **options)
+    propensity = PropensityActor(states, 0.1, seed=0, max_length=64)
+    other = Refitter(Handle(log), {}, Handle(propensity), Handle(fresh), tmp_path, TIMEOUT_S)
     other.load(state)
-    rows = [[3, 4, 5], [6, 7]]
+    rows = [([3, 4], [5]), ([6], [7])]
     assert np.array_equal(fresh.score(rows)[0], reward.score(rows)[0])
     assert other.state() == state

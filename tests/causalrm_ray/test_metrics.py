@@ -58,3 +58,9 @@ def test_bad_input_is_named() -> None:
         metrics.mae(torch.zeros(0), torch.zeros(0))
     with pytest.raises(ValueError, match=r"prob must be in \[0, 1\]"):
         metrics.ece(torch.tensor([1.5]), torch.zeros(1))
+
+
+def test_the_better_half_of_scores_with_ties_is_the_part_nearest_to_half() -> None:
+    assert metrics.better_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [False, False, True, True]
+    assert metrics.better_half(torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0])).tolist() == [False, False, True, True, True]  # none is above 5
+    assert metrics.better_half(torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0])).tolist() == [False, False, False, True, True]

@@ -40,10 +40,10 @@ def test_a_plan_says_bytes_seconds_dollars_and_what_to_change(tmp_path: Path, ca
 
 def test_a_log_of_a_billion_events_is_what_costs_and_a_sample_of_it_does_not(tmp_path: Path) -> None:
     whole = plan(tmp_path / "a", "log_events=1000000000")
-    assert whole["bottleneck"]["phase"] in ("features", "propensity", "reward")
+    assert whole["bottleneck"]["phase"] in ("features", "heads")
     assert "log_rows" in whole["bottleneck"]["change"]
     sample = plan(tmp_path / "b", "log_events=1000000000", "log_rows=1000000")
-    assert sample["fit_s"]["propensity"] == pytest.approx(whole["fit_s"]["propensity"] / 1000)
+    assert sample["fit_s"]["features"] == pytest.approx(whole["fit_s"]["features"] / 1000)
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from causalrm_ray.losses.pointwise import LOSSES
 from causalrm_ray.losses.reweighted import snips_weights
 from causalrm_ray.losses.selection import class_weights
 from causalrm_ray.losses.sensitivity import corrected_label, hidden_selection_weights, largest_mean, sign_change
-from causalrm_ray.metrics import quantiles
+from causalrm_ray.metrics import better_half, quantiles
 from causalrm_ray.types import NoiseRates
 
 BINS = 20  # of a histogram
@@ -166,7 +166,7 @@ def diagnose_fit(
         calibration=reward_calibration(score[held], label, propensity[rows], observations.clusters(rows)),
         rho=rho_sensitivity(fits, observations, propensity, logit, loss),
         gamma=gamma_sensitivity(observations, propensity, fits.rates, seed, ends=ends),
-        ranking=ranking(label, propensity[rows], (score > score.median())[held], observations.clusters(rows)),
+        ranking=ranking(label, propensity[rows], better_half(score)[held], observations.clusters(rows)),
         mechanisms=mechanisms(fits.fits[method].figures),
         intervals=intervals,
     )

@@ -217,8 +217,8 @@ def _warnings(
         ),
         (
             error > 0.05,
-            f"Propensities are off by {error:.3f} on average: the model of feedback does not fit. Try another reward.lr, "
-            "or check that the log holds all impressions, those without feedback too.",
+            f"Propensities are off by {error:.3f} on average: the model of feedback does not fit. "
+            "Check that the log holds all impressions, those without feedback too.",
         ),
         (
             certain_share > 0.2,

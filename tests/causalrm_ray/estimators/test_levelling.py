@@ -16,9 +16,8 @@ from causalrm_ray.estimators.levelling import check_judged, learn_level, level_o
 from causalrm_ray.estimators.nuisances.level import Level
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.scorers.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture
+from causalrm_ray.models.scorers.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture, cautious
 from causalrm_ray.models.scorers.saved_heads import describe, rebuild
-from tests.causalrm_ray.estimators.core.test_frozen import Text
 
 LEVEL = Level(-0.7, 1.3)
 X = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
@@ -182,18 +181,24 @@ def test_judged_rows_set_the_level_and_nothing_else() -> None:
     torch.testing.assert_close(opinions[1], report.level(opinions[0]))
 
 
-def test_a_student_learns_the_level_of_its_teacher() -> None:
+def test_a_cautious_model_keeps_the_level_that_it_was_given() -> None:
     x, liked, log, judged = selected()
     settings, prob = FitSettings(30, 0.02, 128, patience=4), torch.full((len(x),), 0.2)
-    options = {"states": x, "judged": judged, "caution": 0.5}
     found = fit_reward_models(
-        lambda: FeatureScorer(3, (16,)), Text(x, "features"), log, prob, ("two_stage",), settings, **options
+        lambda: FeatureScorer(3, (16,)), FeatureRows(x), log, prob, ("two_stage",), settings, judged=judged, states=True
     )
     report, fitted = found.level["two_stage"], found.fits["two_stage"]
     assert report.mean_before > report.liked + 0.1
     assert fitted.figures["level_liked"] == report.liked
-    mean = float(torch.sigmoid(predict(fitted.scorer, Text(x, "features"))).mean())
+    assert isinstance(fitted.scorer, Levelled)
+    lower = predict(cautious(fitted.scorer, 0.5), FeatureRows(x))
+    expected = report.level(predict(cautious(fitted.scorer.scorer, 0.5), FeatureRows(x)))
+    torch.testing.assert_close(lower, expected, atol=1e-4, rtol=1e-4)
+    assert bool((lower <= predict(fitted.scorer, FeatureRows(x)) + 1e-4).all())
+    mean = float(torch.sigmoid(lower).mean())
     assert abs(mean - float(liked.mean())) < 0.05
+    with pytest.raises(ValueError, match="caution needs an ensemble, got FeatureScorer"):
+        cautious(FeatureScorer(3), 0.5)
 
 
 def test_what_is_judged_must_be_labels_of_the_rows() -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.estimators.core.task import Nuisances, Observations
 from causalrm_ray.estimators.core.training import FitSettings, predict
 from causalrm_ray.estimators.nuisances.noise_rates import anchors
-from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
+from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models, heldout_objective
+from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import auroc, r2
 from causalrm_ray.models.scorers.heads import FeatureScorer
 from causalrm_ray.registry import ESTIMATORS
@@ -107,13 +108,15 @@ def test_a_fit_has_one_set_of_nuisances_that_of_its_first_method() -> None:
     assert curve.selection is None
 
 
-def test_gate_judges_candidate_and_serving_model_on_the_same_rows() -> None:
-    _, observations, _, _ = world()
-    first = fitted(observations, methods=("causalrm_ips",), rates=RATES)
-    again = fitted(observations, methods=("naive",), rates=RATES, serving=first.fits["causalrm_ips"].scorer)
-    assert again.serving_risk == pytest.approx(first.risks["causalrm_ips"])
-    assert first.serving_risk is None
-    assert len(first.heldout) == 600
+def test_the_gate_judges_by_the_held_out_rows_with_feedback() -> None:
+    inputs, observations, propensity, _ = world()
+    fits = fitted(observations, methods=("causalrm_ips",), rates=RATES)
+    nuisances = Nuisances(propensity, fits.rates, fits.imputation)
+    gate = heldout_objective(observations, nuisances, bce, fits.heldout, fits.selection)
+    logit = predict(fits.fits["causalrm_ips"].scorer, inputs, gate.rows)
+    assert float(gate.risk(logit, gate.rows).mean()) == pytest.approx(fits.risks["causalrm_ips"])
+    assert torch.equal(gate.rows, fits.heldout[observations.o[fits.heldout] == 1])
+    assert len(fits.heldout) == 600
 
 
 def test_bad_requests_are_named() -> None:

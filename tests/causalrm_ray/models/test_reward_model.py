@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from causalrm_ray.models import reward_model
-from causalrm_ray.models.reward_model import SequenceScorer, _groups, row_states, score_rows
+from causalrm_ray.models.reward_model import SequenceScorer, group_sizes, row_states, score_rows
 
 WORDS = ["</s>", "<s>", "<unk>", "<pad>", *(f"w{number}" for number in range(28))]
 EOS, PAD = 0, 3
@@ -175,8 +175,8 @@ def test_states_do_not_depend_on_the_order_of_rows(tmp_path: Path):
 
 
 def test_groups_bound_rows_and_tokens_by_hand():
-    assert _groups([1, 1, 1, 2, 3, 7, 9], 3, 6) == [3, 2, 1, 1]
-    assert _groups([5] * 40, 16, 2048) == [16, 16, 8]
+    assert group_sizes([1, 1, 1, 2, 3, 7, 9], 3, 6) == [3, 2, 1, 1]
+    assert group_sizes([5] * 40, 16, 2048) == [16, 16, 8]
 
 
 def test_long_rows_are_computed_again_with_the_same_gradients_and_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -75,7 +75,7 @@ def test_paused_processes_resume_after_an_error() -> None:
     role = place(TokenReward, Placement())
     (process,) = processes_of([role], 60.0)
     with suppress(KeyError), paused([process]):
-        answer = role.score.remote([[7, 8]])
+        answer = role.score.remote([([7], [8])])
         assert ray.wait([answer], timeout=1.0) == ([], [answer])
         raise KeyError
     rewards, _ = resolve(answer, "score", 60.0)

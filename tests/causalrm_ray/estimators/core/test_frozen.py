@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from causalrm_ray.data.collate import FeatureRows
-from causalrm_ray.estimators.core.frozen import FEW, MANY_MEMBERS, MEMBERS, distil, frozen_states, on_states
+from causalrm_ray.estimators.core.frozen import FEW, MANY_MEMBERS, MEMBERS, distil, on_states
 from causalrm_ray.estimators.core.task import FitTask, Fitted, Nuisances, Observations
-from causalrm_ray.estimators.core.training import SINGLE, FitReport, FitSettings, Inputs, predict
+from causalrm_ray.estimators.core.training import FitReport, FitSettings, Inputs, predict
 from causalrm_ray.estimators.pipeline import fit_reward_models
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import r2
@@ -60,12 +60,6 @@ def task(inputs: Inputs, observations: Observations) -> FitTask:
     return FitTask(Reader, inputs, observations, Nuisances(), train, HELD_OUT, FitSettings(40, 0.02, 64), bce)
 
 
-def test_states_are_the_backbones_own() -> None:
-    x, _, observations = log()
-    scorer = task(Text(x), observations).scorer()
-    torch.testing.assert_close(frozen_states(scorer, Text(x), SINGLE), scorer.states(x), atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize(("rows", "members"), [(FEW - 1, MANY_MEMBERS), (FEW, MEMBERS)])
 def test_few_rows_are_shared_by_many_members(rows: int, members: int) -> None:
     x, _, observations = log()
@@ -99,13 +93,31 @@ def test_a_student_learns_probabilities_not_labels(warm: bool) -> None:
         assert all(torch.equal(*pair) for pair in zip(before, start.parameters(), strict=True))  # the model that serves stays
 
 
-def test_a_method_on_states_is_distilled_and_says_so_if_there_are_none() -> None:
-    x, liking, observations = log()
+def test_a_method_on_states_says_so_if_there_are_none() -> None:
+    x, _, observations = log()
     propensity = torch.full((ROWS,), 0.5)
     given = {"settings": FitSettings(20, 0.02, 64), "heldout": HELD_OUT}
-    fits = fit_reward_models(Reader, Text(x), observations, propensity, ("two_stage",), states=x, **given)
-    module = fits.fits["two_stage"].scorer
-    assert isinstance(module, Reader)
-    assert r2(torch.sigmoid(predict(module, Text(x), HELD_OUT)), liking[HELD_OUT]) > 0.7
-    with pytest.raises(ValueError, match="two_stage is fitted on states"):
+    with pytest.raises(ValueError, match="two_stage is fitted on features, such as states of a frozen backbone, got tokens"):
         fit_reward_models(Reader, Text(x), observations, propensity, ("two_stage",), **given)
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_on_states_no_member_trains_on_a_held_out_row(states: bool) -> None:
+    """All members judge these rows then, as they judge those of another fit, so that a gate compares like with like."""
+    x, _, observations = log()
+    settings, propensity = FitSettings(20, 0.02, 64), torch.full((ROWS,), 0.5)
+    fits = fit_reward_models(
+        lambda: FeatureScorer(3, (8,)),
+        FeatureRows(x),
+        observations,
+        propensity,
+        ("two_stage",),
+        settings,
+        heldout=HELD_OUT,
+        states=states,
+    )
+    fitted = fits.fits["two_stage"]
+    assert fitted.opinion is not None
+    everyone, opinion = torch.sigmoid(predict(fitted.scorer, FeatureRows(x))), torch.sigmoid(fitted.opinion)
+    assert torch.allclose(opinion[HELD_OUT], everyone[HELD_OUT], atol=1e-4) == states  # means of logits and of probabilities
+    assert not torch.allclose(opinion[:1000], everyone[:1000], atol=1e-3)

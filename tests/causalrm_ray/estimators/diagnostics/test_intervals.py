@@ -204,7 +204,7 @@ def test_a_fit_is_explained_by_what_it_found() -> None:
     on = torch.stack([torch.sigmoid(world.f) * world.chances[0], torch.sigmoid(-world.f) * world.chances[1]], 1)
     clipped = world.chances[0].clamp_min(0.9), world.chances[1].clamp_min(0.9)  # weights' clips are no part of it
     fitted = Fitted(torch.nn.Identity(), report, figures, world.f, GUESS, clipped, on)
-    fits = RewardFits({"auto": fitted}, {}, GUESS, None, None, None, None, None, torch.arange(9), None)
+    fits = RewardFits({"auto": fitted}, {}, GUESS, None, None, None, None, None, torch.arange(9))
     found = explained(fits, "auto")
     assert found is not None
     assert found.weights == {"label": 0.3, "features": 0.7}
