@@ -18,7 +18,7 @@ from actors.rollout.engine import DEVICE_SHARE, MAX_SEQUENCES, Transport
 from actors.weights.buckets import BUCKET_BYTES, BUCKETS
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
-from causalrm_ray.models.size import GROUP_TOKENS, KEPT_TOKENS, WIDTHS, ModelSize, default_tuning
+from causalrm_ray.models.size import GROUP_TOKENS, KEPT_TOKENS, WIDTHS, ModelSize
 from causalrm_ray.registry import ALGORITHMS, ENGINES
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 
@@ -178,7 +178,7 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
         sizes |= {f"learner-{number}": size + PROCESS_BYTES * (not on_gpu) for number in range(learner.ranks)}
     if "reward" in parts:
         worker, spared = 0, 0
-        if (config.reward.tune or default_tuning(reward.backbone)) == "full":
+        if config.reward.tune == "full":
             tokens = min(BATCH_SIZE * longest, KEPT_TOKENS + max(GROUP_TOKENS, longest))
             # The one that serves, the one that learns; a scorer has no vocabulary.
             worker = reward.weight_bytes(single) + reward.training_bytes(single, 1, 0, critic=False)

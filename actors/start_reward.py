@@ -15,7 +15,6 @@ from actors.reward.propensity_actor import PropensityActor
 from actors.reward.reward_actor import RewardActor
 from causalrm_ray.config.train import Config
 from causalrm_ray.models.identity import model_digest
-from causalrm_ray.models.size import default_tuning, model_size
 from causalrm_ray.models.states.backbone import Backbone, reward_backbone, states_folder
 from causalrm_ray.models.text import generation_stops
 
@@ -46,7 +45,6 @@ def start_reward(config: Config, policy: str, model: str, allocated: Allocated) 
     their backbone, a folder or hub id."""
     backbone = reward_backbone(config, model, model_digest(model), allocated.on_gpu)
     cache = states_folder(config.run.cache, backbone, config.model.max_length, config.model.truncation)
-    tune = config.reward.tune or default_tuning(model_size(model).backbone)
     features, restarts = _start_features(config, backbone, cache, allocated), config.loop.max_failures
     seed, folder = config.run.seed, config.run.path
     limits = {"max_length": config.model.max_length, "per_user": config.feedback.per_user, "seed": seed}
@@ -65,7 +63,6 @@ def start_reward(config: Config, policy: str, model: str, allocated: Allocated) 
         backbone,
         config.reward,
         cache=cache,
-        tune=tune,
         folder=folder / "reward",
         timeout_s=config.cluster.timeout_s,
         stops=[*generation_stops(policy), *(end for end in config.rollout.stop if isinstance(end, int))],

@@ -12,6 +12,7 @@ from actors.cluster.runtime import ray_cluster
 from actors.system import start_roles
 from causalrm_ray.config.train import EMBEDDED, Config
 from causalrm_ray.errors import ConfigError
+from causalrm_ray.models.states.scorer import backbone_of
 from jobs.support.oracle import Oracle
 from jobs.support.progress import Progress
 from jobs.support.prompts import PromptSource, find_models
@@ -27,10 +28,11 @@ def run(config: Config) -> int:
     run = Run(config)
     judged = config.model.reward != EMBEDDED
     with Progress() as progress, ray_cluster(config.cluster, config.run.cache):
-        models = find_models(config, progress.pretraining)
+        models = find_models(config, progress.pretraining, fitted=True)
         task, truth = PromptSource(config, models), Oracle(config)
         progress.phase("starting roles")
-        roles = start_roles(config, models.policy, models.reward, parts=("generators", "reward") if judged else ("generators",))
+        parts = ("generators", "reward") if judged else ("generators",)
+        roles = start_roles(config, models.policy, backbone_of(models.reward), parts)
         progress.phase("answering held-out prompts")
         answers = roles.stream.sample(task.evaluation_requests())
         scores = truth.scores(answers)

@@ -24,7 +24,7 @@ from causalrm_ray.config.options import dump_config, validate
 from causalrm_ray.config.plan import PlanConfig, ShapeConfig
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError, InputError
-from causalrm_ray.models.size import WIDTHS, ModelSize, default_tuning, model_size
+from causalrm_ray.models.size import WIDTHS, ModelSize, model_size
 from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 from causalrm_ray.types import LoraTargets
@@ -45,8 +45,7 @@ def run(config: PlanConfig) -> int:
     found = step(work, rates)
     rows = config.log_rows or config.log_events
     tokens = config.prompt_tokens + config.answer_tokens
-    tune = config.tune or default_tuning(reward.backbone)
-    epochs = config.reward_epochs if tune == "full" else 0
+    epochs = config.reward_epochs if config.tune == "full" else 0
     fitted = fit(reward, rows, rows, tokens, epochs, config.workers, rates)
     refitted = fit(reward, rows, config.new_rows * rows, tokens, epochs, config.workers, rates)
     run_s = {name: seconds * config.steps for name, seconds in found.wall.items()}

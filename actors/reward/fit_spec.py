@@ -8,7 +8,7 @@ from pathlib import Path
 
 from causalrm_ray.config.train import RewardConfig
 from causalrm_ray.models.states.backbone import Backbone
-from causalrm_ray.types import PerUser, RewardTuning
+from causalrm_ray.types import PerUser
 
 LOSS = "bce"  # cross-entropy on the logit
 BATCH_SIZE = 64  # rows per optimizer step over all workers, where a whole model is tuned
@@ -21,7 +21,7 @@ class FitSpec:
     `snapshot` of the log; `cache`: folder of the states and token ids of its rows; `propensities`: folder of the propensity
     model's version, which holds those of the snapshot's rows; `clean_labels`: file with r* of the rows, for the method "oracle"
     only; `judged`: one with r* of the few that were judged, nan elsewhere (`feedback.clean`). `backbone` says which states are
-    read; with `tune` "full" what heads on them found is distilled into it. `per_user` is that of `load_rows`; `serving` (with
+    read. `per_user` is that of `load_rows`; `serving` (with
     `serving_version`) is measured on the same held-out rows.
     Raises ValueError if `methods` lack the one that `config` lets serve, or a path does not exist.
     """
@@ -32,7 +32,6 @@ class FitSpec:
     clean_labels: Path | None
     judged: Path | None
     backbone: Backbone
-    tune: RewardTuning
     serving: str | None
     serving_version: int
     methods: tuple[str, ...]

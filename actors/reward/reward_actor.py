@@ -30,7 +30,7 @@ from causalrm_ray.models.states.backbone import Backbone
 from causalrm_ray.models.states.pooled import Row
 from causalrm_ray.models.states.scorer import RowScorer, load_scorer
 from causalrm_ray.models.text import as_logged, end_tokens, load_tokenizer
-from causalrm_ray.types import PerUser, RewardTuning
+from causalrm_ray.types import PerUser
 
 SERVING = "serving.json"
 SCRATCH = ".ray_train"  # Ray Train's own, in the role's folder
@@ -45,7 +45,6 @@ class RewardActor:
         config: RewardConfig,
         *,
         cache: Path,
-        tune: RewardTuning,
         max_length: int,
         seed: int,
         folder: Path,
@@ -56,7 +55,7 @@ class RewardActor:
         device: str = "cpu",
     ) -> None:
         """`backbone` is a causal model with its tokenizer; `folder` and `cache`, where its states of all rows are, must be shared
-        by all nodes. `tune` says whether what serves are heads on its states, or the whole of it ("full").
+        by all nodes.
 
         `max_length` in tokens; `per_user` rows with feedback are what a user counts for at most (see `load_rows`); `stops` are
         ids that end the policy's answers, besides the backbone's own;
@@ -64,7 +63,7 @@ class RewardActor:
         where the serving model lies.
         """
         torch.set_num_threads(1)  # sums in one order, so that a repeated score repeats its bits
-        self._backbone, self._cache, self._tune = backbone, cache, tune
+        self._backbone, self._cache = backbone, cache
         self._config = config
         self._max_length, self._per_user = max_length, per_user
         self._seed = seed
@@ -104,7 +103,6 @@ class RewardActor:
             clean_labels=clean_labels and Path(clean_labels).resolve(),
             judged=judged and Path(judged).resolve(),
             backbone=self._backbone,
-            tune=self._tune,
             serving=str(self._serving) if self._serving else None,
             serving_version=self.version,
             methods=tuple(methods),

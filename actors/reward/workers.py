@@ -79,7 +79,7 @@ def fit_into(folder: Path, spec: FitSpec, shard: Shard, device: torch.device) ->
     logit = predict(fits.fits[spec.config.method].scorer, FeatureRows(states), fits.heldout)
     if spec.config.caution:
         fits.risks[spec.config.method] = _risk(gate, fits.heldout, logit)
-    if spec.tune == "full":
+    if spec.config.tune == "full":
         fits, logit = _distilled(fits, spec, states, log, tokenizer, gate, shard, device)
     serving = _serving_risk(spec, log, tokenizer, gate, device)
     if shard.rank == 0:

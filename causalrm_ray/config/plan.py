@@ -78,7 +78,7 @@ class PlanConfig(Section):
     staleness: Literal[0, 1] = Field(0, description="1: the next answers are written while the learner trains")
     log_events: int = Field(1_000_000, ge=1, le=10**12, description="impressions in the log")
     log_rows: int | None = Field(None, ge=1, description="impressions that a fit reads; null: all")
-    tune: RewardTuning | None = Field(None, description="as reward.tune of the fit: heads on states, or the whole backbone")
+    tune: RewardTuning = Field("head", description="as reward.tune of the fit: heads on states, or the whole backbone")
     reward_epochs: int = Field(4, ge=1, description="passes over the log of tune=full")
     workers: int = Field(1, ge=1, description="GPUs that compute states, and tune the reward model")
     refits: int = Field(0, ge=0, description="fits on the grown log during the run, besides the first")

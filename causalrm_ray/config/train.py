@@ -171,10 +171,10 @@ class RewardConfig(Section):
     compare: tuple[ComparedName, ...] = Field(
         ("naive", "oracle"), description="further estimators fitted once, for the report only; oracle: on true preferences"
     )
-    tune: RewardTuning | None = Field(
-        None,
+    tune: RewardTuning = Field(
+        "head",
         description="head: small heads on the frozen backbone's states; full: these heads, distilled into the whole backbone, "
-        "which other libraries load as a classifier; if not given, full up to 30M parameters, else head",
+        "which other libraries load as a classifier",
     )
     epochs: int = Field(4, ge=1, description="most passes over the log of tune=full")
     lr: float = Field(1e-3, gt=0, description="learning rate of tune=full; heads have schedules of their own")

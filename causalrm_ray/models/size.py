@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from causalrm_ray.types import LoraTargets, RewardTuning
+from causalrm_ray.types import LoraTargets
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SMALL = 30_000_000  # parameters up to which a whole reward model is tuned, unless reward.tune says it
 GROUP = 16  # rows, at most, that share one pass through the backbone of a reward model
 GROUP_TOKENS = 2048  # tokens of such a pass, pads included, unless one row alone has more
 KEPT_TOKENS = (
@@ -27,11 +26,6 @@ MASTER_BYTES = 4  # the float32 copy that bfloat16 weights are updated in
 # attention's square (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2).
 ACTIVATIONS = 17
 LOGIT_COPIES = 4  # of [tokens, vocabulary] in float32: logits, log-probabilities, their exponentials, a gradient
-
-
-def default_tuning(parameters: int) -> RewardTuning:
-    """How a reward model on a backbone of so many parameters is made, unless reward.tune says it."""
-    return "full" if parameters <= SMALL else "head"
 
 
 @dataclass(frozen=True, slots=True)

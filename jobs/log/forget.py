@@ -39,6 +39,6 @@ def run(config: ForgetConfig) -> int:
     console.print(f"forgotten: {impressions} impressions and {events} events of the log")
     for what, count in sorted(erased.items()):
         console.print(f"erased in {folder}: {count} {what}", markup=False)
-    if any(folder.rglob("model.safetensors")):
+    if any(next(folder.rglob(f"{name}.safetensors"), None) for name in ("model", "head")):
         console.print("models that were fitted before still have learned from it: fit again to replace them")
     return 0

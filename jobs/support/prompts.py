@@ -22,6 +22,7 @@ from causalrm_ray.models.checks.check import check_backbone, check_policy
 from causalrm_ray.models.identity import with_template
 from causalrm_ray.models.lora import describe, with_adapter
 from causalrm_ray.models.size import skeleton
+from causalrm_ray.models.states.scorer import backbone_of, is_head
 from causalrm_ray.models.text import encode_prompt, load_tokenizer
 from causalrm_ray.truncation import Cuts, TooLongError, truncate
 from causalrm_ray.types import Completion, Impression, Prompt, Request
@@ -44,15 +45,17 @@ class Models:
     reward: str
 
 
-def find_models(config: Config, on_progress: Progress | None = None) -> Models:
-    """The configured models, local folders as absolute paths; 'embedded' ones are trained on first use and cached.
+def find_models(config: Config, on_progress: Progress | None = None, fitted: bool = False) -> Models:
+    """The configured models, local folders as absolute paths; 'embedded' ones are trained on first use and cached. With `fitted`,
+    model.reward may be a reward model that was fitted, of heads on the states of a backbone.
 
     Raises InputError, naming what is wrong, for a model that cannot be tuned, scored with, saved or read again.
     """
     names, longest = config.model, config.model.max_length
-    models = Models(*(find_model(config, name, on_progress, names.chat_template) for name in (names.policy, names.reward)))
+    policy = find_model(config, names.policy, on_progress, names.chat_template)
+    models = Models(policy, find_model(config, names.reward, on_progress, names.chat_template, fitted))
     check_policy(models.policy, longest, config.rollout.engine)
-    check_backbone(models.reward, longest)
+    check_backbone(backbone_of(models.reward) if fitted else models.reward, longest)
     return models
 
 
@@ -64,8 +67,15 @@ def find_backbone(config: Config | EmbedConfig, name: str, max_length: int, on_p
     return model
 
 
-def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | None = None, template: Path | None = None) -> str:
-    """Where one model is, by name: 'embedded', a folder or a hub id; not checked."""
+def find_model(
+    config: Config | EmbedConfig,
+    name: str,
+    on_progress: Progress | None = None,
+    template: Path | None = None,
+    fitted: bool = False,
+) -> str:
+    """Where one model is, by name: 'embedded', a folder or a hub id; not checked, but that only with `fitted` it may be heads on
+    the states of a backbone."""
     if name == EMBEDDED and template:
         raise InputError(f"chat_template goes with models of your own, got {template} and an embedded one")
     if name == EMBEDDED:
@@ -74,6 +84,8 @@ def find_model(config: Config | EmbedConfig, name: str, on_progress: Progress | 
     if not folder.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise InputError(f"model {name} must be a folder or hub id, and there is no such folder")
     model = str(folder.resolve()) if folder.exists() else name
+    if is_head(model) and not fitted:
+        raise InputError(f"model {name} holds heads on the states of a backbone: name the backbone, {backbone_of(model)}")
     return with_template(model, template, config.run.cache) if template else model
 
 

@@ -164,7 +164,7 @@ def test_a_killed_reward_role_comes_back_with_the_version_that_it_served(backbon
     torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
     with atomic_folder(tmp_path / "candidate") as draft:
         scorer.save_pretrained(draft / "auto", load_tokenizer(backbone))
-    options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S, "cache": tmp_path, "tune": "full"}
+    options = {"max_length": 32, "seed": 0, "folder": tmp_path, "timeout_s": TIMEOUT_S, "cache": tmp_path}
     model = Backbone(backbone, model_digest(backbone), "final-last", "float32")
     role = place(RewardActor, Placement("reward", restarts=1), model, RewardConfig(), **options)
     resolve(role.load.remote(tmp_path / "candidate" / "auto", 7), "load", TIMEOUT_S)

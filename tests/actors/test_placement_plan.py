@@ -164,7 +164,7 @@ def test_roles_of_a_job_are_planned_alone() -> None:
 
 
 def test_a_fit_alone_computes_states_on_every_gpu() -> None:
-    found = make_plan(config("reward.tune=head"), SIZE, SIZE, ("log", "reward"), 3)
+    found = make_plan(config(), SIZE, SIZE, ("log", "reward"), 3)
     seats = {role: (seat.bundle, seat.gpus) for role, seat in found.allocations.items() if seat.gpus}
     assert seats == {"features-0": (0, 1), "features-1": (1, 1), "features-2": (2, 0.5), "reward": (2, 0.5)}
     tuned = make_plan(config("reward.tune=full"), SIZE, SIZE, ("log", "reward"), 4)
@@ -200,4 +200,3 @@ def test_a_worker_that_tunes_a_whole_model_is_planned_with_what_a_batch_keeps(le
         for tune in ("full", "head")
     )
     assert tuned - heads == 4_000 + 20_000 + tokens * 2 * 68 * 10
-    assert plan(0, f"model.max_length={length}").allocations["reward worker 0"].bytes == tuned, "SIZE is small"

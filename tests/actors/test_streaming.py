@@ -166,7 +166,7 @@ def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grow
     model = Backbone(backbone, model_digest(backbone), "final-last", "float32")
     options = {"max_length": 64, "seed": 0, "folder": tmp_path / "reward", "timeout_s": TIMEOUT_S, "cache": states}
     config = RewardConfig(method="naive", workers=0, epochs=1, rho=(0.1, 0.1))
-    reward = RewardActor(model, config, tune="head", **options)
+    reward = RewardActor(model, config, **options)
     judged = "".join(f"i-{number},{number % 4 // 3}\n" for number in range(0, 300, 3))  # a quarter is liked
     (tmp_path / "judged.csv").write_text(f"impression,label\n{judged}gone,1\n", encoding="utf-8")
     clean = CleanSource(str(tmp_path / "judged.csv"))
@@ -183,7 +183,7 @@ def test_a_refit_promotes_its_first_model_and_is_due_again_once_the_log_has_grow
     assert state["reward"] == {"folder": "reward/first/naive", "version": 1}
     assert state["propensity"] == "propensity/first"
 
-    fresh = RewardActor(model, config, tune="head", **options)
+    fresh = RewardActor(model, config, **options)
     propensity = PropensityActor(states, 0.1, seed=0, max_length=64)
     other = Refitter(Handle(log), {}, Handle(propensity), Handle(fresh), tmp_path, TIMEOUT_S)
     other.load(state)

@@ -62,5 +62,6 @@ def test_bad_input_is_named() -> None:
 
 def test_the_better_half_of_scores_with_ties_is_the_part_nearest_to_half() -> None:
     assert metrics.better_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [False, False, True, True]
-    assert metrics.better_half(torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0])).tolist() == [False, False, True, True, True]  # none is above 5
+    # none is above the median
+    assert metrics.better_half(torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0])).tolist() == [False, False, True, True, True]
     assert metrics.better_half(torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0])).tolist() == [False, False, False, True, True]

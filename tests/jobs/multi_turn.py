@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 
+from causalrm_ray import RewardModel
 from causalrm_ray.config.train import WorldConfig
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.metrics import auroc
-from causalrm_ray.models.reward_model import SequenceScorer, score_rows
-from causalrm_ray.models.text import encode_pair, load_tokenizer
 from causalrm_ray.types import Impression
 from causalrm_ray.world.grammar import LENGTHS, STYLES, Deed, compose, evaluation_prompts, parse_prompt, train_prompts
 from causalrm_ray.world.users import SimulatedUsers
@@ -91,9 +90,8 @@ def fitted(folder: Path, name: str, source: Path, options: list[str]) -> dict[st
 
 
 def ranking(model: Path, tests: list[Impression], liked: list[int], shape: Callable[[str], Messages]) -> float:
-    tokenizer, scorer = load_tokenizer(str(model)), SequenceScorer.from_pretrained(model)
-    rows = [encode_pair(tokenizer, Conversation.of(shape(test.prompt.text)), test.response) for test in tests]
-    return auroc(score_rows(scorer, rows), torch.tensor(liked))
+    logits = RewardModel.load(model).logits([shape(test.prompt.text) for test in tests], [test.response for test in tests])
+    return auroc(torch.from_numpy(logits), torch.tensor(liked))
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
+from causalrm_ray import RewardModel
 from jobs.support.run_folder import TIMINGS, Run
 
 OPTIONS = [
@@ -102,7 +103,7 @@ def test_policy_and_reward_model_load_with_stock_transformers(runs: Path) -> Non
     run = runs / "whole" / "run"
     AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-6" / "policy")
     reward = json.loads((run / "summary.json").read_text(encoding="utf-8"))["reward_fit"]["folders"]["auto"]
-    assert AutoModelForSequenceClassification.from_pretrained(run / reward).config.num_labels == 1
+    assert 0 < RewardModel.load(run / reward).score("how do i sell maps?", "you can begin with good maps.") < 1
 
 
 @pytest.mark.timeout(1800)

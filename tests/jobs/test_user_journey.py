@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers.models.qwen2 import Qwen2ForCausalLM
+
+from causalrm_ray import RewardModel
+from causalrm_ray.models.states.pooled import STATES
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -117,9 +126,36 @@ def test_fit_reward_learns_from_the_users_own_log(product: Path) -> None:
     assert '"row": 8,' in (run / "quarantine.jsonl").read_text(encoding="utf-8")  # the broken row, by its number
     ranking = json.loads((run / "diagnostics.json").read_text(encoding="utf-8"))["ranking"]
     assert ranking["contrast"] > 3 * ranking["stderr"]  # held-out feedback confirms what the model ranks higher
-    model = AutoModelForSequenceClassification.from_pretrained(run / summary["reward_fit"]["folders"]["auto"])
-    assert model.config.num_labels == 1
-    assert model.config.model_type == "qwen2"
+    folder = run / summary["reward_fit"]["folders"]["auto"]
+    model, asked = RewardModel.load(folder), "How do I change dark mode?"
+    good, bad = model.score_batch([asked, asked], [HELPFUL.format("dark mode"), VAGUE.format("dark mode")])
+    assert good > bad + 0.3
+    assert summary["propensity"]["choice"]["states"] in STATES
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2**20, "heads, and the name of the backbone"
+
+
+@pytest.mark.timeout(1800)
+def test_a_whole_model_is_a_classifier_to_other_libraries_and_needs_no_second_pass_for_states(product: Path) -> None:
+    options = ["reward.tune=full", "reward.workers=0", "reward.compare=[]", "cluster.address=in-process", "rollout.engine=hf"]
+    done = job("fit-reward", *own(product, "whole"), *options, "rollout.generators=1", "learner.ranks=1")
+    assert "computing states" not in done.stdout, "the fit before computed them"
+    run = product / "runs" / "whole"
+    folder = run / json.loads((run / "summary.json").read_text(encoding="utf-8"))["reward_fit"]["folders"]["auto"]
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    asked = {"role": "user", "content": "How do I change dark mode?"}
+    answers = [HELPFUL.format("dark mode"), VAGUE.format("dark mode")]
+    with torch.inference_mode():
+        logits = [
+            float(
+                model(
+                    **tokenizer.apply_chat_template([asked, {"role": "assistant", "content": answer}], return_tensors="pt")
+                ).logits
+            )
+            for answer in answers
+        ]
+    ours = RewardModel.load(folder).logits([asked["content"]] * 2, answers)
+    assert logits == pytest.approx(ours.tolist(), abs=1e-4)
+    assert logits[0] > logits[1] + 0.5
 
 
 @pytest.mark.timeout(1800)

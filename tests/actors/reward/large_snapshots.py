@@ -2,8 +2,9 @@
 
     python -m tests.actors.reward.large_snapshots rows|bytes FOLDER
 
-rows    2^24 + 1 impressions of tiny texts: written, read, tokenised, split, capped; propensities, rates and selection estimated
-bytes   3 GiB of answers: written, read as batches and as a dataset, selected, tokenised
+rows    2^24 + 1 impressions of tiny texts: written, read, split, capped, their states gathered; propensities, rates and selection
+        estimated
+bytes   3 GiB of answers: written, read as batches and as a dataset, selected
 Each prints seconds and the most memory that it took. The folder is left as it was.
 """
 # ruff: noqa: T201
@@ -11,6 +12,7 @@ Each prints seconds and the most memory that it took. The folder is left as it w
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,8 @@ import pyarrow as pa
 import torch
 
 from actors.reward.snapshot_rows import SnapshotRows, load_rows
-from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, read_snapshot, write_batches, write_snapshot
+from causalrm_ray.data.snapshots.table import SNAPSHOT_SCHEMA, read_columns, read_snapshot, write_batches, write_snapshot
+from causalrm_ray.data.states.cache import StateCache, StateShard, row_keys
 from causalrm_ray.estimators.diagnostics.groups import diagnose_groups, diagnose_signals
 from causalrm_ray.estimators.diagnostics.selection_posterior import MECHANISMS, Explained
 from causalrm_ray.estimators.nuisances.noise_rates import estimate_by_anchors, estimate_noise_rates
@@ -32,16 +35,23 @@ BATCH = 2**16
 PROMPT = '[{{"content":"{}","role":"user"}}]'
 
 
-class Characters:
-    """A tokenizer whose ids are characters, but for answers of more than 64, of which it reads the ends."""
+def write_states(path: Path, folder: Path) -> StateCache:
+    """States of a snapshot as a backbone would leave them: whether the answer begins with a g, and its last letter."""
+    cache = StateCache(folder)
+    for batch in read_columns(path, ("impression_id", "prompt", "response")):
+        texts = [batch[name].to_pylist() for name in batch.schema.names]
+        key, impression = row_keys(*texts)
+        states = np.array([[response[0] == "g", ord(response[-1])] for response in texts[2]], dtype=np.float32)
+        counts = {"prompt_tokens": 1, "tokens": 2, "lost_turns": 0, "lost_tokens": 0}
+        filled = {name: np.full(len(key), value) for name, value in counts.items()}
+        cache.add(StateShard(key, impression, filled, np.ones(2 * len(key), np.int32), {"final-last": states}))
+    return cache
 
-    eos_token_id, pad_token_id = 1, 0
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-        return messages[-1]["content"]
-
-    def encode(self, text: str, **_: Any) -> list[int]:
-        return [ord(letter) for letter in (text if len(text) <= 64 else text[:32] + text[-32:])]
+def load(path: Path, max_length: int) -> SnapshotRows:
+    """The snapshot as a fit loads it, beside its states."""
+    cache = timed("states written", lambda: write_states(path, path.with_suffix(".states")))
+    return timed("loaded for a fit", lambda: load_rows(path, cache, max_length, "auto"))
 
 
 def batches(rows: int, answer: Callable[[int], str]) -> Iterator[pa.RecordBatch]:
@@ -85,8 +95,7 @@ def estimate(log: SnapshotRows) -> None:
     """What a fit computes on all rows besides its models."""
     observations = log.observations
     rng = torch.Generator().manual_seed(0)
-    parts = torch.arange(len(log)).split(BATCH)
-    good = torch.cat([(log.token_rows.batch(part)["input_ids"] == ord("g")).any(1) for part in parts]).float()
+    good = timed("states gathered", lambda: log.states("final-last"))[:, 0].clone()
     noise = 0.2 * torch.rand(len(log), generator=rng)
     found = timed(
         "propensities calibrated, diagnosed",
@@ -109,7 +118,7 @@ def many_rows(path: Path) -> None:
     rows = 2**24 + 1
     timed("written", lambda: write_batches(batches(rows, lambda _: ""), path))
     print(f"{path.stat().st_size / 2**30:.2f} GiB on disk")
-    log = timed("loaded for a fit", lambda: load_rows(path, Characters(), 64, "auto"))  # type: ignore[arg-type]
+    log = load(path, 64)
     print(
         len(log),
         "rows kept,",
@@ -131,7 +140,7 @@ def many_bytes(path: Path) -> None:
     rows = 2**20
     timed("written", lambda: write_batches(batches(rows, lambda row: text[row % 1000 : row % 1000 + 3072]), path))
     print(f"{path.stat().st_size / 2**30:.2f} GiB on disk")
-    log = timed("loaded for a fit", lambda: load_rows(path, Characters(), 128, "auto"))  # type: ignore[arg-type]
+    log = load(path, 128)
     print(len(log), "rows kept")
     dataset = timed("read as a dataset", lambda: read_snapshot(path))
     assert sum(len(part) for part in dataset.data.column("response").chunks) == rows
@@ -147,3 +156,4 @@ if __name__ == "__main__":
         {"rows": many_rows, "bytes": many_bytes}[kind](file)
     finally:
         file.unlink(missing_ok=True)
+        shutil.rmtree(file.with_suffix(".states"), ignore_errors=True)

@@ -34,9 +34,9 @@ from causalrm_ray.models.states.backbone import Backbone
 from causalrm_ray.models.states.pooled import Row
 from causalrm_ray.models.states.rows import RowReader
 from causalrm_ray.models.text import load_tokenizer
-from causalrm_ray.types import NoiseRates, RewardTuning
+from causalrm_ray.types import NoiseRates
 
-CONFIG = RewardConfig(method="causalrm_dr", epochs=8, lr=1e-2, workers=2, rho=(0.1, 0.1))
+CONFIG = RewardConfig(method="causalrm_dr", tune="full", epochs=8, lr=1e-2, workers=2, rho=(0.1, 0.1))
 FILLER = ("garden", "stone", "winter", "lamp")
 
 
@@ -45,7 +45,6 @@ def make_actor(
     folder: Path,
     max_length: int = 64,
     stops: Sequence[int] = (),
-    tune: RewardTuning = "full",
     config: RewardConfig = CONFIG,
 ) -> RewardActor:
     """A role beside whose `folder` the states are."""
@@ -53,7 +52,6 @@ def make_actor(
         Backbone(backbone, model_digest(backbone), "final-last", "float32"),
         config,
         cache=folder.parent / "states",
-        tune=tune,
         max_length=max_length,
         seed=0,
         folder=folder,
