@@ -94,7 +94,7 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
     sizes = _bytes(config, policy, reward, parts, gpus)
     generators = [role for role in sizes if role.startswith("generator")]
     ranks = [role for role in sizes if role.startswith("learner")]
-    others = [role for role in sizes if role == "reward" or role.startswith("features")]
+    others = [*(role for role in sizes if role.startswith("features")), *(role for role in sizes if role == "reward")]
     workers = [role for role in sizes if role.startswith("reward worker")]
     if gpus == 0:
         return Plan({role: Allocation(role, size) for role, size in sizes.items()})
@@ -107,7 +107,7 @@ def make_plan(config: Config, policy: ModelSize, reward: ModelSize, parts: Colle
         bundles = [1] * min(gpus, max(len(generators), len(ranks), 1))
         indices = {role: index % len(bundles) for part in (generators, ranks) for index, role in enumerate(part)}
     if not (generators or ranks):  # a fit alone: every GPU computes states, but those of workers that need their own
-        bundles = [1] * (len(others) - 1)
+        bundles = [1] * max(1, len(others) - 1)
         indices |= {role: min(place, len(bundles) - 1) for place, role in enumerate(others)}
     else:
         indices |= dict.fromkeys(others, len(bundles) - 1)
@@ -185,7 +185,9 @@ def _bytes(config: Config, policy: ModelSize, reward: ModelSize, parts: Collecti
             worker += replace(reward, vocabulary=0).activation_bytes(single, tokens)
             spared = config.reward.workers
         computing = 1 if "generators" in parts or "learner" in parts else max(1, gpus - spared)
-        sizes |= {f"features-{number}": scoring + PROCESS_BYTES * (not on_gpu) for number in range(computing)}
-        sizes |= {"reward": scoring + PROCESS_BYTES * (not on_gpu), "propensity": PROCESS_BYTES}
-        sizes |= {f"reward worker {number}": worker + PROCESS_BYTES for number in range(config.reward.workers)}
+        sizes |= {"reward": scoring + PROCESS_BYTES * (not on_gpu)}
+        if "log" in parts:  # there is something to fit
+            sizes |= {f"features-{number}": scoring + PROCESS_BYTES * (not on_gpu) for number in range(computing)}
+            sizes |= {"propensity": PROCESS_BYTES}
+            sizes |= {f"reward worker {number}": worker + PROCESS_BYTES for number in range(config.reward.workers)}
     return {role: int(size) for role, size in sizes.items()}

@@ -48,14 +48,19 @@ def start_reward(config: Config, policy: str, model: str, allocated: Allocated) 
     features, restarts = _start_features(config, backbone, cache, allocated), config.loop.max_failures
     seed, folder = config.run.seed, config.run.path
     limits = {"max_length": config.model.max_length, "per_user": config.feedback.per_user, "seed": seed}
-    propensity = place(
-        PropensityActor,
-        Placement("propensity", env=compute_env(False), restarts=restarts),
-        cache,
-        config.reward.clip,
-        choice=config.model.states,
-        memory=folder / "propensity" / "serving.json",
-        **limits,
+    fits = "propensity" in allocated.plan.allocations
+    propensity = (
+        place(
+            PropensityActor,
+            Placement("propensity", env=compute_env(False), restarts=restarts),
+            cache,
+            config.reward.clip,
+            choice=config.model.states,
+            memory=folder / "propensity" / "serving.json",
+            **limits,
+        )
+        if fits
+        else None
     )
     reward = place(
         RewardActor,

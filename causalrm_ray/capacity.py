@@ -181,18 +181,20 @@ def step(work: Work, rates: Rates) -> Step:
     return Step(busy, wall)
 
 
-def fit(reward: ModelSize, rows: float, new: float, tokens: float, epochs: int, workers: int, rates: Rates) -> dict[str, float]:
+def fit(
+    reward: ModelSize, rows: float, new: float, tokens: float, epochs: int, gpus: tuple[int, int], rates: Rates
+) -> dict[str, float]:
     """Seconds of the phases of one fit, which follow each other: states of the frozen backbone, heads on them, distillation.
 
     The log has `rows` impressions of `tokens` tokens, `new` of which have no states yet. Heads are fitted on a CPU: HEAD_FITS
     ensembles of HEAD_WEIGHTS weights per hidden unit, HEAD_EPOCHS passes each. With `epochs` >= 1 the heads are distilled into
-    the whole backbone on all rows; 0: they serve.
+    the whole backbone on all rows; 0: they serve. `gpus` compute states, and distil.
     """
     unit = reward.backbone * tokens
     return {
-        "features": 2 * unit * new / (workers * rates.forward),
+        "features": 2 * unit * new / (gpus[0] * rates.forward),
         "heads": 6 * HEAD_FITS * HEAD_EPOCHS * HEAD_WEIGHTS * reward.hidden * rows / CPU_FLOPS,
-        "distillation": 6 * epochs * unit * rows / (workers * rates.training),
+        "distillation": 6 * epochs * unit * rows / (gpus[1] * rates.training),
     }
 
 
@@ -215,7 +217,7 @@ ADVICE = {
     "update": "add learner ranks, lower epochs, set lora, or turn checkpointing off if memory allows",
     "sync": "set lora, of which the adapter alone is sent, or use a faster link between hosts",
     "driver": "take larger steps: more prompts for each",
-    "features": "add workers, set log_rows: a fit on a sample of the log; or take a smaller reward model",
+    "features": "add GPUs, set log_rows: a fit on a sample of the log; or take a smaller reward model",
     "heads": "set log_rows: a fit on a sample of the log",
     "distillation": "set tune=head, add workers, or set log_rows: a fit on a sample of the log",
 }

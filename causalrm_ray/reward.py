@@ -30,19 +30,28 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, max_length: int | None = None, truncation: Truncation = "refuse", device: str = "cpu"
+        cls,
+        folder: str | Path,
+        *,
+        backbone: str | None = None,
+        max_length: int | None = None,
+        truncation: Truncation = "refuse",
+        device: str = "cpu",
     ) -> RewardModel:
-        """The model in a folder, or of a hub id, on a torch `device`.
+        """The model in a folder, or of a hub id, on a torch `device`; `backbone` is where the language model of its heads is now,
+        if it was moved.
 
         `max_length` is the longest prompt and answer, in tokens (None: what the backbone can read); `truncation` says whether
         what is longer is refused, or read without its "oldest" turns. Raises CheckpointError for a head whose backbone is gone
         or another one, InputError for a folder without a model.
         """
-        backbone = backbone_of(folder)
-        longest = max_length or getattr(text_config(backbone), "max_position_embeddings", None)
+        scorer = load_scorer(folder, device, backbone=backbone)
+        model = backbone or backbone_of(folder)
+        longest = max_length or getattr(text_config(model), "max_position_embeddings", None)
         if longest is None:
-            raise ValueError(f"max_length must be given: the configuration of {backbone} does not say how long a text may be")
-        return cls(load_scorer(folder, device), RowReader(load_tokenizer(str(folder)), longest, truncation))
+            raise ValueError(f"max_length must be given: the configuration of {model} does not say how long a text may be")
+        reader = RowReader(load_tokenizer(str(folder)), longest, truncation, what="answer", section="")
+        return cls(scorer, reader)
 
     def score(self, messages: Messages, answer: str) -> float:
         """P(a user likes `answer`), in (0, 1). `messages` are what it replies to: OpenAI's form, or the text of one user turn.
@@ -58,7 +67,7 @@ class RewardModel:
     def logits(self, messages: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
         """Their logits [N] (float32), what a policy is rewarded by."""
         pairs = enumerate(zip(messages, answers, strict=True))
-        rows = [self._reader.read(f"row {number}", _prompt(asked).json, answer).row for number, (asked, answer) in pairs]
+        rows = [self._reader.read(str(number), _prompt(asked).json, answer).row for number, (asked, answer) in pairs]
         return self._scorer.score(rows).numpy()
 
 

@@ -9,7 +9,7 @@ from actors.system import start_roles
 from causalrm_ray.config.train import Config
 from causalrm_ray.errors import ConfigError
 from causalrm_ray.models.text import load_tokenizer
-from causalrm_ray.report.fit_panels import level_sentence
+from causalrm_ray.report.fit_panels import fit_sentences
 from causalrm_ray.report.page import write_report
 from jobs.support.feedback import import_feedback
 from jobs.support.progress import Progress
@@ -37,7 +37,7 @@ def run(config: Config) -> int:
     run.summarise(summary)
     write_report(run.path, [], summary)
     model = run.path / fit.folders[config.reward.method]
-    if level := level_sentence(summary):
-        Console().print(level, soft_wrap=True)
+    for sentence in fit_sentences(summary):
+        Console().print(sentence, soft_wrap=True, markup=False, highlight=False)
     Console().print(f"reward model: {model}; see {run.path / 'report.html'}", soft_wrap=True)
     return 0

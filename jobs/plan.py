@@ -29,7 +29,7 @@ from causalrm_ray.registry import ALGORITHMS
 from causalrm_ray.rl.batching import TOKEN_BUDGET
 from causalrm_ray.types import LoraTargets
 
-ROLES = frozenset(("generators", "learner", "reward"))
+ROLES = frozenset(("generators", "learner", "log", "reward"))
 PERF_PROMPT_TOKENS = 12  # of the embedded world's prompts, which `perf` uses, on average
 
 
@@ -46,8 +46,9 @@ def run(config: PlanConfig) -> int:
     rows = config.log_rows or config.log_events
     tokens = config.prompt_tokens + config.answer_tokens
     epochs = config.reward_epochs if config.tune == "full" else 0
-    fitted = fit(reward, rows, rows, tokens, epochs, config.workers, rates)
-    refitted = fit(reward, rows, config.new_rows * rows, tokens, epochs, config.workers, rates)
+    # The first fit by itself, on every GPU; a refit beside generators and learner has one for states.
+    fitted = fit(reward, rows, rows, tokens, epochs, (config.hardware.gpus, config.workers), rates)
+    refitted = fit(reward, rows, config.new_rows * rows, tokens, epochs, (1, config.workers), rates)
     run_s = {name: seconds * config.steps for name, seconds in found.wall.items()}
     run_s |= {name: seconds + config.refits * refitted[name] for name, seconds in fitted.items()}
     dollars = sum(run_s.values()) / 3600 * config.hardware.gpus * gpu.price

@@ -20,7 +20,7 @@ from causalrm_ray.checkpoint import atomic_folder, read_json, write_json
 from causalrm_ray.config.train import Config
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.errors import InputError
-from causalrm_ray.report.fit_panels import level_sentence
+from causalrm_ray.report.fit_panels import fit_sentences
 from causalrm_ray.report.page import write_report
 from causalrm_ray.rl.drift import LOW_ESS, low_ess
 from causalrm_ray.types import Scored
@@ -140,13 +140,14 @@ def prepare(config: Config, prompts: PromptSource, oracle: Oracle, roles: Roles,
     methods = list(dict.fromkeys((config.reward.method, *config.reward.compare)))
     if not oracle.known and "oracle" in methods:
         methods.remove("oracle")
-    fit = roles.refitter.refit("log", prompts.as_of(0), methods, oracle.preferences if "oracle" in methods else None)
+    preferences = oracle.preferences if "oracle" in methods else None
+    fit = roles.refitter.refit("log", prompts.as_of(0), methods, preferences, progress.states)
     if not config.reward.refit_every:
         roles.refitter.end_fits()
     progress.phase("measuring the start")
     start = judge_start(config, roles, prompts, oracle, fit, shown)
-    if level := level_sentence(start.fit):
-        progress.phase(level)
+    for sentence in fit_sentences(start.fit):
+        progress.phase(sentence)
     return start
 
 

@@ -88,15 +88,21 @@ class FeaturesActor:
                 if time.monotonic() > until:
                     break
         except BaseException:
-            self._snapshot = None
+            self._rest()
             raise
         finally:
             torch.set_num_threads(threads)
         if self._done.rows == self._done.missing:
-            self._snapshot, self._model = None, None
-            gc.collect()
-            give_back_freed()
+            self._rest()
         return self._done
+
+    def _rest(self) -> None:
+        """Nothing is to do: give the memory back."""
+        self._snapshot, self._work, self._model = None, iter(()), None
+        gc.collect()
+        give_back_freed()
+        if self._device != "cpu":
+            torch.cuda.empty_cache()
 
     def _compute(self, snapshot: Path) -> Iterator[StatesDone]:
         cache = StateCache(self._cache)

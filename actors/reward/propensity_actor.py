@@ -21,7 +21,7 @@ from actors.cluster.environment import give_back_freed
 from actors.cluster.place import restarted
 from actors.reward.report import VersionedPropensity
 from actors.reward.snapshot_rows import SnapshotRows, load_rows
-from causalrm_ray.checkpoint import atomic_folder, read_json, verify_folder, write_json
+from causalrm_ray.checkpoint import CheckpointError, atomic_folder, read_json, verify_folder, write_json
 from causalrm_ray.data.collate import FeatureRows
 from causalrm_ray.data.states.cache import StateCache
 from causalrm_ray.data.users.clusters import FOLDS
@@ -131,7 +131,7 @@ class PropensityActor:
     def _choose(self, log: SnapshotRows) -> StateChoice:
         if self._serving is not None and self._serving.report.choice is not None:
             return self._serving.report.choice
-        return StateChoice(self._choice) if self._choice else choose_states(log.states, log.observations, self._seed)
+        return StateChoice(self._choice) if self._choice else choose_states(log.states, log.observations, log.heldout, self._seed)
 
     def _save(self, folder: Path, heads: Sequence[nn.Module], propensity: Propensity, report: VersionedPropensity) -> None:
         with atomic_folder(folder) as temporary:
@@ -142,6 +142,8 @@ class PropensityActor:
             save_file({"propensity": propensity.prob.numpy().astype(np.float32)}, temporary / PROPENSITIES)
 
     def _read(self, folder: Path) -> _Serving:
+        if (folder / "fold-0").is_dir():
+            raise CheckpointError(f"{folder} is of a version that tuned whole propensity models: start a run of another name")
         calibration = read_json(folder / "calibration.json")
         clip = calibration.pop("clip")
         return _Serving(

@@ -28,7 +28,7 @@ from causalrm_ray.data.snapshots.table import check_snapshot
 from causalrm_ray.estimators.core.training import Shard
 from causalrm_ray.models.states.backbone import Backbone
 from causalrm_ray.models.states.pooled import Row
-from causalrm_ray.models.states.scorer import RowScorer, load_scorer
+from causalrm_ray.models.states.scorer import Backbones, RowScorer, load_scorer
 from causalrm_ray.models.text import as_logged, end_tokens, load_tokenizer
 from causalrm_ray.types import PerUser
 
@@ -71,6 +71,7 @@ class RewardActor:
         self._trainer = RewardTrainer(config.workers, self._folder / SCRATCH, use_gpu=use_gpu, timeout_s=timeout_s)
         self._device = device
         self._scorers: dict[str, RowScorer] = {}
+        self._backbones = Backbones(device, {backbone.model: backbone.digest})
         self._serving: Path | None = None
         self.version = 0
         tokenizer = load_tokenizer(backbone.model)
@@ -159,7 +160,7 @@ class RewardActor:
                     f"row {number} must have at most {self._max_length} tokens (model.max_length) with its end, got {tokens}"
                 )
         if model not in self._scorers:
-            self._scorers[model] = load_scorer(model, self._device)
+            self._scorers[model] = load_scorer(model, self._device, self._backbones)
         return self._scorers[model].score(read).numpy()
 
     def state(self) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class RewardActor:
         verify_folder(Path(folder).resolve().parent)
         self._scorers.clear()
         self._serving, self.version = Path(folder).resolve(), version
-        self._scorers[str(self._serving)] = load_scorer(self._serving, self._device)
+        self._scorers[str(self._serving)] = load_scorer(self._serving, self._device, self._backbones)
         write_json(self._folder / SERVING, self.state())
 
     def end_fits(self) -> None:

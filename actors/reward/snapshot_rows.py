@@ -31,6 +31,7 @@ from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.diagnostics.groups import Groups, Signals
 from causalrm_ray.estimators.nuisances.strata import length_buckets, merge_strata
 from causalrm_ray.files import write_whole
+from causalrm_ray.models.states.pooled import Row
 from causalrm_ray.truncation import Cuts
 from causalrm_ray.types import PerUser, StatesName
 
@@ -66,9 +67,17 @@ class SnapshotRows:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def states(self, name: StatesName) -> Tensor:
-        """The states of this name [N, D]."""
-        return self.cache.states(name, self.keys)
+    def states(self, name: StatesName, rows: Tensor | None = None) -> Tensor:
+        """The states of this name [N, D], or of some rows [M, D]."""
+        return self.cache.states(name, self.keys if rows is None else self.keys[rows.numpy()])
+
+    def rows(self, index: Tensor) -> list[Row]:
+        """Prompts and answers of the rows `index` [M], as token ids."""
+        keys = self.keys[index.numpy()]
+        ids, lengths = self.cache.tokens(keys)
+        starts = self.cache.counts(keys)["prompt_tokens"].tolist()
+        parts = ids.split(lengths.tolist())
+        return [Row(part[:start].tolist(), part[start:].tolist()) for part, start in zip(parts, starts, strict=True)]
 
     def token_rows(self, pad_id: int) -> TokenRows:
         """Prompt, response and end of each row as token ids."""

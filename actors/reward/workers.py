@@ -37,8 +37,9 @@ from causalrm_ray.estimators.diagnostics.selection_posterior import explained
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models, heldout_objective
 from causalrm_ray.losses.pointwise import LOSSES
 from causalrm_ray.models.reward_model import SequenceScorer
-from causalrm_ray.models.scorers.heads import FeatureScorer, Standardised, cautious, centre_and_scale
-from causalrm_ray.models.states.scorer import is_head, read_head, save_head
+from causalrm_ray.models.scorers.heads import FeatureScorer, centre_and_scale
+from causalrm_ray.models.scorers.wrapped import Standardised, cautious
+from causalrm_ray.models.states.scorer import is_head, load_scorer, read_head, save_head
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import NoiseRates
 
@@ -81,7 +82,7 @@ def fit_into(folder: Path, spec: FitSpec, shard: Shard, device: torch.device) ->
         fits.risks[spec.config.method] = _risk(gate, fits.heldout, logit)
     if spec.config.tune == "full":
         fits, logit = _distilled(fits, spec, states, log, tokenizer, gate, shard, device)
-    serving = _serving_risk(spec, log, tokenizer, gate, device)
+    serving = _serving_risk(spec, log, gate, device)
     if shard.rank == 0:
         for method, fitted in fits.fits.items():
             if isinstance(fitted.scorer, SequenceScorer):
@@ -182,18 +183,15 @@ def _distilled(
     return replace(fits, fits=students, risks=risks), served
 
 
-def _serving_risk(
-    spec: FitSpec, log: SnapshotRows, tokenizer: PreTrainedTokenizerBase, gate: Objective, device: torch.device
-) -> float | None:
+def _serving_risk(spec: FitSpec, log: SnapshotRows, gate: Objective, device: torch.device) -> float | None:
     """Held-out risk of the model that serves; None where none does."""
     if spec.serving is None:
         return None
-    if is_head(spec.serving):
-        backbone, head = read_head(Path(spec.serving))
-        logit = predict(head, FeatureRows(log.cache.states(backbone.states, log.keys[gate.rows.numpy()])))
-    else:
-        scorer: nn.Module = SequenceScorer.from_pretrained(spec.serving).to(device)
-        logit = predict(scorer, log.token_rows(tokenizer.pad_token_id), gate.rows)
+    found, head = read_head(Path(spec.serving)) if is_head(spec.serving) else (None, nn.Identity())
+    if found and (found.digest, found.dtype) == (spec.backbone.digest, spec.backbone.dtype):
+        logit = predict(head, FeatureRows(log.states(found.states, gate.rows)))
+    else:  # a whole model, or heads on another backbone
+        logit = load_scorer(spec.serving, str(device)).score(log.rows(gate.rows))
     return float(gate.risk(logit, gate.rows).double().mean())
 
 

@@ -84,7 +84,9 @@ class RunFolder(Section):
     )
     dir: Path = Field(Path("runs"), description="folder that holds all runs")
     resume: bool = Field(False, description="continue from the newest complete checkpoint of the run")
-    cache: Path = Field(Path("~/.cache/causalrm_ray"), description="folder of what runs share: embedded models, engine caches")
+    cache: Path = Field(
+        Path("~/.cache/causalrm_ray"), description="folder of what runs share: states of backbones, embedded models, caches"
+    )
 
     @property
     def path(self) -> Path:

@@ -80,7 +80,7 @@ class PlanConfig(Section):
     log_rows: int | None = Field(None, ge=1, description="impressions that a fit reads; null: all")
     tune: RewardTuning = Field("head", description="as reward.tune of the fit: heads on states, or the whole backbone")
     reward_epochs: int = Field(4, ge=1, description="passes over the log of tune=full")
-    workers: int = Field(1, ge=1, description="GPUs that compute states, and tune the reward model")
+    workers: int = Field(1, ge=1, description="GPUs of tune=full; states are computed on all GPUs in the first fit, on one later")
     refits: int = Field(0, ge=0, description="fits on the grown log during the run, besides the first")
     new_rows: float = Field(0.01, ge=0, le=1, description="share of the log that is new at each refit")
     run: RunFolder = RunFolder()

@@ -1,4 +1,5 @@
-"""A language model with one linear head: token ids in, one logit out. The reward and propensity models are both of this kind."""
+"""A language model with one linear head: token ids in, one logit out: a reward model of
+which all weights were tuned (`reward.tune=full`)."""
 
 from __future__ import annotations
 

@@ -79,6 +79,31 @@ def level_sentence(summary: Json) -> str | None:
     )
 
 
+def states_sentence(summary: Json) -> str | None:
+    """Which states of the backbone were read, and by how much held-out feedback is explained better by them than by others."""
+    choice = summary["propensity"].get("choice")
+    if not choice:
+        return None
+    name, losses = choice["states"], choice["losses"]
+    if not losses:
+        return f"All models read the states {name} of the backbone (model.states)."
+    others = ", ".join(f"{other} {loss:.4f}" for other, loss in sorted(losses.items(), key=lambda one: one[1]) if other != name)
+    return (
+        f"All models read the states {name} of the backbone: they explain held-out feedback best, {losses[name]:.4f} nats a row "
+        f"(of the others: {others})."
+    )
+
+
+def fit_sentences(summary: Json) -> list[str]:
+    """A fit in a few sentences, its verdict first."""
+    found = summary["diagnostics"]
+    doubts = found["warnings"]
+    known = [found["verdict"], ranking_sentence(found["ranking"]), level_sentence(summary), states_sentence(summary)]
+    if doubts:
+        known.append(f"{len(doubts)} warning{'s' * (len(doubts) > 1)}, the first: {doubts[0]}")
+    return [sentence for sentence in known if sentence]
+
+
 def _draw_rates(panel: Axes, rates: Mapping[str, Json]) -> None:
     for place, (_, rate) in enumerate(sorted(rates.items())):
         first = place == 0

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from causalrm_ray.report.fit_panels import fit_panels, level_sentence, preference_sentence, ranking_sentence
+from causalrm_ray.report.fit_panels import (
+    fit_panels,
+    level_sentence,
+    preference_sentence,
+    ranking_sentence,
+    states_sentence,
+)
 from causalrm_ray.report.pictures import BLUE, GREY, ORANGE, picture
 
 if TYPE_CHECKING:
@@ -40,6 +46,7 @@ def write_report(folder: Path, metrics: Sequence[Mapping[str, float]], summary: 
         found=found,
         ranking=ranking_sentence(found["ranking"]),
         level=level_sentence(summary),
+        states=states_sentence(summary),
         preference=preference_sentence(found),
         steps=picture([partial(_draw_steps, metrics=metrics, of=of) for of in STEPS]) if metrics else None,
         fit=fit,

@@ -25,6 +25,7 @@ def run(config: ForgetConfig) -> int:
     file = folder / "config.yaml"
     if config.url is None and not file.exists():
         raise InputError(f"run.name: {folder} holds no run; name one, or give the log's url")
+    caches = {config.run.cache, *([load_config(file).run.cache] if file.exists() else [])}
     url = config.url or load_config(file).log_url
     with closing(FeedbackLog(url, {})) as log:
         found = log.find(config.user, config.impression)
@@ -32,13 +33,14 @@ def run(config: ForgetConfig) -> int:
         # Of other runs on the same log, what was forgotten before is known by its hash alone.
         forgotten = Forgotten(copies.ids | frozenset(found.ids), copies.prompts | found.prompts, config.user)
         erased = erase_copies(folder, forgotten)
-        if states := forget_states(config.run.cache, sorted(forgotten.ids)):
-            erased["rows of states in run.cache"] += states
+        states = {cache: forget_states(cache, sorted(forgotten.ids)) for cache in sorted(caches)}
         impressions, events = log.forget(sorted(forgotten.ids), time.time())
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"forgotten: {impressions} impressions and {events} events of the log")
     for what, count in sorted(erased.items()):
         console.print(f"erased in {folder}: {count} {what}", markup=False)
+    for cache, rows in states.items():
+        console.print(f"erased in {cache}: {rows} rows of states", markup=False)
     if any(next(folder.rglob(f"{name}.safetensors"), None) for name in ("model", "head")):
         console.print("models that were fitted before still have learned from it: fit again to replace them")
     return 0

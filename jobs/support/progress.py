@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -47,7 +48,7 @@ class Progress:
         self._say(name)
 
     def _say(self, name: str) -> None:
-        console.print(f"[dim]{time.perf_counter() - self._began:7.1f} s[/]  {name}")
+        console.print(f"[dim]{time.perf_counter() - self._began:7.1f} s[/]  {escape(name)}")
 
     def pretraining(self, step: int, steps: int, loss: float) -> None:
         """A step of the embedded policy's pretraining."""

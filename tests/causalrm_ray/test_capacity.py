@@ -85,13 +85,13 @@ def test_what_goes_on_at_once_hides_behind_the_longest_unless_gpus_are_shared() 
 
 
 def test_a_fit_reads_new_rows_for_states_and_all_of_them_for_heads_and_distillation() -> None:
-    found = fit(SIZE, rows=10, new=5, tokens=10, epochs=4, workers=2, rates=RATES)
+    found = fit(SIZE, rows=10, new=5, tokens=10, epochs=4, gpus=(2, 2), rates=RATES)
     backbone = SIZE.backbone
     heads = 6 * 8 * 10 * (5 * 33 * SIZE.hidden) * 10 / 1e11
     assert found == pytest.approx(
         {"features": 2 * backbone * 50 / 4e3, "heads": heads, "distillation": 6 * 4 * backbone * 100 / 2e3}
     )
-    assert fit(SIZE, rows=10, new=5, tokens=10, epochs=0, workers=2, rates=RATES)["distillation"] == 0
+    assert fit(SIZE, rows=10, new=5, tokens=10, epochs=0, gpus=(2, 2), rates=RATES)["distillation"] == 0
 
 
 def test_measured_work_takes_as_long_as_it_took_and_other_work_in_proportion() -> None:

@@ -4,11 +4,12 @@
                                                             lost_tokens [n], ids [T], and by name of a state [n, D] float16
 
 A row is found by its key, a digest of impression, prompt and answer; what is forgotten, by the impression's. States are stored
-divided by a power of two where float16 could not hold them otherwise, which changes no digit.
+divided by a power of two where float16 could not hold them otherwise.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import tempfile
 from collections.abc import Sequence
@@ -147,9 +148,14 @@ class StateCache:
 
 
 def forget_states(cache: Path, impressions: Sequence[str]) -> int:
-    """Remove the rows of some impressions from all states below a run's `cache`; returns how many rows."""
-    gone, count = digest("impression_id", impressions), 0
-    for path in sorted((cache.expanduser() / "states").glob(f"*/*{SUFFIX}")):
+    """Remove the rows of some impressions from all states below a run's `cache`; returns how many rows.
+
+    A shard that changes gets another name: a fit that has it open fails instead of reading other rows in their place.
+    """
+    gone, count, folder = digest("impression_id", impressions), 0, cache.expanduser() / "states"
+    for unfinished in folder.glob("*/.*.tmp"):  # of a process that was killed while it wrote
+        unfinished.unlink()
+    for path in sorted(folder.glob(f"*/*{SUFFIX}")):
         keep = ~np.isin(_read(path, "impression"), gone)
         if keep.all():
             continue
@@ -160,7 +166,9 @@ def forget_states(cache: Path, impressions: Sequence[str]) -> int:
             metadata = file.metadata()
         tokens = np.repeat(keep, tensors["tokens"])
         kept = {name: values[tokens if name == "ids" else keep] for name, values in tensors.items()}
-        write_whole(path, partial(_save, kept, metadata))
+        if keep.any():
+            write_whole(path.with_name(f"{secrets.token_hex(8)}{SUFFIX}"), partial(_save, kept, metadata))
+        path.unlink()
     return count
 
 
@@ -181,6 +189,8 @@ def _exponent(path: Path) -> int:
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: rows were forgotten meanwhile; give the command again") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} must be readable states: {error}; remove it, and it is made again") from error
 
@@ -190,5 +200,5 @@ def _room(shape: tuple[int, int], folder: Path) -> np.ndarray:
     if 4 * shape[0] * shape[1] <= IN_MEMORY:
         return np.empty(shape, dtype=np.float32)
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(4 * shape[0] * shape[1])
+        os.posix_fallocate(file.fileno(), 0, 4 * shape[0] * shape[1])  # a full disk is an error now, not a signal later
         return np.memmap(cast(Any, file), dtype=np.float32, mode="r+", shape=shape)

@@ -5,7 +5,7 @@ cross_fit (raw, out of fold) -> calibrate (isotonic, out of fold; clipped below)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from causalrm_ray.checks import check_both_classes, check_finite, check_propensi
 from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.linear_start import fit_scorer
 from causalrm_ray.estimators.core.task import FitTask, Nuisances, Observations
-from causalrm_ray.estimators.core.training import FitSettings, Inputs, Objective, fit, predict, seeded
+from causalrm_ray.estimators.core.training import FitSettings, Inputs, Objective, predict, seeded
 from causalrm_ray.estimators.nuisances.calibration import Calibration, cross_calibrate, fit_calibration
 from causalrm_ray.losses.pointwise import bce
 from causalrm_ray.metrics import CalibrationBin, auroc, calibration_curve, ece, quantiles
@@ -66,12 +66,11 @@ def cross_fit_logits(
     rows: Tensor,
     folds: int,
     fold_of_rows: Tensor | None = None,
-    starts: Sequence[Callable[[], nn.Module]] = (),
 ) -> tuple[Tensor, list[nn.Module]]:
     """Logits [N] of the task's scorers, none by one that trained on its row, and the `folds` scorers.
 
     `objective(rows)` is the risk over some rows. Each of `rows` lies in one fold and gets the logit of the module that was
-    trained on the other folds: `fold_of_rows` [M], or at random. Module k begins as `starts[k]()`, or fresh. All rows else are
+    trained on the other folds: `fold_of_rows` [M], or at random. All rows else are
     seen by no module and get the modules' mean logit; of these, the task's held-out ones decide when each module stops.
     """
     inputs, seed, stop = task.inputs, task.settings.seed, objective(task.heldout)
@@ -81,9 +80,8 @@ def cross_fit_logits(
     logit = torch.zeros(len(inputs))
     modules = []
     for number in range(folds):
-        module = seeded(starts[number] if starts else task.make_scorer, seed)
-        train = fit if starts else fit_scorer  # a model of an earlier fit goes on from where it is
-        train(module, inputs, objective(rows[fold[rows] != number]), stop, task.settings, task.shard)
+        module = seeded(task.make_scorer, seed)
+        fit_scorer(module, inputs, objective(rows[fold[rows] != number]), stop, task.settings, task.shard)
         unseen = ((fold == number) | (fold == -1)).nonzero()[:, 0]
         logit[unseen] += predict(module, inputs, unseen, shard=task.shard).float()
         modules.append(module)
@@ -98,13 +96,12 @@ def cross_fit(
     settings: FitSettings,
     folds: int = 2,
     fold: Tensor | None = None,
-    starts: Sequence[Callable[[], nn.Module]] = (),
 ) -> tuple[Tensor, list[nn.Module]]:
     """Raw probabilities of feedback [N], none by a model that trained on its row, and the `folds` >= 2 models.
 
     Fitted by cross-entropy on `o` [N] in {0, 1} over all impressions. A new row's raw probability is the models' mean.
     `fold` [N] in -1..folds-1 says which model leaves out which row, -1 which rows only decide when to stop (None: at random,
-    a tenth to stop). Only where `fold` keeps a row in its place may `starts`, one for each model, be models of an earlier fit.
+    a tenth to stop).
     Raises ValueError if `o` holds one class only: without a row of each kind there is nothing to learn a propensity from.
     """
     check_both_classes("o", o)
@@ -118,7 +115,7 @@ def cross_fit(
     def objective(rows: Tensor) -> Objective:
         return Objective(rows, lambda logit, index: bce(logit, target[index]))
 
-    logit, modules = cross_fit_logits(task, objective, rows, folds, None if fold is None else fold[rows], starts)
+    logit, modules = cross_fit_logits(task, objective, rows, folds, None if fold is None else fold[rows])
     return torch.sigmoid(logit), modules
 
 

@@ -19,8 +19,8 @@ from causalrm_ray.types import StatesName
 
 FOLDS = 5
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of the weights on standardised states, per row
-MOST = 10_000  # rows with feedback, and as many without
-ITERATIONS = 60
+MOST = 2_500  # rows with feedback, and as many without
+ITERATIONS = 40
 NAMES: tuple[StatesName, ...] = ("final-last", "final-mean", "middle-last", "middle-mean")
 
 
@@ -33,13 +33,18 @@ class StateChoice:
 
 
 def choose_states(
-    states: Callable[[StatesName], Tensor], observations: Observations, seed: int, names: Sequence[StatesName] = NAMES
+    states: Callable[[StatesName, Tensor], Tensor],
+    observations: Observations,
+    heldout: Tensor,
+    seed: int,
+    names: Sequence[StatesName] = NAMES,
 ) -> StateChoice:
-    """The states by which held-out outcomes are explained best; `states(name)` gives those of all rows [N, D]."""
-    rows = _sample(observations, seed)
+    """The states by which outcomes of rows are explained best that were not learned from; `states(name, rows)` gives those of
+    some rows [M, D]. Rows numbered in `heldout` are not read: models are judged by them later."""
+    rows = _sample(observations, heldout, seed)
     outcome = (observations.o * (1 + observations.r)).long()[rows]  # 0 none, 1 disliked, 2 liked
     fold = fold_of(len(rows), FOLDS, seed, observations.clusters(rows), observations.o[rows] == 1)
-    losses = {name: held_out_loss(states(name)[rows], outcome, fold) for name in names}
+    losses = {name: held_out_loss(states(name, rows), outcome, fold) for name in names}
     return StateChoice(min(losses, key=losses.__getitem__), losses)
 
 
@@ -77,11 +82,12 @@ def _softmax_regression(x: Tensor, outcome: Tensor, penalty: float) -> tuple[Ten
     return weight.detach(), bias.detach()
 
 
-def _sample(observations: Observations, seed: int) -> Tensor:
-    """At most MOST rows with feedback and MOST without, in ascending order."""
+def _sample(observations: Observations, heldout: Tensor, seed: int) -> Tensor:
+    """At most MOST rows with feedback and MOST without, none of `heldout`, in ascending order."""
     generator = torch.Generator().manual_seed(seed)
-    parts = []
+    parts, free = [], torch.ones(len(observations), dtype=torch.bool)
+    free[heldout] = False
     for given in (0, 1):
-        rows = (observations.o == given).nonzero()[:, 0]
+        rows = ((observations.o == given) & free).nonzero()[:, 0]
         parts.append(rows[torch.randperm(len(rows), generator=generator)[:MOST]])
     return torch.cat(parts).sort().values

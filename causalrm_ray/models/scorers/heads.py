@@ -109,8 +109,13 @@ class WithHeads(nn.Module):
 
 def centre_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [D] of `features` [N, D], and the one number that scales all directions, so that these keep their relative weight."""
-    mean = features.float().mean(0)
-    return mean, (features.float() - mean).square().mean().sqrt().clamp_min(1e-6)
+    if len(features) <= BLOCK:
+        mean = features.float().mean(0)
+        return mean, (features.float() - mean).square().mean().sqrt().clamp_min(1e-6)
+    blocks = features.split(BLOCK)  # no second copy of many rows
+    mean = (torch.stack([block.double().sum(0) for block in blocks]).sum(0) / len(features)).float()
+    squares = sum(float((block.float() - mean).square().sum(dtype=torch.float64)) for block in blocks)
+    return mean, torch.tensor(squares / features.numel()).sqrt().clamp_min(1e-6)
 
 
 class EnsembleScorer(Ensemble):
@@ -229,23 +234,6 @@ class Levelled(nn.Module):
         return self.shift + self.slope * self.scorer(**batch)
 
 
-class Standardised(nn.Module):
-    """A scorer of features that are centred and scaled first: scorer((x - centre) / scale).
-
-    `centre` [D]; `scale` is one number, so that directions keep their relative weight.
-    """
-
-    def __init__(self, scorer: nn.Module, centre: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.scorer = scorer
-        self.register_buffer("centre", centre)
-        self.register_buffer("scale", scale)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logit [B] of `features` [B, D]."""
-        return self.scorer(features=(features.float() - self.centre) / self.scale)
-
-
 def fold_level(head: nn.Linear, shift: float, slope: float) -> bool:
     """Let a linear `head` give shift + slope * its logit, in place; without a bias it is only scaled. Whether it has one."""
     with torch.no_grad():
@@ -267,18 +255,6 @@ class Cautious(nn.Module):
     def forward(self, **batch: Tensor) -> Tensor:
         """Logit [B] of a lower bound of the probability (see `lower_logit`)."""
         return lower_logit(*cast(Ensemble, self.scorer).opinions(**batch), self.caution)
-
-
-def cautious(scorer: nn.Module, caution: float) -> nn.Module:
-    """A scorer that stays `caution` standard deviations of its members below their mean, at the level that it was given.
-
-    Raises ValueError for one without members.
-    """
-    if isinstance(scorer, Levelled):
-        return Levelled(cautious(scorer.scorer, caution), float(scorer.shift), float(scorer.slope))
-    if not isinstance(scorer, Ensemble):
-        raise ValueError(f"caution needs an ensemble, got {type(scorer).__name__}")
-    return Cautious(scorer, caution)
 
 
 def lower_logit(logits_BK: Tensor, weights_K: Tensor, caution: float) -> Tensor:

@@ -22,9 +22,9 @@ from causalrm_ray.models.scorers.heads import (
     FeatureScorer,
     Levelled,
     Mixture,
-    Standardised,
 )
 from causalrm_ray.models.scorers.trees import BoostedScorer
+from causalrm_ray.models.scorers.wrapped import Standardised
 
 
 def write_scorer(path: Path, scorer: nn.Module) -> None:

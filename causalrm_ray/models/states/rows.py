@@ -25,10 +25,19 @@ class ReadRow:
 
 
 class RowReader:
-    """Reads rows of a log as `model.max_length` and `model.truncation` say."""
+    """Reads rows of a log as `model.max_length` and `model.truncation` say; of another caller, whose options are called so
+    without `section`, other things than impressions, `what`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        truncation: Truncation,
+        what: str = "impression",
+        section: str = "model.",
+    ) -> None:
         self._tokenizer, self._max_length, self._truncation = tokenizer, max_length, truncation
+        self._what, self._section = what, section
         self._prompt_tokens = lru_cache(maxsize=4096)(lambda prompt: len(encode_prompt(tokenizer, prompt)))
 
     def read(self, impression: str, prompt: str, response: str) -> ReadRow:
@@ -37,9 +46,9 @@ class RowReader:
         try:
             found = truncate_pair(self._tokenizer, Conversation(prompt), response, self._max_length, self._truncation)
         except TooLongError as error:
-            limit = f"{self._max_length} tokens (model.max_length)"
-            raise InputError(f"impression {impression!r} must have at most {limit}{error}") from error
+            why = f"at most {self._max_length} tokens (model.max_length){error}".replace("model.", self._section)
+            raise InputError(f"{self._what} {impression!r} must have {why}") from error
         except ConversationError as error:
-            raise InputError(f"impression {impression!r}: {error}") from error
+            raise InputError(f"{self._what} {impression!r}: {error}") from error
         start = min(self._prompt_tokens(found.prompt), len(found.ids) - 1)  # a tokenizer may join the two where they meet
         return ReadRow(Row(found.ids[:start], found.ids[start:]), found.turns, found.tokens)

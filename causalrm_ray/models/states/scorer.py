@@ -8,8 +8,8 @@ A folder without backbone.json is a model of its own: a backbone with a linear h
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from causalrm_ray.checkpoint import CheckpointError, read_json, write_json
+from causalrm_ray.errors import InputError
 from causalrm_ray.models.identity import model_digest
 from causalrm_ray.models.reward_model import SequenceScorer, score_rows
 from causalrm_ray.models.scorers.saved_heads import read_scorer, write_scorer
@@ -48,14 +49,37 @@ class WholeModel:
         return score_rows(self.scorer, [(*row.prompt, *row.answer) for row in rows])
 
 
-class HeadOnStates:
-    """A saved head and its backbone."""
+class Backbones:
+    """Backbones in memory, one for all heads that read the same states of it.
 
-    def __init__(self, folder: Path, device: str) -> None:
+    `known` are digests of models that were computed already, by folder or hub id: a large one takes its time.
+    """
+
+    def __init__(self, device: str = "cpu", known: Mapping[str, str] | None = None) -> None:
+        self._device, self._digests = device, dict(known or {})
+        self._loaded: dict[Backbone, PooledBackbone] = {}
+
+    def get(self, found: Backbone, folder: Path) -> PooledBackbone:
+        """The backbone of the head in `folder`. Raises CheckpointError for one that is gone, or another one."""
+        if found not in self._loaded:
+            try:
+                digest = self._digests.get(found.model) or model_digest(found.model)
+            except InputError as error:
+                raise CheckpointError(f"{folder} must be read with its backbone, which is no longer at {found.model}") from error
+            if digest != found.digest:
+                raise CheckpointError(f"{folder} must be read with its backbone, got another one at {found.model}")
+            self._digests[found.model] = digest
+            dtype = getattr(torch, found.dtype)
+            self._loaded[found] = PooledBackbone.from_pretrained(found.model, (found.states,), dtype).to(self._device)
+        return self._loaded[found]
+
+
+class HeadOnStates:
+    """A saved head and its backbone, which `model` names where it was moved."""
+
+    def __init__(self, folder: Path, backbones: Backbones, model: str | None = None) -> None:
         found, self._head = read_head(folder)
-        if model_digest(found.model) != found.digest:
-            raise CheckpointError(f"{folder} must be read with its backbone, got another one at {found.model}")
-        self._backbone = PooledBackbone.from_pretrained(found.model, (found.states,), getattr(torch, found.dtype)).to(device)
+        self._backbone = backbones.get(replace(found, model=model or found.model), folder)
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row]) -> Tensor:
@@ -63,10 +87,17 @@ class HeadOnStates:
         return self._head(features=pooled_states(self._backbone, rows)[:, 0]) if rows else torch.empty(0)
 
 
-def load_scorer(source: str | Path, device: str = "cpu") -> RowScorer:
-    """The reward model in a folder, or of a hub id. Raises CheckpointError for a head whose backbone is gone or another one."""
+def load_scorer(
+    source: str | Path, device: str = "cpu", backbones: Backbones | None = None, backbone: str | None = None
+) -> RowScorer:
+    """The reward model in a folder, or of a hub id; heads share `backbones`, and find theirs at `backbone` if it was moved.
+
+    Raises CheckpointError for a head whose backbone is gone or another one.
+    """
     folder = Path(source)
-    return HeadOnStates(folder, device) if is_head(folder) else WholeModel(str(source), device)
+    if is_head(folder):
+        return HeadOnStates(folder, backbones or Backbones(device), backbone)
+    return WholeModel(str(source), device)
 
 
 def backbone_of(source: str | Path) -> str:

@@ -16,8 +16,9 @@ from causalrm_ray.estimators.levelling import check_judged, learn_level, level_o
 from causalrm_ray.estimators.nuisances.level import Level
 from causalrm_ray.estimators.pipeline import RewardFits, fit_reward_models
 from causalrm_ray.losses.pointwise import bce
-from causalrm_ray.models.scorers.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture, cautious
+from causalrm_ray.models.scorers.heads import Corrected, EnsembleScorer, FeatureScorer, Levelled, Mixture
 from causalrm_ray.models.scorers.saved_heads import describe, rebuild
+from causalrm_ray.models.scorers.wrapped import cautious
 
 LEVEL = Level(-0.7, 1.3)
 X = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))

@@ -28,7 +28,7 @@ from causalrm_ray.estimators.nuisances.level import fit_level
 from causalrm_ray.estimators.nuisances.noise_rates import NoiseEstimate
 from causalrm_ray.estimators.nuisances.propensity import diagnose
 from causalrm_ray.estimators.pipeline import RewardFits
-from causalrm_ray.report.fit_panels import fit_panels, level_sentence
+from causalrm_ray.report.fit_panels import fit_panels, fit_sentences, level_sentence
 from causalrm_ray.report.page import write_report
 from causalrm_ray.types import NoiseRates
 from jobs.support.run_folder import Run
@@ -52,7 +52,7 @@ def fit(figures: dict[str, float], noise: NoiseEstimate | None) -> Refit:
     joint = propensity[:, None] * torch.stack([torch.sigmoid(6 * x), torch.sigmoid(-6 * x)], 1)
     own = (6 * x, RATES, (propensity, propensity), joint) if figures else ()
     one = Fitted(torch.nn.Identity(), FitReport((best,), best), figures, *own)
-    fits = RewardFits({"auto": one}, {"auto": 0.6}, RATES, noise, None, None, None, None, heldout, None)
+    fits = RewardFits({"auto": one}, {"auto": 0.6}, RATES, noise, None, None, None, None, heldout)
     found = diagnose_fit(fits, "auto", observations, propensity.clamp(min=0.1), 2 * x[heldout])
     ranking = torch.sigmoid(2 * x)
     groups = Groups((torch.arange(2000) % 2), ("style=flashy", "style=plain"))
@@ -190,6 +190,23 @@ def test_what_judged_rows_changed_is_said(tmp_path: Path, summary: dict[str, Any
     assert escape(sentence) in write_report(tmp_path, [], stated).read_text(encoding="utf-8")
     assert summary["clean"] is None
     assert level_sentence(summary) is None
+
+
+def test_a_fit_is_said_in_a_few_sentences_its_verdict_first(tmp_path: Path, summary: dict[str, Any]) -> None:
+    losses = {"final-last": 0.9277, "final-mean": 0.9313, "middle-last": 0.9293, "middle-mean": 0.9202}
+    summary = {**summary, "propensity": {**summary["propensity"], "choice": {"states": "middle-mean", "losses": losses}}}
+    sentences = fit_sentences(summary)
+    assert sentences[0] == summary["diagnostics"]["verdict"]
+    said = (
+        "All models read the states middle-mean of the backbone: they explain held-out feedback best, 0.9202 nats a row "
+        "(of the others: final-last 0.9277, middle-last 0.9293, final-mean 0.9313)."
+    )
+    assert said in sentences
+    assert said in write_report(tmp_path, [], summary).read_text(encoding="utf-8")
+    doubts = summary["diagnostics"]["warnings"]
+    assert sentences[-1] == f"{len(doubts)} warnings, the first: {doubts[0]}"
+    given = {**summary, "propensity": {"choice": {"states": "final-last", "losses": {}}}}
+    assert "All models read the states final-last of the backbone (model.states)." in fit_sentences(given)
 
 
 def test_a_user_s_text_in_a_report_stays_text_and_the_verdict_comes_first(tmp_path: Path, summary: dict[str, Any]) -> None:

@@ -12,14 +12,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from actors.features.states import FeaturesActor
 from actors.reward.snapshot_rows import load_rows
 from causalrm_ray.config.options import load_config
 from causalrm_ray.config.train import Config
 from causalrm_ray.conversation import Conversation
 from causalrm_ray.data.log.store import open_log
 from causalrm_ray.data.snapshots.table import write_snapshot
+from causalrm_ray.data.states.cache import StateCache
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.text import encode_pair, encode_prompt, load_tokenizer, truncate_pair
+from causalrm_ray.types import Truncation
 from causalrm_ray.world.grammar import train_prompts
 from causalrm_ray.world.pretrain import PretrainSettings, llama_config, train_tokenizer
 from jobs.__main__ import main
@@ -72,6 +75,14 @@ def configured(tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
+def states(model: str, snapshot: Path, truncation: Truncation) -> StateCache:
+    folder = snapshot.with_suffix(".states")
+    actor = FeaturesActor(model, folder, max_length=LIMIT, truncation=truncation)
+    while (done := actor.advance(snapshot)).rows < done.missing:
+        pass
+    return StateCache(folder)
+
+
 def test_a_fit_reads_what_the_import_let_through_and_both_say_what_was_cut(
     configured: Callable[..., Config], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,9 +102,9 @@ def test_a_fit_reads_what_the_import_let_through_and_both_say_what_was_cut(
     stored = {row["impression_id"]: Conversation(row["prompt"]).messages for row in snapshot}
     assert stored == {row["id"]: talk(0)[1:] if row["id"] == "e" else row["prompt"] for row in LOG[:5]}  # whole
     write_snapshot(snapshot, tmp_path / "snapshot.parquet")
-    rows = load_rows(tmp_path / "snapshot.parquet", tokenizer, LIMIT, truncation="oldest")
+    rows = load_rows(tmp_path / "snapshot.parquet", states(model, tmp_path / "snapshot.parquet", "oldest"), LIMIT)
     order = [row["impression_id"] for row in snapshot]
-    batch = rows.token_rows.batch(torch.arange(5))
+    batch = rows.token_rows(0).batch(torch.arange(5))
     lengths = dict(zip(order, batch["lengths"].tolist(), strict=True))
     read = {name: tuple(batch["input_ids"][n, : lengths[name]].tolist()) for n, name in enumerate(order)}
     kept = {"a": 0, "b": 1, "c": 1, "d": 1}  # earlier turns
@@ -146,9 +157,9 @@ def test_a_fit_refuses_what_is_too_long_by_its_id(configured: Callable[..., Conf
     log.close()
     limit = rf"must have at most {LIMIT} tokens \(model.max_length\)"
     with pytest.raises(InputError, match=rf"impression 'b' {limit} \(model.truncation=oldest would"):
-        load_rows(tmp_path / "snapshot.parquet", load_tokenizer(model), LIMIT)
+        states(model, tmp_path / "snapshot.parquet", "refuse")
     with pytest.raises(InputError, match=rf"impression 'f' {limit} even without earlier turns, got \d+ without 3 of them and"):
-        load_rows(tmp_path / "snapshot.parquet", load_tokenizer(model), LIMIT, truncation="oldest")
+        states(model, tmp_path / "snapshot.parquet", "oldest")
 
 
 def test_what_a_policy_was_asked_is_what_is_logged_and_fitted(

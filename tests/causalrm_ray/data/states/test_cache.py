@@ -92,7 +92,12 @@ def test_what_is_forgotten_is_gone_from_all_states_below_a_cache(tmp_path: Path)
         cache = StateCache(tmp_path / "states" / name)
         cache.add(shard(0, 4))
         cache.add(shard(4, 3))
+    open_before = StateCache(tmp_path / "states" / "a")
+    (tmp_path / "states" / "a" / ".x.safetensors.7.tmp").write_text("of a process that was killed")
     assert forget_states(tmp_path, ["i1", "i5", "i77"]) == 4
+    with pytest.raises(InputError, match="rows were forgotten meanwhile; give the command again"):
+        open_before.states(NAMES[0], keys([2])[0])
+    assert not list(tmp_path.rglob("*.tmp"))
     kept = StateCache(tmp_path / "states" / "a")
     assert kept.has(keys(range(7))[0]).tolist() == [True, False, True, True, True, False, True]
     asked = [0, 2, 3, 4, 6]

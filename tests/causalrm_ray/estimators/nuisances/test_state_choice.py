@@ -10,7 +10,7 @@ from torch import Tensor
 
 from causalrm_ray.estimators.core.task import Observations
 from causalrm_ray.estimators.nuisances import state_choice
-from causalrm_ray.estimators.nuisances.state_choice import NAMES, choose_states, held_out_loss
+from causalrm_ray.estimators.nuisances.state_choice import choose_states, held_out_loss
 from causalrm_ray.models.states.pooled import STATES
 from causalrm_ray.types import StatesName
 
@@ -40,8 +40,11 @@ def test_the_states_that_know_most_of_the_opinion_are_chosen_without_a_clean_lab
     for seed in range(5):
         opinion, observations = log(seed, by_opinion=by_opinion)
         noise: dict[StatesName, float] = {"final-last": 2.0, "final-mean": 1.0, "middle-last": 3.0, "middle-mean": 0.3}
-        by_name = {name: states(opinion, noise[name], seed) for name in NAMES}
-        choice = choose_states(by_name.__getitem__, observations, seed)
+
+        def given(name: StatesName, rows: Tensor, opinion: Tensor = opinion, noise=noise, seed: int = seed) -> Tensor:
+            return states(opinion, noise[name], seed)[rows]
+
+        choice = choose_states(given, observations, torch.arange(0, 1200, 5), seed)
         right += choice.states == "middle-mean"
         assert set(choice.losses) == set(STATES)
     assert right >= 4
@@ -66,8 +69,9 @@ def test_a_large_log_is_chosen_by_a_sample_of_both_kinds(monkeypatch: pytest.Mon
     opinion, observations = log(0, 400)
     seen: list[int] = []
 
-    def given(name: StatesName) -> Tensor:
-        return states(opinion, 0.3, 0)
+    def given(name: StatesName, rows: Tensor) -> Tensor:
+        assert not set(rows.tolist()) & set(range(80)), "held out"
+        return states(opinion, 0.3, 0)[rows]
 
     def counted(features: Tensor, outcome: Tensor, fold: Tensor) -> float:
         seen.extend((int((outcome == 0).sum()), int((outcome > 0).sum())))
@@ -75,5 +79,5 @@ def test_a_large_log_is_chosen_by_a_sample_of_both_kinds(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(state_choice, "MOST", 50)
     monkeypatch.setattr(state_choice, "held_out_loss", counted)
-    choose_states(given, observations, 0)
+    choose_states(given, observations, torch.arange(80), 0)
     assert seen == [50, 50] * 4

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from causalrm_ray import RewardModel
 from causalrm_ray.checkpoint import CheckpointError
-from causalrm_ray.conversation import ConversationError
+from causalrm_ray.conversation import Conversation, ConversationError
 from causalrm_ray.errors import InputError
 from causalrm_ray.models.identity import model_digest
 from causalrm_ray.models.reward_model import SequenceScorer
-from causalrm_ray.models.scorers.heads import Cautious, EnsembleScorer, Levelled, Standardised
+from causalrm_ray.models.scorers.heads import Cautious, EnsembleScorer, Levelled
+from causalrm_ray.models.scorers.wrapped import Standardised
 from causalrm_ray.models.states.backbone import Backbone
 from causalrm_ray.models.states.pooled import PooledBackbone, Row, pooled_states
 from causalrm_ray.models.states.scorer import backbone_of, is_head, load_scorer, read_head, save_head
@@ -68,9 +69,16 @@ def test_a_saved_head_scores_by_the_state_that_it_was_fitted_on(saved: Path, bac
 
 
 def test_a_head_is_not_read_with_another_backbone(saved: Path, backbone: str, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(backbone, moved)
+    before = RewardModel.load(saved).score("why", "stone")
     (Path(backbone) / "extra.json").write_text("{}")
     with pytest.raises(CheckpointError, match="head must be read with its backbone, got another one at"):
         load_scorer(saved)
+    shutil.rmtree(backbone)
+    with pytest.raises(CheckpointError, match="head must be read with its backbone, which is no longer at"):
+        load_scorer(saved)
+    assert RewardModel.load(saved, backbone=str(moved)).score("why", "stone") == before
     shutil.rmtree(saved)
     saved.mkdir()
     (saved / "backbone.json").write_text("{}")
@@ -101,10 +109,14 @@ def test_the_template_of_a_head_renders_an_answer_to_the_ids_that_it_reads(saved
     assert tuple(ids) == encode_pair(load_tokenizer(backbone), "why", "the river")
 
 
-def test_what_cannot_be_scored_is_refused(saved: Path) -> None:
+def test_what_cannot_be_scored_is_refused(saved: Path, backbone: str) -> None:
     model = RewardModel.load(saved)
-    with pytest.raises(InputError, match=r"'row 0' must have at most 64 tokens"):
+    with pytest.raises(InputError, match=r"answer '0' must have at most 64 tokens \(max_length\), got"):
         model.score("why", "stone " * 80)
+    limit = len(encode_pair(load_tokenizer(backbone), Conversation.of(TURNS), "stone")) - 1
+    advice = rf"answer '0' must have at most {limit} tokens \(max_length\) \(truncation=oldest would drop"
+    with pytest.raises(InputError, match=advice):
+        RewardModel.load(saved, max_length=limit).score(TURNS, "stone")
     with pytest.raises(ConversationError):
         model.score([{"role": "assistant", "content": "why"}], "stone")
-    assert 0 < RewardModel.load(saved, truncation="oldest", max_length=40).score(TURNS, "stone") < 1
+    assert 0 < RewardModel.load(saved, truncation="oldest", max_length=limit).score(TURNS, "stone") < 1
