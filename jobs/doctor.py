@@ -30,7 +30,7 @@ LIBRARIES = {  # what must import, whatever the engine
     "datasets": Library(("datasets",), "pip install datasets"),
     "peft": Library(("peft",), "pip install peft"),
 }
-ROLES = {"policy": ("generators", "learner"), "reward": ("reward",)}  # that run each model
+ROLES = {"policy": ("generators", "learner"), "reward": ("log", "reward")}  # that run each model
 BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
