@@ -74,7 +74,9 @@ class ModelConfig(Section):
     chat_template: Path | None = Field(
         None, description="file with a Jinja chat template for both, such as for base models; null: their own"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of policy and engine weights")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision of policy and engine weights, and of states on a CPU; those on a GPU are in bfloat16"
+    )
     max_length: int = Field(128, ge=8, description="longest prompt + response, tokens; longer ones: see truncation")
     truncation: Truncation = Field(
         "refuse", description="what is too long is refused or quarantined, or read without as many oldest turns as needed"

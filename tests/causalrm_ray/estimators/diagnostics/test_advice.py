@@ -52,7 +52,7 @@ def test_a_sound_fit_has_no_warnings() -> None:
         ),
         (
             {"calibration": [{"predicted": 0.9, "actual": 0.6, "stderr": 0.05}]},
-            ("where it says 0.90", "0.60 ± 0.05", "reward.epochs"),
+            ("where it says 0.90", "0.60 ± 0.05", "feedback.clean"),
         ),
         (
             {"calibration": [{"predicted": 0.1, "actual": -0.2, "stderr": 0.05}]},
