@@ -158,7 +158,8 @@ def _model(diagnostics: Mapping[str, Any]) -> list[str]:
         part = curve[far.index(max(far))]
         sentences.append(
             f"The model's probabilities are off: where it says {part['predicted']:.2f}, corrected feedback says "
-            f"{part['actual']:.2f} ± {part['stderr']:.2f}. Use its ranking, not its probabilities, or set its level by feedback.clean."
+            f"{part['actual']:.2f} ± {part['stderr']:.2f}. Use its ranking, not its probabilities, or "
+            "set its level by feedback.clean."
         )
     return sentences
 
