@@ -66,9 +66,8 @@ def distil(
         minimise  mean over D of  bce(s(x), P_teacher(r* = 1 | x))
 
     Cross-entropy to a probability has the teacher's as its only minimum, so calibration is kept. Hinton et al. 2015, arXiv
-    1503.02531. The student begins as `start`, an
-    earlier one, or fresh: targets come from the teacher alone, so a warm start saves steps and passes on no labels that it saw.
-    Ranks learn from the first one's teacher, should their arithmetic differ.
+    1503.02531. The student begins as `start`, an earlier one, or fresh: targets come from the teacher alone, so a warm start
+    saves steps and passes on no labels that it saw. Ranks learn from the first one's teacher, should their arithmetic differ.
     """
     teaching = torch.sigmoid(predict(teacher.scorer, FeatureRows(states)))
     target = task.shard.sum(teaching if task.shard.rank == 0 else torch.zeros_like(teaching))

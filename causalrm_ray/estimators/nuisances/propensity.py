@@ -70,8 +70,8 @@ def cross_fit_logits(
     """Logits [N] of the task's scorers, none by one that trained on its row, and the `folds` scorers.
 
     `objective(rows)` is the risk over some rows. Each of `rows` lies in one fold and gets the logit of the module that was
-    trained on the other folds: `fold_of_rows` [M], or at random. All rows else are
-    seen by no module and get the modules' mean logit; of these, the task's held-out ones decide when each module stops.
+    trained on the other folds: `fold_of_rows` [M], or at random. All rows else are seen by no module and get the modules' mean
+    logit; of these, the task's held-out ones decide when each module stops.
     """
     inputs, seed, stop = task.inputs, task.settings.seed, objective(task.heldout)
     fold = torch.full((len(inputs),), -1)
@@ -100,8 +100,8 @@ def cross_fit(
     """Raw probabilities of feedback [N], none by a model that trained on its row, and the `folds` >= 2 models.
 
     Fitted by cross-entropy on `o` [N] in {0, 1} over all impressions. A new row's raw probability is the models' mean.
-    `fold` [N] in -1..folds-1 says which model leaves out which row, -1 which rows only decide when to stop (None: at random,
-    a tenth to stop).
+    `fold` [N] in -1..folds-1 says which model leaves out which row, -1 which rows only decide when to stop (None: at random, a
+    tenth to stop).
     Raises ValueError if `o` holds one class only: without a row of each kind there is nothing to learn a propensity from.
     """
     check_both_classes("o", o)
