@@ -104,7 +104,7 @@ class Refitter:
         self._wait(loading, "load reward and propensity")
 
     def _compute_states(self, snapshot: Path, on_states: Callable[[StatesDone], None]) -> None:
-        """Let the features roles compute what is missing; each answers every few seconds, and the time-out is that of one answer."""
+        """Let the features roles compute what is missing: each answers every few seconds, and no answer may take too long."""
         began, done = time.perf_counter(), dict.fromkeys(self._features, StatesDone(0, 1, 0))
         while open := {name: role for name, role in self._features.items() if done[name].rows < done[name].missing}:
             refs = [role.advance.remote(snapshot) for role in open.values()]
