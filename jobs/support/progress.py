@@ -33,7 +33,7 @@ class Progress:
         self._bars = RichProgress(texts[0], *columns, texts[1], console=console, disable=not console.is_terminal)
         self._bar: TaskID | None = None
         self._total = self._done = 0
-        self._states_began: float | None = None
+        self._first_states: tuple[float, int] | None = None  # when the first were done, and the tokens by then
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -90,13 +90,15 @@ class Progress:
 
     def states(self, done: StatesDone) -> None:
         """States of some rows were computed; nothing is said where none are missing."""
-        if done.missing and self._states_began is None:
+        if not done.missing:
+            return
+        if self._first_states is None:
             self.phase(f"computing states of {done.missing} answers")
             self._open("answers", done.missing)
-            self._states_began = time.perf_counter()
-        if done.missing and self._states_began is not None:
-            seconds = max(time.perf_counter() - self._states_began, 1e-9)
-            self.task(done.rows, f"{done.tokens / seconds:.0f} tokens/s")
+            self._first_states = time.perf_counter(), done.tokens
+        began, tokens = self._first_states
+        figures = f"{(done.tokens - tokens) / (time.perf_counter() - began):.0f} tokens/s" if done.tokens > tokens else ""
+        self.task(done.rows, figures)
 
     def conclude(self, folder: Path, summary: Mapping[str, Any]) -> None:
         """Print the run's result in a few lines."""
