@@ -20,7 +20,8 @@ import torch
 from actors.cluster.environment import give_back_freed
 from causalrm_ray.data.snapshots.table import read_columns
 from causalrm_ray.data.states.cache import StateCache, StateShard, row_keys
-from causalrm_ray.models.states.pooled import STATES, PooledBackbone, pooled_batches
+from causalrm_ray.models.states.backbone import STATES
+from causalrm_ray.models.states.pooled import PooledBackbone, in_order, pooled_batches
 from causalrm_ray.models.states.rows import ReadRow, RowReader
 from causalrm_ray.models.text import load_tokenizer
 from causalrm_ray.types import Truncation
@@ -87,7 +88,7 @@ class FeaturesActor:
                 self._done = done
                 if time.monotonic() > until:
                     break
-        except BaseException:
+        except BaseException:  # of whatever kind: a later call begins afresh
             self._rest()
             raise
         finally:
@@ -115,7 +116,7 @@ class FeaturesActor:
             for number in np.flatnonzero(wanted).tolist():
                 read = self._reader.read(*(column[number] for column in texts))
                 waiting.append(_Waiting(int(keys[number]), int(impressions[number]), read))
-                tokens += len(read.row.prompt) + len(read.row.answer)
+                tokens += read.row.tokens
                 if len(waiting) == SHARD_ROWS or tokens >= SHARD_TOKENS:
                     yield from self._write(cache, waiting, done)
                     done = StatesDone(done.rows + len(waiting), missing, done.tokens + tokens)
@@ -139,21 +140,19 @@ class FeaturesActor:
         if self._model is None:
             self._model = PooledBackbone.from_pretrained(self._backbone, STATES, self._dtype).to(self._device)
         rows = [one.read.row for one in waiting]
-        states = np.empty(0, dtype=np.float32)
-        done, tokens = 0, 0
+        batches, done, tokens = [], 0, 0
         for part, found in pooled_batches(self._model, rows):
-            if not done:
-                states = np.empty((len(rows), *found.shape[1:]), dtype=np.float32)
-            states[part] = found.numpy()
+            batches.append((part, found))
             done += len(part)
-            tokens += sum(len(rows[number].prompt) + len(rows[number].answer) for number in part)
+            tokens += sum(rows[number].tokens for number in part)
             yield StatesDone(before.rows + min(done, len(rows) - 1), before.missing, before.tokens + tokens)
+        states = in_order(batches).numpy()
         counts = {
             "prompt_tokens": np.array([len(row.prompt) for row in rows]),
-            "tokens": np.array([len(row.prompt) + len(row.answer) for row in rows]),
+            "tokens": np.array([row.tokens for row in rows]),
             "lost_turns": np.array([one.read.lost_turns for one in waiting]),
             "lost_tokens": np.array([one.read.lost_tokens for one in waiting]),
         }
         key, impression = (np.array([getattr(one, name) for one in waiting], dtype=np.uint64) for name in ("key", "impression"))
-        ids = np.array([token for row in rows for part in row for token in part], dtype=np.int32)
+        ids = np.array([token for row in rows for token in row.ids], dtype=np.int32)
         cache.add(StateShard(key, impression, counts, ids, {name: states[:, place] for place, name in enumerate(STATES)}))

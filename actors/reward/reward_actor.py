@@ -155,9 +155,9 @@ class RewardActor:
         """Logits [B] by another model, a folder or hub id, for reports: that of another method, or of another version."""
         read = [Row(tuple(prompt), as_logged(answer, self._ends, self._end)) for prompt, answer in rows]
         for number, row in enumerate(read):
-            if (tokens := len(row.prompt) + len(row.answer)) > self._max_length:
+            if row.tokens > self._max_length:
                 raise ValueError(
-                    f"row {number} must have at most {self._max_length} tokens (model.max_length) with its end, got {tokens}"
+                    f"row {number} must have at most {self._max_length} tokens (model.max_length) with its end, got {row.tokens}"
                 )
         if model not in self._scorers:
             self._scorers[model] = load_scorer(model, self._device, self._backbones)

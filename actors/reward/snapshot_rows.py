@@ -23,7 +23,7 @@ from torch import Tensor
 
 from causalrm_ray.data.collate import TokenRows
 from causalrm_ray.data.snapshots.table import check_counts, read_batches, read_columns, value_at
-from causalrm_ray.data.states.cache import StateCache, row_keys
+from causalrm_ray.data.states.cache import StateCache, row_key
 from causalrm_ray.data.users.clusters import LEVELS, digest, mixed, split, who
 from causalrm_ray.data.users.concentration import HEAVY, Share, cap, keep, largest_share
 from causalrm_ray.errors import brief
@@ -36,7 +36,7 @@ from causalrm_ray.truncation import Cuts
 from causalrm_ray.types import PerUser, StatesName
 
 MOST_VALUES = 8  # of a trait; more, and it is an id
-READ = ("impression_id", "prompt", "response", "context", "signal", "label")
+READ = ("response", "context", "signal", "label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +98,7 @@ def load_rows(snapshot: Path, cache: StateCache, max_length: int, per_user: PerU
     kept = np.ones(len(observed), dtype=bool) if most is None else keep(user, keys["impression_id"], observed, most)
     warnings = _concentration(snapshot, keys, user, observed, kept, most, order)
     observed, label = observed[kept], label[kept]
+    state_keys = row_key(keys["answer"], keys["impression_id"])[kept]
     sides = split({level: keys[level][kept] for level in LEVELS}, observed, label)
     cluster = None if sides.cluster is None else torch.from_numpy(sides.cluster)
     observations = Observations(torch.from_numpy(observed), torch.from_numpy(label), cluster)
@@ -111,7 +112,6 @@ def load_rows(snapshot: Path, cache: StateCache, max_length: int, per_user: PerU
         start += batch.num_rows
     place = (np.cumsum(read) - 1)[rows]  # of the rows among those that were read
     bucket, names = length_buckets(torch.from_numpy(np.concatenate(texts.lengths)[place]))
-    state_keys = np.concatenate(texts.keys)[place]
     cuts = _cuts(cache, state_keys, observed, label)
     return SnapshotRows(
         cache,
@@ -187,7 +187,6 @@ class _Texts:
     """What is read of the rows' texts, batch by batch."""
 
     def __init__(self) -> None:
-        self.keys: list[np.ndarray] = []
         self.traits = _Traits()
         self.lengths: list[np.ndarray] = []
         self.meanings: dict[tuple[str, int], int] = {}
@@ -195,7 +194,6 @@ class _Texts:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Read a batch of READ."""
-        self.keys.append(row_keys(*(batch[name].to_pylist() for name in ("impression_id", "prompt", "response")))[0])
         self.lengths.append(pc.call_function("utf8_length", [batch["response"]]).to_numpy())
         self.traits.add(batch["context"].to_pylist())
         given = zip(batch["signal"].to_pylist(), batch["label"].to_pylist(), strict=True)

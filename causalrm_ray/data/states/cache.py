@@ -48,7 +48,12 @@ class StateShard:
 def row_keys(impressions: Sequence[str], prompts: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Keys [n] of rows, and the digests [n] of their impressions."""
     impression = digest("impression_id", impressions)
-    return mixed(mixed(impression, digest("prompt", prompts)), digest("response", responses)), impression
+    return row_key(mixed(digest("response", responses), digest("prompt", prompts)), impression), impression
+
+
+def row_key(answer: np.ndarray, impression: np.ndarray) -> np.ndarray:
+    """Keys [n] of rows by digests of their answers, each `mixed` with its prompt's, and of their impressions."""
+    return mixed(answer, impression)
 
 
 class StateCache:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from causalrm_ray.estimators.core.folds import fold_of
 from causalrm_ray.estimators.core.task import Observations
+from causalrm_ray.models.states.backbone import STATES
 from causalrm_ray.types import StatesName
 
 FOLDS = 5
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of the weights on standardised states, per row
 MOST = 2_500  # rows with feedback, and as many without
 ITERATIONS = 40
-NAMES: tuple[StatesName, ...] = ("final-last", "final-mean", "middle-last", "middle-mean")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def choose_states(
     observations: Observations,
     heldout: Tensor,
     seed: int,
-    names: Sequence[StatesName] = NAMES,
+    names: Sequence[StatesName] = STATES,
 ) -> StateChoice:
     """The states by which outcomes of rows are explained best that were not learned from; `states(name, rows)` gives those of
     some rows [M, D]. Rows numbered in `heldout` are not read: models are judged by them later."""

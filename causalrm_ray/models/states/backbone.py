@@ -6,13 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from causalrm_ray.types import StatesName, Truncation
 
 if TYPE_CHECKING:
     from causalrm_ray.config.train import Config
 
+STATES: tuple[StatesName, ...] = get_args(StatesName)
 FORMAT = 1  # of the states' files and of what is in them
 
 

@@ -13,7 +13,7 @@ Early layers know words, the last ones the next token; what an answer is like is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from causalrm_ray.models.reward_model import SequenceScorer, group_sizes
 from causalrm_ray.models.size import GROUP, GROUP_TOKENS
+from causalrm_ray.models.states.backbone import STATES
 from causalrm_ray.types import StatesName
-
-STATES: tuple[StatesName, ...] = get_args(StatesName)
 
 
 class Row(NamedTuple):
@@ -31,6 +30,16 @@ class Row(NamedTuple):
 
     prompt: Sequence[int]
     answer: Sequence[int]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and answer."""
+        return (*self.prompt, *self.answer)
+
+    @property
+    def tokens(self) -> int:
+        """How many ids both have."""
+        return len(self.prompt) + len(self.answer)
 
 
 class PooledBackbone(nn.Module):
@@ -102,12 +111,14 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
 
 def pooled_states(backbone: PooledBackbone, rows: Sequence[Row]) -> Tensor:
     """States [N, K, D] (float32, on the CPU) of rows; see `pooled_batches`."""
-    found = torch.empty(0, len(backbone.names), 0)
-    for part, states in pooled_batches(backbone, rows):
-        if len(found) == 0:
-            found = torch.empty(len(rows), *states.shape[1:])
-        found[part] = states
-    return found
+    return in_order(list(pooled_batches(backbone, rows))) if rows else torch.empty(0, len(backbone.names), 0)
+
+
+def in_order(batches: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """States [N, K, D] of all rows from those of batches, by the numbers of their rows."""
+    numbers = torch.tensor([number for part, _ in batches for number in part])
+    states = torch.cat([found for _, found in batches])
+    return torch.empty_like(states).index_copy(0, numbers, states)
 
 
 def pooled_batches(backbone: PooledBackbone, rows: Sequence[Row]) -> Iterator[tuple[list[int], Tensor]]:
@@ -119,7 +130,7 @@ def pooled_batches(backbone: PooledBackbone, rows: Sequence[Row]) -> Iterator[tu
     for number, row in enumerate(rows):
         if not (len(row.prompt) and len(row.answer)):
             raise ValueError(f"row {number} must hold a prompt and an answer, got {len(row.prompt)} and {len(row.answer)} tokens")
-    joined = [(*row.prompt, *row.answer) for row in rows]
+    joined = [row.ids for row in rows]
     order = sorted(range(len(rows)), key=lambda number: (len(joined[number]), joined[number]))
     begin = 0
     for size in group_sizes([len(joined[number]) for number in order], GROUP, GROUP_TOKENS):

@@ -46,7 +46,7 @@ class WholeModel:
 
     def score(self, rows: Sequence[Row]) -> Tensor:
         """Logit [N] of each row."""
-        return score_rows(self.scorer, [(*row.prompt, *row.answer) for row in rows])
+        return score_rows(self.scorer, [row.ids for row in rows])
 
 
 class Backbones:
